@@ -1,0 +1,1 @@
+"""What everything stands on: ops, states, packing, configuration, precision, errors."""
