@@ -1,0 +1,223 @@
+"""The one abstraction that every layer of every model implements.
+
+A mixer maps a sequence to a sequence and carries a state. A channel mixer (MLP, experts) is a mixer whose state is
+empty, so a model is one loop without branches.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from everstate.core.config import Config
+from everstate.core.dtypes import state_dtype
+from everstate.core.errors import ConfigError, RequestError
+from everstate.core.packing import Packing
+from everstate.core.registry import Registry
+from everstate.core.state import Slots, gather, scatter_
+from everstate.ops import rms_norm
+
+State = Any
+"""A NamedTuple of tensors, or a tuple of such states; batch is dimension 0. See `everstate.core.state`."""
+
+MIXERS: Registry[type[Mixer]] = Registry("mixer type")
+"""Every mixer by the name that configs use."""
+
+
+class Empty(NamedTuple):
+    """The state of a mixer that remembers nothing."""
+
+
+class Special(nn.Module):
+    """A module that marks which of its own parameters want special treatment, by name and only here.
+
+    no_decay: never decayed by an optimizer (`train/optim.py` reads it).
+    in_float32: kept in float32 whatever the dtype of the model (`cast_` reads it).
+    """
+
+    no_decay: ClassVar[frozenset[str]] = frozenset()
+    in_float32: ClassVar[frozenset[str]] = frozenset()
+
+
+class Mixer(Special, ABC):
+    """A layer: `init_state`, a pure `forward` over a segment, and a `step_` that writes its state in place.
+
+    The constructor takes `(d_model, config)`, creates parameters without values (`init_` gives them) and raises
+    `ConfigError` for shapes that cannot be built. The last projection of a mixer is called `out_proj`.
+    """
+
+    Config: ClassVar[type[Config]]
+    causal: ClassVar[bool] = True
+    """False for an encoder layer, which sees the whole sequence and cannot be stepped."""
+
+    @abstractmethod
+    def init_state(self, batch: int, *, context: int | None = None) -> State:
+        """The state before the first token, for `batch` sequences, on the device of the parameters.
+
+        `context` bounds how many past tokens attention keeps; other mixers keep none and do not read it.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Float[Tensor, "b l d"],
+        state: State,
+        packing: Packing | None = None,
+        delta_t: Float[Tensor, "b l"] | None = None,
+    ) -> tuple[Float[Tensor, "b l d"], State]:
+        """Read a segment and return its outputs and the state after it, leaving `state` as it was.
+
+        `delta_t` is the time that passes before each token, in units of the regular step (1 = regular sampling); a
+        mixer for which that has no meaning refuses it with `RequestError`.
+        """
+
+    @abstractmethod
+    def step_(
+        self,
+        x: Float[Tensor, "b d"],
+        state: State,
+        slots: Slots = None,
+        delta_t: Float[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b d"]:
+        """Read one token for the rows `slots` of a pool of states (None: all rows) and update them in place."""
+
+    @abstractmethod
+    def init_(self, generator: torch.Generator) -> None:
+        """Give every parameter its initial value."""
+
+    @abstractmethod
+    def flops_per_token(self, context: int) -> int:
+        """Floating point operations to read one token when `context` tokens were read before (a multiply-add is 2)."""
+
+
+def step_by_forward(
+    mixer: Mixer, x: Float[Tensor, "b d"], state: State, slots: Slots, delta_t: Float[Tensor, " b"] | None = None
+) -> Float[Tensor, "b d"]:
+    """A correct body for `step_`: gather, `forward` on one token, scatter."""
+    y, after = mixer(x.unsqueeze(1), gather(state, slots), None, None if delta_t is None else delta_t.unsqueeze(1))
+    scatter_(state, slots, after)
+    return y[:, 0]
+
+
+CPU_SEGMENT = 2048
+"""Tokens that `is_long` lets a layer read at once on a CPU."""
+
+
+def is_long(x: Float[Tensor, "b l d"], packing: Packing | None) -> bool:
+    """Whether a layer should read x in segments: on a CPU its intermediate tensors would fall out of every cache."""
+    return x.device.type == "cpu" and packing is None and x.shape[1] > CPU_SEGMENT
+
+
+def forward_by_segments(
+    mixer: Mixer, x: Float[Tensor, "b l d"], state: State, delta_t: Float[Tensor, "b l"] | None = None
+) -> tuple[Float[Tensor, "b l d"], State]:
+    """`forward` on one segment after the other, which changes nothing but memory and speed."""
+    ys = []
+    for start in range(0, x.shape[1], CPU_SEGMENT):
+        now = slice(start, start + CPU_SEGMENT)
+        y, state = mixer(x[:, now], state, None, None if delta_t is None else delta_t[:, now])
+        ys.append(y)
+    return torch.cat(ys, 1), state
+
+
+class RMSNorm(Special):
+    """The learned scale of `ops.rms_norm`."""
+
+    no_decay = frozenset({"weight"})
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def init_(self) -> None:
+        """All ones."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """See `everstate.ops.rms_norm`."""
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+def build_mixer(
+    table: Mapping[str, Any],
+    d_model: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Mixer:
+    """Build a mixer from a config table such as `{"type": "mamba2", "d_state": 64}` and initialise it.
+
+    On the `meta` device nothing is allocated. Raises `ConfigError` for an unknown type, key or impossible shape.
+    """
+    config, mixer_class = parse_mixer(table)
+    with torch.device("meta"):
+        mixer = mixer_class(d_model, config)
+    cast_(mixer, dtype)
+    if torch.device(device).type != "meta":
+        mixer.to_empty(device=device)
+        mixer.init_(generator or torch.Generator().manual_seed(0))
+    return mixer
+
+
+def parse_mixer(table: Mapping[str, Any]) -> tuple[Config, type[Mixer]]:
+    """The validated config of a mixer table and the class that it asks for."""
+    if "type" not in table:
+        raise ConfigError(f"mixer table {dict(table)} has no 'type'; give one of {', '.join(MIXERS)}")
+    mixer_class = MIXERS[table["type"]]
+    return mixer_class.Config.parse({k: v for k, v in table.items() if k != "type"}), mixer_class
+
+
+def cast_(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model's parameters to `dtype`, except those marked `in_float32`, which get float32 (float64 for float64)."""
+    for part in module.modules():
+        kept = part.in_float32 if isinstance(part, Special) else frozenset()
+        for name, parameter in part.named_parameters(recurse=False):
+            parameter.data = parameter.data.to(state_dtype(dtype) if name in kept else dtype)
+
+
+def refuse_delta_t(mixer: Mixer, delta_t: Tensor | None) -> None:
+    """Raise `RequestError` if elapsed times were given to a mixer that has no notion of time."""
+    if delta_t is not None:
+        raise RequestError(
+            f"{type(mixer).__name__} cannot take delta_t: it does not know how much time passes between tokens; "
+            "leave delta_t out, or build the model of S4, S4D, H3, S5 or Mamba layers"
+        )
+
+
+def divide(name: str, whole: int, by: str, part: int) -> int:
+    """`whole / part`, or a `ConfigError` that names both when the one does not divide the other."""
+    if part <= 0 or whole % part:
+        raise ConfigError(f"{by} = {part} does not divide {name} = {whole}; choose a {by} that does")
+    return whole // part
+
+
+def init_linear_(linear: nn.Linear, generator: torch.Generator) -> None:
+    """Uniform in +-1 / sqrt(fan_in), bias zero."""
+    uniform_(linear.weight, linear.in_features**-0.5, generator)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def uniform_(tensor: Tensor, bound: float, generator: torch.Generator) -> None:
+    """Fill with uniform values in +-bound; drawn on the CPU, so that a seed gives one model on every device."""
+    with torch.no_grad():
+        tensor.copy_((torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1) * bound)
+
+
+def log_uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Float[Tensor, ...]:
+    """Values whose logarithm is uniform in [log low, log high), float64."""
+    u = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return torch.exp(u * (math.log(high) - math.log(low)) + math.log(low))
+
+
+def inverse_softplus(y: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """The x with softplus(x) = y."""
+    return y + torch.log(-torch.expm1(-y))

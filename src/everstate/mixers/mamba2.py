@@ -1,0 +1,174 @@
+"""Mamba-2: input-dependent scalar decay per head, state space duality.
+
+Source: Dao and Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), section 7.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from everstate.core.config import Config
+from everstate.core.dtypes import state_dtype
+from everstate.core.errors import ConfigError
+from everstate.core.packing import Packing
+from everstate.core.state import Slots
+from everstate.mixers.base import (
+    Mixer,
+    RMSNorm,
+    divide,
+    forward_by_segments,
+    init_linear_,
+    inverse_softplus,
+    is_long,
+    log_uniform,
+    uniform_,
+)
+from everstate.ops import causal_conv1d, causal_conv1d_step_, gated_rms_norm, ssd_scan, ssd_step_
+
+
+class Mamba2Config(Config):
+    """Settings of one Mamba-2 layer; the names are those of `mamba_ssm`."""
+
+    title = "mamba2"
+
+    d_state: PositiveInt = 128
+    d_conv: PositiveInt = 4
+    expand: PositiveInt = 2
+    headdim: PositiveInt = 64
+    ngroups: PositiveInt = 1
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    """Lowest and highest dt, obeyed in every mode."""
+    norm: bool = True
+    norm_before_gate: bool = False
+    norm_eps: PositiveFloat = 1e-5
+    D_has_hdim: bool = False
+    """One D per channel instead of one per head."""
+    bias: bool = False
+    conv_bias: bool = True
+    A_init_range: tuple[float, float] = (1.0, 16.0)
+    dt_min: PositiveFloat = 1e-3
+    dt_max: PositiveFloat = 1e-1
+    dt_init_floor: PositiveFloat = 1e-4
+    chunk_size: PositiveInt = 64
+
+
+class Mamba2State(NamedTuple):
+    """conv: the last d_conv - 1 inputs of the convolution; ssm: the state of each head."""
+
+    conv: Float[Tensor, "b channels k1"]
+    ssm: Float[Tensor, "b h p n"]
+
+
+class Mamba2(Mixer):
+    """`in_proj -> [z | x | B | C | dt]`, convolution over `[x | B | C]`, SSD scan, gated norm, `out_proj`."""
+
+    Config = Mamba2Config
+    no_decay = frozenset({"A_log", "D", "dt_bias", "conv_bias"})
+    in_float32 = frozenset({"A_log", "D", "dt_bias"})
+
+    def __init__(self, d_model: int, config: Mamba2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.d_inner = config.expand * d_model
+        self.nheads = divide("d_inner", self.d_inner, "headdim", config.headdim)
+        divide("nheads", self.nheads, "ngroups", config.ngroups)
+        if not 0 <= config.dt_limit[0] < config.dt_limit[1]:
+            raise ConfigError(f"mamba2: dt_limit {config.dt_limit} is not 0 <= low < high; give (low, high)")
+        self.conv_dim = self.d_inner + 2 * config.ngroups * config.d_state
+        self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=config.bias)
+        self.conv_weight = nn.Parameter(torch.empty(self.conv_dim, config.d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(self.conv_dim)) if config.conv_bias else None
+        self.dt_bias = nn.Parameter(torch.empty(self.nheads))
+        self.A_log = nn.Parameter(torch.empty(self.nheads))
+        self.D = nn.Parameter(torch.empty((self.nheads, config.headdim) if config.D_has_hdim else self.nheads))
+        self.norm = RMSNorm(self.d_inner, config.norm_eps) if config.norm else None
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
+
+    @torch.no_grad()
+    def init_(self, generator: torch.Generator) -> None:
+        config = self.config
+        init_linear_(self.in_proj, generator)
+        init_linear_(self.out_proj, generator)
+        uniform_(self.conv_weight, config.d_conv**-0.5, generator)
+        if self.conv_bias is not None:
+            uniform_(self.conv_bias, config.d_conv**-0.5, generator)
+        dt = log_uniform((self.nheads,), config.dt_min, config.dt_max, generator).clamp(min=config.dt_init_floor)
+        self.dt_bias.copy_(inverse_softplus(dt))
+        low, high = config.A_init_range
+        self.A_log.copy_((torch.rand(self.nheads, generator=generator, dtype=torch.float64) * (high - low) + low).log())
+        nn.init.ones_(self.D)
+        if self.norm is not None:
+            self.norm.init_()
+
+    def init_state(self, batch: int, *, context: int | None = None) -> Mamba2State:
+        make, config = self.A_log.new_zeros, self.config
+        return Mamba2State(
+            conv=make(batch, self.conv_dim, config.d_conv - 1),
+            ssm=make(batch, self.nheads, config.headdim, config.d_state),
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b l d"],
+        state: Mamba2State,
+        packing: Packing | None = None,
+        delta_t: Float[Tensor, "b l"] | None = None,
+    ) -> tuple[Float[Tensor, "b l d"], Mamba2State]:
+        if is_long(x, packing):
+            return forward_by_segments(self, x, state, delta_t)
+        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.conv_dim, self.nheads], -1)
+        xBC, conv = causal_conv1d(xBC, self.conv_weight, self.conv_bias, state.conv, activation="silu", packing=packing)
+        u, B, C = self._split(xBC)
+        a, dt = self._decay(dt, delta_t)
+        y, ssm = ssd_scan(u, a, dt, B, C, state.ssm, D=self.D, packing=packing, chunk_size=self.config.chunk_size)
+        return self._finish(y.flatten(-2), z), Mamba2State(conv, ssm)
+
+    def step_(
+        self,
+        x: Float[Tensor, "b d"],
+        state: Mamba2State,
+        slots: Slots = None,
+        delta_t: Float[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b d"]:
+        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.conv_dim, self.nheads], -1)
+        xBC = causal_conv1d_step_(xBC, self.conv_weight, self.conv_bias, state.conv, slots, activation="silu")
+        u, B, C = self._split(xBC)
+        a, dt = self._decay(dt, delta_t)
+        y = ssd_step_(u, a, dt, B, C, state.ssm, slots, D=self.D)
+        return self._finish(y.flatten(-2), z)
+
+    def flops_per_token(self, context: int) -> int:
+        projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv_weight.numel())
+        return projections + 5 * self.d_inner * self.config.d_state
+
+    def _split(self, xBC: Float[Tensor, "*b channels"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut the output of the convolution into x per head and B, C per group."""
+        config = self.config
+        width = config.ngroups * config.d_state
+        x, B, C = xBC.split([self.d_inner, width, width], -1)
+        B, C = (m.unflatten(-1, (config.ngroups, config.d_state)) for m in (B, C))
+        return x.unflatten(-1, (self.nheads, config.headdim)), B, C
+
+    def _decay(self, dt: Float[Tensor, "*b h"], delta_t: Float[Tensor, "*b"] | None) -> tuple[Tensor, Tensor]:
+        """The log decay `dt A` and the step `dt` of each head."""
+        dt = softplus(dt.to(state_dtype(dt.dtype)) + self.dt_bias).clamp(*self.config.dt_limit)
+        if delta_t is not None:
+            dt = dt * delta_t.unsqueeze(-1)
+        return dt * -torch.exp(self.A_log), dt
+
+    def _finish(self, y: Float[Tensor, "*b e"], z: Float[Tensor, "*b e"]) -> Float[Tensor, "*b d"]:
+        """Gate, norm and the last projection."""
+        if self.norm is None:
+            return self.out_proj(y * nn.functional.silu(z))
+        y = gated_rms_norm(
+            y, z, self.norm.weight, eps=self.norm.eps, groups=self.config.ngroups,
+            norm_before_gate=self.config.norm_before_gate,
+        )  # fmt: skip
+        return self.out_proj(y)

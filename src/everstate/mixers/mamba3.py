@@ -1,0 +1,225 @@
+"""Mamba-3: trapezoidal steps, a state that turns, and several inputs and outputs per head.
+
+No short convolution: the trapezoid sees two tokens at once. Rotation gives the decay a complex phase, with which one
+layer counts modulo a number (parity), what a real decay between 0 and 1 cannot.
+
+Source: Mamba-3 (2026) and the released state-spaces/mamba3-siso-* and mamba3-mimo-* checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import relu, sigmoid, silu, softplus, tanh
+
+from everstate.core.config import Config
+from everstate.core.dtypes import state_dtype
+from everstate.core.errors import ConfigError
+from everstate.core.packing import Packing
+from everstate.core.state import Slots
+from everstate.mixers.base import (
+    Mixer,
+    RMSNorm,
+    divide,
+    forward_by_segments,
+    init_linear_,
+    inverse_softplus,
+    is_long,
+    log_uniform,
+)
+from everstate.ops import TrapezoidState, gated_rms_norm, trapezoid_scan, trapezoid_step_
+
+
+class Mamba3Config(Config):
+    """Settings of one Mamba-3 layer; the names are those of `mamba_ssm`."""
+
+    title = "mamba3"
+
+    d_state: PositiveInt = 128
+    expand: PositiveInt = 2
+    headdim: PositiveInt = 64
+    ngroups: PositiveInt = 1
+    rope_fraction: PositiveFloat = 0.5
+    """Part of the state that turns: 0.5 or 1.0."""
+    rope_interleaved: bool | None = None
+    """Which entries turn together: (2j, 2j + 1), or (j, j + n / 2). None: as published, the first for SISO only."""
+    A_activation: Literal["softplus", "heavy_tail"] = "softplus"
+    """-A as a function of its projection. Softplus is that of the paper and a fresh model's; checkpoints since June 2026
+    want the heavy tail, `1 + x` for x >= 0 and `1 / (1 - x)` below, and carry no mark of it: compare perplexities."""
+    A_floor: PositiveFloat = 1e-4
+    """Smallest -A."""
+    is_mimo: bool = False
+    mimo_rank: PositiveInt = 4
+    """Inputs and outputs per head, if `is_mimo`."""
+    out_norm: bool = False
+    """A norm over each head of y before the gate."""
+    norm_eps: PositiveFloat = 1e-5
+    dt_min: PositiveFloat = 1e-3
+    dt_max: PositiveFloat = 1e-1
+    dt_init_floor: PositiveFloat = 1e-4
+    chunk_size: PositiveInt = 64
+
+
+class _Inputs(NamedTuple):
+    """The leading arguments of the trapezoid ops."""
+
+    x: Float[Tensor, "*b h p"]
+    dt: Float[Tensor, "*b h"]
+    A: Float[Tensor, "*b h"]
+    lam: Float[Tensor, "*b h"]
+    omega: Float[Tensor, "*b s"]
+    B: Float[Tensor, "*b r g n"]
+    C: Float[Tensor, "*b r g n"]
+
+
+class Mamba3(Mixer):
+    """`in_proj -> [z | x | B | C | dt | A | lam | omega]`, trapezoid scan, gate, sum over the ranks, `out_proj`."""
+
+    Config = Mamba3Config
+    no_decay = frozenset({"dt_bias", "B_bias", "C_bias", "D"})
+    in_float32 = frozenset({"dt_bias", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o", "D"})
+
+    def __init__(self, d_model: int, config: Mamba3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.d_inner = config.expand * d_model
+        self.nheads = divide("d_inner", self.d_inner, "headdim", config.headdim)
+        divide("nheads", self.nheads, "ngroups", config.ngroups)
+        self.rank = config.mimo_rank if config.is_mimo else 1
+        self.pairs = _pairs(config)
+        self.interleaved = not config.is_mimo if config.rope_interleaved is None else config.rope_interleaved
+        n, shape = config.d_state, (self.nheads, self.rank, config.headdim)
+        width = n * config.ngroups * self.rank
+        self.widths = [self.d_inner, self.d_inner, width, width, *[self.nheads] * 3, self.pairs]
+        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(self.nheads))
+        self.B_bias = nn.Parameter(torch.empty(self.nheads, self.rank, n))
+        self.C_bias = nn.Parameter(torch.empty(self.nheads, self.rank, n))
+        self.B_norm = RMSNorm(n, config.norm_eps)
+        self.C_norm = RMSNorm(n, config.norm_eps)
+        self.D = nn.Parameter(torch.empty(self.nheads))
+        self.mimo_x = nn.Parameter(torch.empty(shape)) if config.is_mimo else None
+        self.mimo_z = nn.Parameter(torch.empty(shape)) if config.is_mimo else None
+        self.mimo_o = nn.Parameter(torch.empty(shape)) if config.is_mimo else None
+        self.norm = RMSNorm(self.d_inner, config.norm_eps) if config.out_norm else None
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    @torch.no_grad()
+    def init_(self, generator: torch.Generator) -> None:
+        config = self.config
+        init_linear_(self.in_proj, generator)
+        init_linear_(self.out_proj, generator)
+        dt = log_uniform((self.nheads,), config.dt_min, config.dt_max, generator).clamp(min=config.dt_init_floor)
+        self.dt_bias.copy_(inverse_softplus(dt))
+        # Keys and queries that begin with a common part: worth 5 % of perplexity against zeros at 440M parameters.
+        for parameter in (self.B_bias, self.C_bias, self.D):
+            nn.init.ones_(parameter)
+        if self.mimo_x is not None and self.mimo_z is not None and self.mimo_o is not None:
+            nn.init.constant_(self.mimo_x, 1 / self.rank)
+            nn.init.ones_(self.mimo_z)
+            nn.init.constant_(self.mimo_o, 1 / self.rank)
+        for norm in (self.B_norm, self.C_norm, self.norm):
+            if norm is not None:
+                norm.init_()
+
+    def init_state(self, batch: int, *, context: int | None = None) -> TrapezoidState:
+        make, config = self.D.new_zeros, self.config
+        return TrapezoidState(
+            ssm=make(batch, self.nheads, config.headdim, config.d_state),
+            k=make(batch, self.rank, self.nheads, config.d_state),
+            x=make(batch, self.nheads, config.headdim),
+            angle=make(batch, self.nheads, self.pairs),
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b l d"],
+        state: TrapezoidState,
+        packing: Packing | None = None,
+        delta_t: Float[Tensor, "b l"] | None = None,
+    ) -> tuple[Float[Tensor, "b l d"], TrapezoidState]:
+        if is_long(x, packing):
+            return forward_by_segments(self, x, state, delta_t)
+        z, inputs = self._project(x, delta_t)
+        y, state = trapezoid_scan(
+            *inputs, state, B_bias=self.B_bias, C_bias=self.C_bias, mimo_x=self.mimo_x, D=self.D,
+            interleaved=self.interleaved, packing=packing, chunk_size=self.config.chunk_size,
+        )  # fmt: skip
+        return self._finish(y, z), state
+
+    def step_(
+        self,
+        x: Float[Tensor, "b d"],
+        state: TrapezoidState,
+        slots: Slots = None,
+        delta_t: Float[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b d"]:
+        z, inputs = self._project(x, delta_t)
+        y = trapezoid_step_(
+            *inputs, state, slots, B_bias=self.B_bias, C_bias=self.C_bias, mimo_x=self.mimo_x, D=self.D,
+            interleaved=self.interleaved,
+        )  # fmt: skip
+        return self._finish(y, z)
+
+    def flops_per_token(self, context: int) -> int:
+        projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
+        return projections + (1 + 4 * self.rank) * self.d_inner * self.config.d_state
+
+    def _project(self, x: Float[Tensor, "*b d"], delta_t: Float[Tensor, "*b"] | None) -> tuple[Tensor, _Inputs]:
+        """The gate z, and what the recurrence reads."""
+        config, dtype = self.config, state_dtype(x.dtype)
+        z, u, B, C, dt, A, lam, omega = self.in_proj(x).split(self.widths, -1)
+        dt = softplus(dt.to(dtype) + self.dt_bias)
+        if delta_t is not None:
+            dt = dt * delta_t.unsqueeze(-1)
+        activation = softplus if config.A_activation == "softplus" else heavy_tail
+        each = (self.rank, config.ngroups, config.d_state)
+        return z, _Inputs(
+            x=u.unflatten(-1, (self.nheads, config.headdim)),
+            dt=dt,
+            A=-activation(A.to(dtype)).clamp(min=config.A_floor),
+            lam=sigmoid(lam.to(dtype)),
+            omega=math.pi * tanh(omega.to(dtype)),
+            B=self.B_norm(B.unflatten(-1, each)),
+            C=self.C_norm(C.unflatten(-1, each)),
+        )
+
+    def _finish(self, y: Float[Tensor, "*b r h p"], z: Float[Tensor, "*b e"]) -> Float[Tensor, "*b d"]:
+        """Gate and norm of each rank, their sum, and the last projection."""
+        gate = z.unflatten(-1, (1, self.nheads, -1))
+        if self.mimo_z is not None:
+            gate = gate * self.mimo_z.transpose(0, 1)
+        if self.norm is None:
+            y = y * silu(gate)
+        else:
+            weight, eps = self.norm.weight, self.norm.eps
+            gated = gated_rms_norm(
+                y.flatten(-2), gate.flatten(-2), weight, eps=eps, groups=self.nheads, norm_before_gate=True
+            )
+            y = gated.unflatten(-1, (self.nheads, -1))
+        if self.mimo_o is not None:
+            y = y * self.mimo_o.transpose(0, 1)
+        return self.out_proj(y.sum(-3).flatten(-2).to(z.dtype))
+
+
+def heavy_tail(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """`1 + x` for x >= 0 and `1 / (1 - x)` below: positive, smooth, and slower to vanish than softplus."""
+    return x.clamp(min=0) + 1 / (1 + relu(-x))
+
+
+def _pairs(config: Mamba3Config) -> int:
+    """How many pairs of entries of the state turn."""
+    if config.rope_fraction not in (0.5, 1.0):
+        raise ConfigError(f"mamba3: rope_fraction = {config.rope_fraction} is not allowed; give 0.5 or 1.0")
+    pairs = int(config.d_state * config.rope_fraction) // 2
+    if config.d_state % 2 or pairs == 0:
+        raise ConfigError(
+            f"mamba3: of d_state = {config.d_state} a part of {config.rope_fraction} turns in pairs; "
+            "give an even d_state of at least 2 / rope_fraction"
+        )
+    return pairs

@@ -1,0 +1,79 @@
+"""The multilayer perceptron between the mixers of time: SwiGLU, squared ReLU, GELU.
+
+Sources: Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202); So et al. 2021, "Primer" (squared ReLU,
+arXiv 2109.08668).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from everstate.core.config import Config
+from everstate.core.packing import Packing
+from everstate.core.state import Slots
+from everstate.mixers.base import Empty, Mixer, init_linear_
+from everstate.ops.activations import Activation, activate
+
+
+class MLPConfig(Config):
+    """Settings of one MLP; the default is SwiGLU."""
+
+    title = "mlp"
+
+    d_hidden: PositiveInt | None = None
+    """Default: 4 d_model, or 8/3 d_model with a gate (as many parameters), rounded up to a multiple of 8."""
+    activation: Activation = "silu"
+    gated: bool = True
+    """`act(gate) * up` instead of `act(up)`; `in_proj` makes [gate | up]."""
+    bias: bool = False
+
+
+class MLP(Mixer):
+    """`in_proj`, activation, `out_proj`. It looks at one token alone, so elapsed time has no effect on it."""
+
+    Config = MLPConfig
+
+    def __init__(self, d_model: int, config: MLPConfig) -> None:
+        super().__init__()
+        self.config = config
+        d_hidden = config.d_hidden or default_d_hidden(d_model, config.gated)
+        self.in_proj = nn.Linear(d_model, (1 + config.gated) * d_hidden, bias=config.bias)
+        self.out_proj = nn.Linear(d_hidden, d_model, bias=config.bias)
+
+    @torch.no_grad()
+    def init_(self, generator: torch.Generator) -> None:
+        init_linear_(self.in_proj, generator)
+        init_linear_(self.out_proj, generator)
+
+    def init_state(self, batch: int, *, context: int | None = None) -> Empty:
+        return Empty()
+
+    def forward(
+        self,
+        x: Float[Tensor, "b l d"],
+        state: Empty,
+        packing: Packing | None = None,
+        delta_t: Float[Tensor, "b l"] | None = None,
+    ) -> tuple[Float[Tensor, "b l d"], Empty]:
+        return self.read(x), state
+
+    def step_(
+        self, x: Float[Tensor, "b d"], state: Empty, slots: Slots = None, delta_t: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        return self.read(x)
+
+    def read(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """What `forward` and `step_` do to each token."""
+        return self.out_proj(activate(self.in_proj(x), self.config.activation, self.config.gated))
+
+    def flops_per_token(self, context: int) -> int:
+        return 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
+
+
+def default_d_hidden(d_model: int, gated: bool) -> int:
+    """4 d_model, or 8/3 d_model with a gate, rounded up to a multiple of 8."""
+    width = -(-8 * d_model // 3) if gated else 4 * d_model
+    return -(-width // 8) * 8

@@ -1,0 +1,80 @@
+"""What attention remembers: the last s keys and values as a ring, in which token t lies in slot t mod s."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from everstate.core.errors import RequestError
+
+
+class AttentionState(NamedTuple):
+    """k, v: the keys and values of the last s tokens, in the dtype of the model; pos: how many tokens were read.
+
+    They are copies of inputs and accumulate nothing, so that float32 would not make them any better.
+    """
+
+    k: Float[Tensor, "b s g p"]
+    v: Float[Tensor, "b s g p"]
+    pos: Int[Tensor, " b"]
+
+
+def append(state: AttentionState, k: Float[Tensor, "b l g p"], v: Float[Tensor, "b l g p"]) -> AttentionState:
+    """The state after l more tokens."""
+    capacity, length = state.k.shape[1], k.shape[1]
+    pos = state.pos + length
+    if capacity == 0:
+        return state._replace(pos=pos)
+    kept = min(capacity, length)
+    slots = (pos.unsqueeze(1) + torch.arange(-kept, 0, device=pos.device)) % capacity
+    rows = torch.arange(len(pos), device=pos.device).unsqueeze(1)
+    put = lambda ring, new: ring.index_put((rows, slots), new[:, length - kept :].to(ring.dtype))
+    return AttentionState(put(state.k, k), put(state.v, v), pos)
+
+
+def slot_positions(pos: Int[Tensor, " b"], capacity: int, slots: int) -> Int[Tensor, "b s"]:
+    """Position of the token that each of the first `slots` slots holds after `pos` tokens; negative where none."""
+    last = pos.unsqueeze(1) - 1
+    return last - (last - torch.arange(slots, device=pos.device)) % max(capacity, 1)
+
+
+def visible(queries: Int[Tensor, "b l"], keys: Int[Tensor, "b s"], window: int | None) -> Bool[Tensor, "b l s"]:
+    """Which keys each query sees: itself and what came before, of the last `window` tokens."""
+    distance = queries.unsqueeze(2) - keys.unsqueeze(1)
+    seen = (distance >= 0) & (keys >= 0).unsqueeze(1)
+    return seen if window is None else seen & (distance < window)
+
+
+def check_memory(pos: Int[Tensor, " b"], capacity: int, window: int | None) -> int | None:
+    """The most tokens that a row has read, or None where nobody can tell without making a device wait.
+
+    Raises `RequestError` when a row would look at a token that the ring holds no more. Reading `pos` would stop a GPU
+    in every layer of every step, and a compiled graph has no values to read: there `spoil` stands in for the error.
+    """
+    if torch.compiler.is_compiling() or pos.device.type != "cpu":
+        return None
+    read = max(pos.tolist(), default=0)
+    if _can_forget(capacity, window) and 0 < read >= capacity:
+        sees = "all tokens before it" if window is None else f"the {window - 1} tokens before it"
+        raise RequestError(
+            f"attention has read {read} tokens, its state holds {capacity}, and the next token looks at {sees}; "
+            "make the state with init_state(batch, context=N), N at least the number of tokens to read"
+        )
+    return int(read)
+
+
+def spoil(
+    y: Float[Tensor, "b l h p"], pos: Int[Tensor, " b"], capacity: int, window: int | None
+) -> Float[Tensor, "b l h p"]:
+    """Make the outputs NaN of rows that `check_memory` would have refused had it been able to see them."""
+    if not _can_forget(capacity, window):
+        return y
+    lost = (pos > 0) & (pos >= capacity)
+    return y.masked_fill(lost[:, None, None, None], torch.nan)
+
+
+def _can_forget(capacity: int, window: int | None) -> bool:
+    return window is None or capacity < window

@@ -1,0 +1,66 @@
+"""The selective scan of Mamba-1: a diagonal recurrence per channel whose step, input and output depend on the token."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from everstate.core.dtypes import state_dtype
+from everstate.core.op import anywhere, op
+from everstate.core.packing import Packing, each_sequence
+from everstate.core.state import Slots, gather, scatter_
+
+
+@op
+def selective_scan(
+    x: Float[Tensor, "b l d"],
+    dt: Float[Tensor, "b l d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "b l n"],
+    C: Float[Tensor, "b l n"],
+    state: Float[Tensor, "seqs d n"],
+    *,
+    D: Float[Tensor, " d"] | None = None,
+    packing: Packing | None = None,
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "seqs d n"]]:
+    """Run `state = exp(dt A) state + dt x B^T; y = state C + D x` along time, each channel by itself.
+
+    `dt` is the step itself (softplus was taken before) and `A` is negative. The state is float32 (float64 for float64
+    inputs), y has the dtype of x. Source: Gu and Dao 2023, "Mamba" (arXiv 2312.00752), section 3.
+    """
+    if packing is not None:
+        timed = {"x": x, "dt": dt, "B": B, "C": C}
+        return each_sequence(selective_scan.reference, packing, timed, state, A=A, D=D)
+    dtype = state_dtype(x.dtype)
+    u, steps, keys, queries = (t.to(dtype) for t in (x, dt, B, C))
+    h, ys = state.to(dtype), []
+    for t in range(x.shape[1]):
+        dA = torch.exp(steps[:, t, :, None] * A.to(dtype))
+        h = dA * h + (steps[:, t] * u[:, t]).unsqueeze(2) * keys[:, t, None]
+        y = torch.einsum("bdn,bn->bd", h, queries[:, t])
+        ys.append(y if D is None else y + D.to(dtype) * u[:, t])
+    return torch.stack(ys, 1).to(x.dtype), h
+
+
+@op
+def selective_step_(
+    x: Float[Tensor, "b d"],
+    dt: Float[Tensor, "b d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "b n"],
+    C: Float[Tensor, "b n"],
+    state: Float[Tensor, "slots d n"],
+    slots: Slots = None,
+    *,
+    D: Float[Tensor, " d"] | None = None,
+) -> Float[Tensor, "b d"]:
+    """One token of `selective_scan` for the rows `slots` of a pool of states, written in place."""
+    x, dt, B, C = (t.unsqueeze(1) for t in (x, dt, B, C))
+    y, after = selective_scan.reference(x, dt, A, B, C, gather(state, slots), D=D)
+    scatter_(state, slots, after)
+    return y[:, 0]
+
+
+selective_scan.add("torch", "everstate.ops.selective_scan.blocked:selective_scan", anywhere)
+selective_step_.add("torch", "everstate.ops.selective_scan.step:selective_step_", anywhere)

@@ -1,0 +1,32 @@
+"""One token of the selective scan without a copy of the pool: decay, add and read the state where it lies."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from everstate.core.dtypes import state_dtype
+from everstate.core.state import Slots, gather, scatter_
+
+
+def selective_step_(
+    x: Float[Tensor, "b d"],
+    dt: Float[Tensor, "b d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "b n"],
+    C: Float[Tensor, "b n"],
+    state: Float[Tensor, "slots d n"],
+    slots: Slots = None,
+    *,
+    D: Float[Tensor, " d"] | None = None,
+) -> Float[Tensor, "b d"]:
+    """See `everstate.ops.selective_step_`."""
+    dtype = state_dtype(x.dtype)
+    u, steps, keys, queries = (t.to(dtype) for t in (x, dt, B, C))
+    h = gather(state, slots)
+    h.mul_(torch.exp(steps.unsqueeze(2) * A.to(dtype))).addcmul_((steps * u).unsqueeze(2), keys.unsqueeze(1))
+    if slots is not None:
+        scatter_(state, slots, h)
+    y = torch.matmul(h, queries.unsqueeze(2)).squeeze(2)
+    return (y if D is None else y + D.to(dtype) * u).to(x.dtype)

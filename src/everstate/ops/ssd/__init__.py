@@ -1,0 +1,79 @@
+"""State space duality: the recurrence of Mamba-2, and with a look-ahead scale and its own diagonal that of Mamba-3."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from everstate.core.dtypes import state_dtype
+from everstate.core.op import anywhere, op
+from everstate.core.packing import Packing, each_sequence
+from everstate.core.state import Slots, gather, scatter_
+
+
+@op
+def ssd_scan(
+    x: Float[Tensor, "b l h p"],
+    a: Float[Tensor, "b l h"],
+    s: Float[Tensor, "b l h"],
+    B: Float[Tensor, "b l g n"],
+    C: Float[Tensor, "b l g n"],
+    state: Float[Tensor, "seqs h p n"],
+    *,
+    diagonal: Float[Tensor, "b l h r"] | None = None,
+    D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None = None,
+    packing: Packing | None = None,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "seqs h p n"]]:
+    """Run `state = exp(a) state + s x B^T; y = state C + D x` along time.
+
+    `a` is the log decay (dt A in Mamba-2, never positive), `s` the scale of the input (dt in Mamba-2). Head h uses
+    group h // (heads / groups) of B and C. The state is float32 (float64 for float64 inputs), y has the dtype of x.
+
+    With `diagonal`, entries come in groups of r that enter at once (the ranks of a MIMO model; r = 1 for SISO), l is a
+    multiple of r, a group decays by the sum of its `a`, and what an entry receives from its own group is not
+    `s B.C` but given: `y[i] = exp(a) state C[i] + sum_j diagonal[i, j] x[j]` over the r entries j of the group of i.
+
+    Source: Dao and Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), section 6.
+    """
+    if packing is not None:
+        timed = {"x": x, "a": a, "s": s, "B": B, "C": C, "diagonal": diagonal}
+        return each_sequence(ssd_scan.reference, packing, timed, state, D=D)
+    dtype, heads, rank = state_dtype(x.dtype), x.shape[2], 1 if diagonal is None else diagonal.shape[-1]
+    skip = None if D is None else D.to(dtype).view(heads, -1)
+    u, h = x.to(dtype), state.to(dtype)
+    keys, queries = (m.to(dtype).repeat_interleave(heads // m.shape[2], 2) for m in (B, C))
+    ys = []
+    for t in range(0, x.shape[1], rank):
+        now = slice(t, t + rank)
+        decayed = torch.exp(a[:, now].to(dtype).sum(1))[:, :, None, None] * h
+        h = decayed + torch.einsum("brh,brhp,brhn->bhpn", s[:, now].to(dtype), u[:, now], keys[:, now])
+        y = torch.einsum("bhpn,brhn->brhp", h if diagonal is None else decayed, queries[:, now])
+        if diagonal is not None:
+            y = y + torch.einsum("brhq,bqhp->brhp", diagonal[:, now].to(dtype), u[:, now])
+        ys.append(y if skip is None else y + skip * u[:, now])
+    return torch.cat(ys, 1).to(x.dtype), h
+
+
+@op
+def ssd_step_(
+    x: Float[Tensor, "b h p"],
+    a: Float[Tensor, "b h"],
+    s: Float[Tensor, "b h"],
+    B: Float[Tensor, "b g n"],
+    C: Float[Tensor, "b g n"],
+    state: Float[Tensor, "slots h p n"],
+    slots: Slots = None,
+    *,
+    D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None = None,
+) -> Float[Tensor, "b h p"]:
+    """One token of `ssd_scan` for the rows `slots` of a pool of states, written in place."""
+    x, a, s, B, C = (t.unsqueeze(1) for t in (x, a, s, B, C))
+    y, after = ssd_scan.reference(x, a, s, B, C, gather(state, slots), D=D)
+    scatter_(state, slots, after)
+    return y[:, 0]
+
+
+ssd_scan.add("torch", "everstate.ops.ssd.chunked:ssd_scan", anywhere)
+ssd_step_.add("torch", "everstate.ops.ssd.step:ssd_step_", anywhere)

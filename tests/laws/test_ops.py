@@ -1,0 +1,281 @@
+"""The laws of ops, over every op and variant in `EXAMPLES`: a new op inherits all of them without a line of test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from everstate.core.op import REFERENCE
+from everstate.core.packing import Packing
+from everstate.core.state import clone, concat, gather, map_state, tensors
+from everstate.ops import OPS, use
+from everstate.ops.example import EXAMPLES, Draw, Example
+
+CASES = [(name, variant) for name in EXAMPLES for variant in EXAMPLES[name]]
+
+
+def accepting(op: Any, example: Example, timed: dict[str, Tensor]) -> list[str]:
+    """Backends that serve an example: one that refuses it is not asked."""
+    state = {} if example.state is None else {"state": example.state}
+    verdicts = op.explain(**timed, **example.fixed, **state)
+    return [backend for backend, verdict in verdicts.items() if verdict == "accepts"]
+
+
+DRAWN = {(name, variant): EXAMPLES[name][variant](Draw(), 1, 2, 1) for name, variant in CASES}
+BACKENDS = [(*case, backend) for case, one in DRAWN.items() for backend in accepting(OPS[case[0]], one, one.timed)]
+FAST = [case for case in BACKENDS if case[2] != REFERENCE]
+TIMED = [case for case in BACKENDS if DRAWN[case[:2]].timed]
+LENGTHS = [1, 2, 7, 63, 64, 65, 131]
+CUTS = [1, 2, 31, 64, 68]
+PACKED = Packing.of_lengths([1, 5, 40, 3, 66])
+
+# Backends whose outputs are causal to rounding only. A Fourier transform mixes all times before it separates them. How
+# many tokens share one matrix product of an expert depends on all of them, and its height may change its rounding.
+CAUSAL_TO_ROUNDING = {
+    ("experts", "gated", "torch"),
+    ("experts", "relu2", "torch"),
+    ("lti_conv", "long", "torch"),
+    ("lti_conv", "short", "torch"),
+    ("lti_diagonal", "convolution", "torch"),
+    ("lti_diagonal", "bilinear convolution", "torch"),
+    ("lti_dplr", "convolution", "torch"),
+}
+
+
+def draw(name: str, variant: str, batch: int, length: int, sequences: int | None = None) -> Example:
+    return EXAMPLES[name][variant](Draw(), batch, length, sequences or batch)
+
+
+def run(
+    name: str, backend: str, example: Example, timed: dict[str, Tensor] | None = None, state: Any = None, **more: Any
+) -> tuple[Tensor, Any]:
+    """Outputs and final state (an empty tuple where the op has none)."""
+    arguments = {**(timed or example.timed), **example.fixed, **more}
+    with use(backend):
+        if example.state is None:
+            return OPS[name](**arguments), ()
+        return OPS[name](**arguments, state=example.state if state is None else state)
+
+
+def token(example: Example) -> dict[str, Tensor]:
+    """The first token."""
+    return {key: value[:, 0] for key, value in example.timed.items()}
+
+
+def cut(example: Example, where: slice) -> dict[str, Tensor]:
+    return {key: value[:, where] for key, value in example.timed.items()}
+
+
+def close(got: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    for one, other in zip(tensors(got), tensors(expected), strict=True):
+        scale = max(other.abs().max().item(), 1.0)
+        assert (one - other).abs().max().item() <= tolerance * scale
+
+
+def gradients(name: str, backend: str, example: Example, **more: Any) -> list[Tensor]:
+    """Gradients of a random projection of the outputs and the final state, for every tensor that is not an index."""
+    leaf = lambda t: t.detach().clone().requires_grad_(t.is_floating_point() or t.is_complex())
+    fresh = lambda v: leaf(v) if isinstance(v, Tensor) else v
+    timed = {key: leaf(value) for key, value in example.timed.items()}
+    fixed = {key: fresh(value) for key, value in example.fixed.items()}
+    state = () if example.state is None else map_state(leaf, example.state)
+    y, after = run(name, backend, example._replace(fixed=fixed), timed, state, **more)
+    generator = torch.Generator().manual_seed(1)
+    total = torch.zeros((), dtype=torch.float64)
+    for out in (y, *tensors(after)):
+        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        total = total + ((out.real + 0.5 * out.imag if out.is_complex() else out) * weight).sum()
+    leaves = [*timed.values(), *(v for v in fixed.values() if isinstance(v, Tensor)), *tensors(state)]
+    wanted = [t for t in leaves if t.requires_grad]
+    return [
+        torch.zeros_like(t) if g is None else g
+        for t, g in zip(wanted, torch.autograd.grad(total, wanted, allow_unused=True), strict=True)
+    ]
+
+
+def test_every_op_has_an_example() -> None:
+    steps = {f.name for n, v in CASES if (f := draw(n, v, 1, 2).step) is not None}
+    assert set(OPS) == set(EXAMPLES) | steps
+
+
+def test_every_implementation_accepts_some_example() -> None:
+    accepted = {(name, backend) for name, _, backend in BACKENDS}
+    for example in DRAWN.values():
+        if example.step is not None:
+            accepted |= {(example.step.name, b) for b in accepting(example.step, example, token(example))}
+    assert accepted == {(name, backend) for name, op in OPS.items() for backend in op.backends()}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("name", "variant", "backend"), FAST)
+def test_agrees_with_the_reference(name: str, variant: str, backend: str, length: int) -> None:
+    example = draw(name, variant, 2, length)
+    close(run(name, backend, example), run(name, REFERENCE, example))
+
+
+@pytest.mark.parametrize("length", [1, 65])
+@pytest.mark.parametrize(("name", "variant", "backend"), FAST)
+def test_gradients_agree_with_the_reference(name: str, variant: str, backend: str, length: int) -> None:
+    example = draw(name, variant, 2, length)
+    got, expected = gradients(name, backend, example), gradients(name, REFERENCE, example)
+    close(tuple(got), tuple(expected), 1e-8)
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_gradcheck_of_the_reference(name: str, variant: str) -> None:
+    example = draw(name, variant, 1, 3)
+    differentiable = lambda v: isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())
+    # An op without time, such as a kernel, is checked in its parameters.
+    given = {k: v.requires_grad_() for k, v in (example.timed or example.fixed).items() if differentiable(v)}
+    parts = tensors(example.state) if example.state is not None else []
+    parts = [p.requires_grad_() for p in parts if p.is_floating_point() or p.is_complex()]
+
+    def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(given, inputs, strict=False))
+        rest = iter(inputs[len(given) :])
+        pick = lambda t: next(rest) if t.is_floating_point() or t.is_complex() else t
+        state = None if example.state is None else map_state(pick, example.state)
+        here = example._replace(timed={**example.timed, **named}, fixed={**example.fixed, **named})
+        y, after = run(name, REFERENCE, here, state=state)
+        return (y, *(t for t in tensors(after) if t.is_floating_point() or t.is_complex()))
+
+    assert torch.autograd.gradcheck(function, (*given.values(), *parts))
+
+
+@pytest.mark.parametrize("where", CUTS)
+@pytest.mark.parametrize(("name", "variant", "backend"), TIMED)
+def test_a_split_changes_nothing(name: str, variant: str, backend: str, where: int) -> None:
+    example = draw(name, variant, 2, 69)
+    whole, final = run(name, backend, example)
+    first, middle = run(name, backend, example, cut(example, slice(0, where)))
+    second, last = run(name, backend, example, cut(example, slice(where, None)), middle)
+    close((torch.cat([first, second], 1), last), (whole, final))
+
+
+@pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
+def test_packed_sequences_are_separate_sequences(name: str, variant: str, backend: str) -> None:
+    example = draw(name, variant, 1, PACKED.total, len(PACKED))
+    if not example.packs:
+        pytest.skip("this op looks at one token at a time and needs no packing")
+    packed, after = run(name, backend, example, packing=PACKED)
+    rows = [torch.tensor([i]) for i in range(len(PACKED))]
+    alone = [
+        run(
+            name,
+            backend,
+            example,
+            cut(example, where),
+            gather(example.state, row) if example.state is not None else None,
+        )
+        for where, row in zip(PACKED.slices(), rows, strict=True)
+    ]
+    close((packed, after), (torch.cat([y for y, _ in alone], 1), concat([s for _, s in alone])))
+    close(
+        tuple(gradients(name, backend, example, packing=PACKED)),
+        tuple(gradients(name, REFERENCE, example, packing=PACKED)),
+        1e-8,
+    )
+
+
+@pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
+def test_packed_sequences_do_not_meet(name: str, variant: str, backend: str) -> None:
+    example = draw(name, variant, 1, PACKED.total, len(PACKED))
+    if not example.packs:
+        pytest.skip("this op looks at one token at a time and needs no packing")
+    touched = PACKED.slices()[2]
+    timed = disturb(example.timed, touched)
+    before, after = run(name, backend, example, packing=PACKED), run(name, backend, example, timed, packing=PACKED)
+    keep = torch.ones(PACKED.total, dtype=torch.bool)
+    keep[touched] = False
+    assert torch.equal(before[0][:, keep], after[0][:, keep])
+    others = torch.tensor([0, 1, 3, 4])
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(tensors(before[1]), tensors(after[1]), strict=True))
+
+
+def disturb(timed: dict[str, Tensor], where: slice) -> dict[str, Tensor]:
+    """Other values of the same kind at some times: the tokens there in reverse order, and a third of the way on."""
+    result = {}
+    for key, value in timed.items():
+        changed = value.clone()
+        changed[:, where] = value[:, where].flip(1).roll(value[:, where].shape[1] // 3 + 1, 1)
+        result[key] = changed
+    return result
+
+
+@pytest.mark.parametrize(("name", "variant", "backend"), TIMED)
+def test_an_output_does_not_see_what_comes_later(name: str, variant: str, backend: str) -> None:
+    example = draw(name, variant, 2, 90)
+    before, _ = run(name, backend, example)
+    after, _ = run(name, backend, example, disturb(example.timed, slice(50, 90)))
+    assert not torch.equal(before[:, 50:], after[:, 50:])
+    if (name, variant, backend) in CAUSAL_TO_ROUNDING:
+        close(after[:, :50], before[:, :50], 1e-12)
+    else:
+        assert torch.equal(before[:, :50], after[:, :50])
+
+
+@pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
+def test_a_step_is_one_token(name: str, variant: str, backend: str) -> None:
+    example = draw(name, variant, 3, 1)
+    if example.step is None:
+        pytest.skip("this op carries no state, or its step belongs to another variant")
+    y, after = run(name, REFERENCE, example)
+    pool, slots = map_state(lambda t: torch.cat([t, t]), clone(example.state)), torch.tensor([4, 0, 2])
+    map_state(lambda into, rows: into.index_copy_(0, slots, rows), pool, example.state)
+    untouched = gather(pool, torch.tensor([1, 3, 5]))
+    now = token(example)
+    for step_backend in accepting(example.step, example, now):
+        here = clone(pool)
+        with use(step_backend):
+            got = example.step(**now, state=here, slots=slots, **example.fixed)
+        close((got, gather(here, slots)), (y[:, 0], after))
+        close(gather(here, torch.tensor([1, 3, 5])), untouched, 0.0)
+        rows = clone(example.state)
+        with use(step_backend):
+            got = example.step(**now, state=rows, **example.fixed)
+        close((got, rows), (y[:, 0], after))
+
+
+@pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
+def test_inputs_may_lie_anyhow_in_memory(name: str, variant: str, backend: str) -> None:
+    example = draw(name, variant, 2, 13)
+    spread = {
+        key: torch.stack([v, v], -1)[..., 0].transpose(0, 1).clone().transpose(0, 1) for key, v in example.timed.items()
+    }
+    close(run(name, backend, example, spread), run(name, backend, example), 1e-13)
+
+
+@pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
+def test_inputs_and_state_are_left_as_they_were(name: str, variant: str, backend: str) -> None:
+    example = draw(name, variant, 2, 13)
+    before = clone((tuple(example.timed.values()), example.state if example.state is not None else ()))
+    run(name, backend, example)
+    close((tuple(example.timed.values()), example.state if example.state is not None else ()), before, 0.0)
+
+
+@pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
+def test_no_memory_is_read_before_it_is_written(name: str, variant: str, backend: str, poisoned_empty: None) -> None:
+    example = draw(name, variant, 2, 67)
+    y, after = run(name, backend, example)
+    assert all(bool(torch.isfinite(torch.view_as_real(t) if t.is_complex() else t).all()) for t in (y, *tensors(after)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "variant", "backend"), FAST)
+def test_low_precision_agrees_with_its_reference(name: str, variant: str, backend: str, dtype: torch.dtype) -> None:
+    example = EXAMPLES[name][variant](Draw(dtype=torch.float32), 2, 65, 2)
+    if dtype is torch.bfloat16:
+        lower = lambda t: t.to(dtype) if t.dtype is torch.float32 else t
+        example = example._replace(timed={key: lower(value) for key, value in example.timed.items()})
+    expected, final = run(name, REFERENCE, example)
+    got, after = run(name, backend, example)
+    assert got.dtype == expected.dtype
+    assert [t.dtype for t in tensors(after)] == [t.dtype for t in tensors(final)]
+    close(
+        (got.double() if not got.is_complex() else got, after),
+        (expected.double() if not got.is_complex() else expected, final),
+        1e-4 if dtype is torch.float32 else 2e-2,
+    )

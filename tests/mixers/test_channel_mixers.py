@@ -1,0 +1,91 @@
+"""MLP, experts and mixers side by side: formulas written out, defaults, and settings that cannot be built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import linear, silu
+
+from everstate.core.errors import ConfigError
+from everstate.mixers import build_mixer
+
+X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def build(kind: str, d_model: int = 16, **settings: Any) -> Any:
+    return build_mixer({"type": kind, **settings}, d_model, dtype=torch.float64)
+
+
+def test_swiglu() -> None:
+    mixer = build("mlp")
+    gate, up = linear(X, mixer.in_proj.weight).chunk(2, -1)
+    torch.testing.assert_close(mixer(X, mixer.init_state(2))[0], linear(silu(gate) * up, mixer.out_proj.weight))
+
+
+@pytest.mark.parametrize(
+    ("d_model", "settings", "width"),
+    [(16, {}, 48), (768, {}, 2048), (1024, {}, 2736), (16, {"gated": False}, 64), (16, {"d_hidden": 7}, 7)],
+)
+def test_default_width(d_model: int, settings: dict[str, Any], width: int) -> None:
+    mixer = build_mixer({"type": "mlp", **settings}, d_model, device="meta")
+    assert mixer.out_proj.weight.shape == (d_model, width)
+
+
+def test_experts_are_routed_and_the_shared_one_sees_every_token() -> None:
+    mixer = build("moe", nexperts=3, top_k=3, score="sigmoid", normalise=False, routed_scale=2.0, d_shared=8)
+    y, _ = mixer(X, mixer.init_state(2))
+    expected = mixer.shared.read(X)
+    shares = linear(X, mixer.router.weight).sigmoid() * 2.0
+    for i in range(3):
+        gate, up = linear(X, mixer.in_proj.weight[i]).chunk(2, -1)
+        expected = expected + shares[..., i : i + 1] * linear(silu(gate) * up, mixer.out_proj.weight[i])
+    torch.testing.assert_close(y, expected)
+
+
+def test_the_correction_bias_chooses_the_expert_and_is_saved() -> None:
+    mixer = build("moe", nexperts=3, top_k=1, score="sigmoid", normalise=False, correction_bias=True)
+    assert "router_bias" in mixer.state_dict()
+    assert "router_bias" not in dict(mixer.named_parameters())
+    mixer.router_bias.copy_(torch.tensor([0.0, 5.0, 0.0]))
+    y, _ = mixer(X, mixer.init_state(2))
+    gate, up = linear(X, mixer.in_proj.weight[1]).chunk(2, -1)
+    share = linear(X, mixer.router.weight[1:2]).sigmoid()
+    torch.testing.assert_close(y, share * linear(silu(gate) * up, mixer.out_proj.weight[1]))
+
+
+def test_flops_of_experts_are_those_of_the_active_ones() -> None:
+    mixer = build("moe", nexperts=8, top_k=2, d_hidden=10, d_shared=6)
+    assert mixer.flops_per_token(0) == mixer.flops_per_token(10**6) == 2 * (8 * 16 + 2 * 3 * 10 * 16 + 3 * 6 * 16)
+
+
+def test_side_by_side_is_the_sum() -> None:
+    table = {"ssm": {"type": "mamba2", "d_state": 8, "headdim": 8}, "attn": {"type": "attention", "window": 3}}
+    mixer = build("parallel", mixers=table)
+    y, state = mixer(X, mixer.init_state(2))
+    parts = [mixer.mixers[name](X, mixer.mixers[name].init_state(2)) for name in table]
+    torch.testing.assert_close(y, parts[0][0] + parts[1][0])
+    torch.testing.assert_close(state, tuple(after for _, after in parts))
+    assert [name for name, _ in mixer.named_children()] == ["mixers"]
+    assert mixer.flops_per_token(9) == sum(mixer.mixers[name].flops_per_token(9) for name in table)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("mlp", {"activation": "relu"}, "activation"),
+        ("moe", {"nexperts": 2, "top_k": 3}, "top_k 3 is more than nexperts 2"),
+        ("moe", {"top_k": 1}, "the router could not learn"),
+        ("moe", {"top_k": 1, "score": "topk_softmax", "normalise": False}, "the router could not learn"),
+        ("parallel", {"mixers": {}}, "no mixers"),
+        ("parallel", {}, "'mixers' is missing"),
+        ("parallel", {"mixers": {"a.b": {"type": "mlp"}}}, "cannot be called 'a.b'"),
+        ("parallel", {"mixers": {"keys": {"type": "mlp"}}}, "cannot be called 'keys'"),
+        ("parallel", {"mixers": {"a": {"type": "mpl"}}}, "did you mean 'mlp'"),
+        ("parallel", {"mixers": {"a": {"type": "mlp", "hidden": 3}}}, "unknown key 'hidden'"),
+    ],
+)
+def test_what_cannot_be_built(kind: str, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build(kind, **settings)
