@@ -165,7 +165,7 @@ def test_forward_is_pure(name: str, variant: str) -> None:
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_every_parameter_has_a_gradient(name: str, variant: str) -> None:
     mixer, x = build(name, variant), inputs(2, LENGTH)
-    y, after = mixer(x, mixer.init_state(2, context=LENGTH))
+    y, _ = mixer(x, mixer.init_state(2, context=LENGTH))
     y.square().sum().backward()
     for field, parameter in mixer.named_parameters():
         assert parameter.grad is not None, field
@@ -230,7 +230,7 @@ def test_irregular_sampling(name: str, variant: str) -> None:
     try:
         regular, _ = mixer(x, start, None, ones)
     except RequestError as error:
-        assert "delta_t" in str(error)  # noqa: PT017
+        assert "delta_t" in str(error)
         return
     close(regular, mixer(x, start)[0])
     if not tensors(start):

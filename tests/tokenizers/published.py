@@ -39,7 +39,7 @@ def byte_level(words: str = "gpt2") -> str:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    tokenizer.add_tokens(["<think>"])
+    tokenizer.add_tokens(["<think>", "<no thought é日>"])
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=8)
     return str(tokenizer.to_str())

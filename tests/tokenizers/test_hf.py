@@ -7,12 +7,12 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders
 
 from everstate.core.errors import TokenizerError
 from everstate.tokenizers import HFTokenizer
 from tests.tokenizers.published import BOS, EOS, TEXTS, byte_level, sentencepiece
-from tokenizers import Tokenizer as Library
-from tokenizers import decoders
 
 BPE = HFTokenizer(byte_level(), bos_id=0, eos_ids=(1,))
 LIBRARY = Library.from_str(byte_level())
@@ -72,6 +72,7 @@ def test_names_of_special_tokens_are_text_unless_asked_for() -> None:
     assert BPE.decode(BPE.encode(text, special=True)) == "ab"
     assert BPE.decode(BPE.encode("<think>")) == "<think>"
     assert len(BPE.encode("<think>")) == 1
+    assert BPE.token_bytes(BPE.encode("<no thought é日>")[0]).decode() == "<no thought é日>"
 
 
 def test_what_the_file_puts_in_front_is_known() -> None:
@@ -108,7 +109,7 @@ def test_what_cannot_be_used_is_refused() -> None:
         HFTokenizer(json.dumps({**table, "decoder": json.loads(decoders.WordPiece().__getstate__())}))
     with pytest.raises(TokenizerError, match="not supported: none"):
         HFTokenizer(json.dumps({**table, "decoder": None}))
-    with pytest.raises(TokenizerError, match=r"token 5000 is not in the vocabulary; give an id below 397"):
+    with pytest.raises(TokenizerError, match=r"token 5000 is not in the vocabulary; give an id below 398"):
         HFTokenizer(byte_level(), eos_ids=(5000,))
     with pytest.raises(TokenizerError, match="lone surrogate"):
         BPE.encode("\ud800")

@@ -70,7 +70,7 @@ def override(table: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
 
     Values are TOML values; what TOML cannot read is a string, so `model.layout=4*(ssm mlp)` needs no quotes.
     """
-    result = {key: value for key, value in table.items()}
+    result = dict(table)
     for setting in settings:
         path, separator, text = setting.partition("=")
         keys = path.strip().split(".")

@@ -99,12 +99,21 @@ class Packing:
 
     def pad(self, x: Shaped[Tensor, "1 total ..."], fill: float = 0.0) -> Shaped[Tensor, "n longest ..."]:
         """One row per sequence, filled up at the end, for implementations to which `fill` means "nothing happens"."""
+        if self._equal:
+            return x[0].unflatten(0, (len(self), -1))
         padded = x.new_full((len(self), max(self.lengths), *x.shape[2:]), fill)
         return padded.index_put(self._places(x.device), x[0])
 
     def unpad(self, x: Shaped[Tensor, "n longest ..."]) -> Shaped[Tensor, "1 total ..."]:
         """The inverse of `pad`."""
+        if self._equal:
+            return x.flatten(0, 1).unsqueeze(0)
         return x[self._places(x.device)].unsqueeze(0)
+
+    @property
+    def _equal(self) -> bool:
+        """Whether all lengths are equal, as in most batches of training: then the row is already the rows."""
+        return len(set(self.lengths)) == 1
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return self.sequence_ids(device), self.positions(device)
@@ -142,7 +151,11 @@ def first_tokens(
 
 
 def each_sequence(
-    function: Callable[..., tuple[Tensor, S]], packing: Packing, timed: Mapping[str, Tensor | None], state: S, **fixed: Any
+    function: Callable[..., tuple[Tensor, S]],
+    packing: Packing,
+    timed: Mapping[str, Tensor | None],
+    state: S,
+    **fixed: Any,
 ) -> tuple[Tensor, S]:
     """What packing means: `function` called on every sequence alone, its outputs laid end to end again.
 

@@ -62,7 +62,7 @@ def clone(state: S) -> S:
 
 
 def detach(state: S) -> S:
-    """The same values, cut off from the gradient graph: the border between two segments of truncated backpropagation."""
+    """The same values, cut off from the gradient graph, as between two segments of truncated backpropagation."""
     return map_state(torch.detach, state)
 
 

@@ -176,7 +176,7 @@ def parse_mixer(table: Mapping[str, Any]) -> tuple[Config, type[Mixer]]:
 
 
 def cast_(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a model's parameters to `dtype`, except those marked `in_float32`, which get float32 (float64 for float64)."""
+    """Cast parameters to `dtype`, except those marked `in_float32`, which get float32 (float64 for float64)."""
     for part in module.modules():
         kept = part.in_float32 if isinstance(part, Special) else frozenset()
         for name, parameter in part.named_parameters(recurse=False):

@@ -49,8 +49,9 @@ class Mamba3Config(Config):
     rope_interleaved: bool | None = None
     """Which entries turn together: (2j, 2j + 1), or (j, j + n / 2). None: as published, the first for SISO only."""
     A_activation: Literal["softplus", "heavy_tail"] = "softplus"
-    """-A as a function of its projection. Softplus is that of the paper and a fresh model's; checkpoints since June 2026
-    want the heavy tail, `1 + x` for x >= 0 and `1 / (1 - x)` below, and carry no mark of it: compare perplexities."""
+    """-A as a function of its projection. Softplus is that of the paper and of a fresh model; checkpoints since June
+    2026 want the heavy tail, `1 + x` for x >= 0 and `1 / (1 - x)` below, and carry no mark of it: compare the
+    perplexities."""
     A_floor: PositiveFloat = 1e-4
     """Smallest -A."""
     is_mimo: bool = False

@@ -1,0 +1,29 @@
+"""`everstate bench`: measure, after the correctness gate, beside the peers that are installed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure this machine, beside peers where they are installed.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Measure this machine, beside peers where they are installed."""
+
+
+@app.command()
+def ops(
+    quick: Annotated[bool, typer.Option(help="Small sizes: seconds instead of minutes.")] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default all.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+) -> None:
+    """Every op against its reference, and Mamba layers against transformers."""
+    from everstate.bench import ops as measure
+
+    result = measure.run(quick=quick, threads=threads, output=output, now=datetime.now(UTC))
+    raise typer.Exit(0 if result["passed"] else 1)

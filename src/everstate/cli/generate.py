@@ -1,0 +1,103 @@
+"""`everstate generate`: continue a prompt of any length, streaming, in memory that does not grow."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from everstate.core.errors import DataError, RequestError
+
+if TYPE_CHECKING:
+    from everstate.engine import Session
+
+CHUNK = 65_536
+"""Bytes of a file or of standard input that are read at once."""
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; '-', or nothing without --resume, reads standard input.")
+    ] = None,
+    model: Annotated[Path, typer.Option("--model", "-m", help="The folder of a model.")] = Path("demo/model"),
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from this file.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=0, help="Tokens to write at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the fewest tokens that reach this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens at least this likely relative to the best.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    resume: Annotated[Path | None, typer.Option(help="Continue from this saved state.")] = None,
+    save_state: Annotated[Path | None, typer.Option(help="Save the state to this file at the end.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the text.")] = False,
+) -> None:
+    """Continue a prompt from an argument, a file or standard input, and print the text as it is written."""
+    chunks, name = _prompt(prompt, file, optional=resume is not None)
+
+    from everstate import checkpoints
+    from everstate.engine import Sampling, Session
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    weights, tokenizer = checkpoints.load(model)
+    session = Session(weights, tokenizer) if resume is None else Session.load(resume, weights, tokenizer)
+    started = time.perf_counter()
+    if chunks is not None:
+        session.read_stream(chunks, name=name)
+    read = time.perf_counter()
+    prompt_tokens = session.tokens_read
+    text = _show(session.write(max_tokens, sampling), silent=as_json)
+    if save_state is not None:
+        session.save(save_state)
+    if as_json:
+        seconds = {"read_seconds": read - started, "write_seconds": time.perf_counter() - read}
+        typer.echo(json.dumps({"text": text, **_counts(session, prompt_tokens), **seconds}, ensure_ascii=False))
+
+
+def _counts(session: Session, prompt_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": session.tokens_read - prompt_tokens,
+        "state_bytes": session.state_bytes,
+    }
+
+
+def _show(pieces: Iterator[str], silent: bool) -> str:
+    """Print the pieces as they come; give back the whole text."""
+    written = []
+    for piece in pieces:
+        written.append(piece)
+        if not silent:
+            print(piece, end="", flush=True)
+    if not silent:
+        print()
+    return "".join(written)
+
+
+def _prompt(prompt: str | None, file: Path | None, *, optional: bool) -> tuple[Iterator[str | bytes] | None, str]:
+    """The prompt in chunks, and what messages call it; with `optional`, nothing given means that there is none."""
+    if prompt not in (None, "-") and file is not None:
+        raise RequestError("both a prompt and --file were given; give one of them")
+    if file is not None:
+        return _chunks(file), str(file)
+    if prompt not in (None, "-"):
+        return iter([str(prompt)]), "the prompt"
+    if prompt is None and optional:
+        return None, ""
+    if prompt is None and sys.stdin.isatty():
+        raise RequestError("no prompt was given; give it as an argument, with --file, or on standard input")
+    return _chunks(sys.stdin.fileno()), "standard input"
+
+
+def _chunks(source: Path | int) -> Iterator[bytes]:
+    """The bytes of a file, read piece by piece."""
+    try:
+        with open(source, "rb", closefd=isinstance(source, Path)) as opened:
+            yield from iter(partial(opened.read, CHUNK), b"")
+    except OSError as error:
+        raise DataError(f"cannot read the prompt: {error}; give the path of a text file") from None

@@ -1,0 +1,82 @@
+"""The two loops of inference: reading prompts in blocks, and writing token by token. Both in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from everstate.core.errors import RequestError
+from everstate.core.packing import Packing
+from everstate.core.state import gather, scatter_
+from everstate.engine.sampler import Sampling, sample
+from everstate.mixers import State
+from everstate.models import LM
+
+BLOCK = 512
+"""Tokens of each prompt read at once: longer blocks cost more memory and gain no speed."""
+
+
+@torch.no_grad()
+def prefill_(model: LM, prompts: Sequence[Iterable[int]], state: State) -> Float[Tensor, "b v"]:
+    """Read prompts of any lengths, one per row of `state`, which is updated in place.
+
+    Returns the logits of the token after each prompt. Prompts may be generators: only one block of each is held at a
+    time. Raises `RequestError` for an empty prompt.
+    """
+    sources = [iter(prompt) for prompt in prompts]
+    logits: list[Tensor | None] = [None] * len(sources)
+    rows = list(range(len(sources)))
+    while rows:
+        blocks = {row: block for row in rows if (block := list(islice(sources[row], BLOCK)))}
+        rows = list(blocks)
+        if rows:
+            for row, last in zip(rows, _read(model, blocks, state), strict=True):
+                logits[row] = last
+    read = [last for last in logits if last is not None]
+    if len(read) < len(logits):
+        raise RequestError(f"prompt {logits.index(None) + 1} is empty; give at least one token")
+    return torch.stack(read)
+
+
+def _read(model: LM, blocks: dict[int, list[int]], state: State) -> Float[Tensor, "b v"]:
+    """Read one block of each of some rows, packed; the logits after each."""
+    slots = torch.tensor(list(blocks), device=model.device)
+    tokens = torch.tensor([[token for block in blocks.values() for token in block]], device=model.device)
+    packing = Packing.of_lengths([len(block) for block in blocks.values()])
+    # A single sequence needs no packing, and then nothing is laid out anew.
+    hidden, after = model.hidden(tokens, gather(state, slots), packing if len(packing) > 1 else None)
+    scatter_(state, slots, after)
+    return model.logits(hidden[0, packing.ends(model.device)])
+
+
+@torch.no_grad()
+def decode_(
+    model: LM,
+    logits: Float[Tensor, "b v"],
+    state: State,
+    samplings: Sequence[Sampling],
+    *,
+    generators: Sequence[torch.Generator] | None = None,
+    stop: Iterable[int] = (),
+    max_tokens: int,
+) -> Iterator[dict[int, tuple[int, Float[Tensor, " v"]]]]:
+    """Write up to `max_tokens` tokens for every row of `state`, which is updated in place.
+
+    Yields after each step, for every row still writing, its new token and the logits after it. A row ends at a token in
+    `stop`, which is read and yielded too.
+    """
+    draws = generators if generators is not None else [sampling.generator() for sampling in samplings]
+    ends, rows, last = frozenset(stop), list(range(len(samplings))), dict(enumerate(logits))
+    for _ in range(max_tokens):
+        tokens = [sample(last[row], samplings[row], draws[row]) for row in rows]
+        slots = torch.tensor(rows, device=model.device) if len(rows) < len(samplings) else None
+        after = model.step_(torch.tensor(tokens, device=model.device), state, slots)
+        last = dict(zip(rows, after, strict=True))
+        yield {row: (token, last[row]) for row, token in zip(rows, tokens, strict=True)}
+        rows = [row for row, token in zip(rows, tokens, strict=True) if token not in ends]
+        if not rows:
+            return

@@ -1,0 +1,182 @@
+"""The language model: an embedding, a flat list of residual blocks, a norm and a head."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from everstate.core.dtypes import state_dtype
+from everstate.core.errors import RequestError
+from everstate.core.packing import Packing
+from everstate.core.state import Slots, tensors
+from everstate.mixers import Mixer, State, build_mixer
+from everstate.mixers.base import RMSNorm, cast_
+from everstate.models.config import ModelConfig
+
+EMBEDDING_STD = 0.02
+
+
+class Block(nn.Module):
+    """One residual block: `x + mixer(norm(x))`."""
+
+    norm: RMSNorm
+    mixer: Mixer
+
+    def __init__(self, norm: RMSNorm, mixer: Mixer) -> None:
+        super().__init__()
+        self.norm = norm
+        self.mixer = mixer
+
+
+class LM(nn.Module):
+    """A language model built from a `ModelConfig`; the same weights read segments (`forward`) and tokens (`step_`).
+
+    A `seed` gives the same weights on every device; on the `meta` device nothing is allocated. The residual stream is
+    float32 (float64 for float64 weights) whatever the weights are. Raises `ConfigError` for shapes that do not fit.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.blocks = nn.ModuleList(
+                Block(
+                    RMSNorm(config.d_model, config.norm_eps),
+                    build_mixer(config.mixer_table(name), config.d_model, device="meta"),
+                )
+                for name in config.blocks
+            )
+            self.norm = RMSNorm(config.d_model, config.norm_eps)
+            self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        cast_(self, dtype)
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            self._init(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def _init(self, generator: torch.Generator) -> None:
+        """Values of every parameter; what adds to the residual stream is scaled by 1 / sqrt(blocks), as in GPT-2."""
+        weights = [self.embedding.weight] + ([] if self.head is None else [self.head.weight])
+        for weight in weights:
+            weight.copy_(torch.randn(weight.shape, generator=generator) * EMBEDDING_STD)
+        self.norm.init_()
+        for block in self.layers:
+            block.norm.init_()
+            block.mixer.init_(generator)
+            for name, parameter in block.mixer.named_parameters():
+                if name.endswith("out_proj.weight"):
+                    parameter.div_(len(self.blocks) ** 0.5)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, in order."""
+        return cast("list[Block]", list(self.blocks))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights (those that must stay in float32 aside)."""
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.embedding.weight.device
+
+    @property
+    def head_weight(self) -> Float[Tensor, "v d"]:
+        """The weight of the output head, be it tied or not."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def init_state(self, batch: int, *, context: int | None = None) -> State:
+        """The state before the first token of `batch` sequences: one state per block.
+
+        `context` bounds how many past tokens full attention can look back to; models without it do not read it.
+        """
+        return tuple(block.mixer.init_state(batch, context=context) for block in self.layers)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b l"],
+        state: State,
+        packing: Packing | None = None,
+        delta_t: Float[Tensor, "b l"] | None = None,
+    ) -> tuple[Float[Tensor, "b l v"], State]:
+        """Read a segment: the logits of the token after each, and the state after the last.
+
+        Pure: `state` is left as it was. With `packing`, `tokens` is one row of sequences end to end and the state has
+        one row per sequence. `delta_t` is the time before each token, 1 being regular. Raises `RequestError` for token
+        ids outside the vocabulary, an empty segment, or a state of another batch.
+        """
+        x, state = self.hidden(tokens, state, packing, delta_t)
+        return self.logits(x), state
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "b l"],
+        state: State,
+        packing: Packing | None = None,
+        delta_t: Float[Tensor, "b l"] | None = None,
+    ) -> tuple[Float[Tensor, "b l d"], State]:
+        """`forward` without the head: what a loss or a prefill needs, at a fraction of the memory of all logits."""
+        self._check(tokens, state, packing)
+        x = self.embedding(tokens).to(state_dtype(self.dtype))
+        after = []
+        for block, before in zip(self.layers, state, strict=True):
+            y, new = block.mixer(block.norm(x).to(self.dtype), before, packing, delta_t)
+            x = x + y
+            after.append(new)
+        return self.norm(x).to(self.dtype), tuple(after)
+
+    def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
+        """The head, applied to outputs of `hidden`."""
+        return nn.functional.linear(hidden, self.head_weight)
+
+    @torch.no_grad()
+    def step_(
+        self,
+        tokens: Int[Tensor, " b"],
+        state: State,
+        slots: Slots = None,
+        delta_t: Float[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b v"]:
+        """Read one token for each of the rows `slots` of a pool of states (None: all rows), writing them in place."""
+        self._check_ids(tokens)
+        x = self.embedding(tokens).to(state_dtype(self.dtype))
+        for block, pool in zip(self.layers, state, strict=True):
+            x = x + block.mixer.step_(block.norm(x).to(self.dtype), pool, slots, delta_t)
+        return self.logits(self.norm(x).to(self.dtype))
+
+    def _check(self, tokens: Tensor, state: State, packing: Packing | None) -> None:
+        """The border: what a user can get wrong about a segment."""
+        batch, length = tokens.shape
+        held = tensors(state)
+        rows = held[0].shape[0] if held else None
+        if length == 0:
+            raise RequestError("an empty segment cannot be read; give at least one token")
+        if packing is not None:
+            packing.check(batch, length, rows)
+        elif rows not in (None, batch):
+            raise RequestError(f"the state has {rows} rows and tokens {batch}; make it with init_state({batch})")
+        self._check_ids(tokens)
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        # On a GPU, or under a compiler, looking at the values would stall the device: there the engine has checked.
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        low, high = (int(v) for v in tokens.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise RequestError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}; "
+                "ids go from 0 to vocab_size - 1: use the tokenizer that belongs to the model"
+            )

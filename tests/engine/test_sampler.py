@@ -1,0 +1,75 @@
+"""Sampling: each filter keeps what it says, and a generator's place is the number of tokens chosen."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from everstate.core.errors import RequestError
+from everstate.engine.sampler import Sampling, sample
+
+# Probabilities 0.4, 0.3, 0.2, 0.1, in another order.
+LOGITS = torch.tensor([0.2, 0.4, 0.1, 0.3]).log()
+
+
+def support(sampling: Sampling) -> set[int]:
+    generator = sampling.generator()
+    return {sample(LOGITS, sampling, generator) for _ in range(300)}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(), {0, 1, 2, 3}),
+        (Sampling(temperature=0.0), {1}),
+        (Sampling(top_k=2), {1, 3}),
+        (Sampling(top_p=0.4), {1}),
+        (Sampling(top_p=0.41), {1, 3}),
+        (Sampling(top_p=0.75), {0, 1, 3}),
+        (Sampling(min_p=0.6), {1, 3}),
+        (Sampling(top_k=3, min_p=0.45), {0, 1, 3}),
+        (Sampling(temperature=1e-4), {1}),
+    ],
+)
+def test_filters_keep_what_they_say(sampling: Sampling, kept: set[int]) -> None:
+    assert support(sampling) == kept
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = Counter(sample(LOGITS, Sampling(), generator) for _ in range(4000))
+    for token, p in enumerate([0.2, 0.4, 0.1, 0.3]):
+        assert abs(counts[token] / 4000 - p) < 0.03
+
+
+def test_top_p_is_taken_after_top_k() -> None:
+    # The two likeliest, made to sum to one, are 4/7 and 3/7.
+    assert support(Sampling(top_k=2, top_p=0.57)) == {1}
+
+
+def test_a_seed_is_a_text_whatever_the_filters_dropped_before() -> None:
+    one, two = Sampling(seed=3).generator(), Sampling(seed=3).generator()
+    assert [sample(LOGITS, Sampling(), one) for _ in range(9)] == [sample(LOGITS, Sampling(), two) for _ in range(9)]
+    sample(LOGITS, Sampling(temperature=0.0), one)
+    sample(LOGITS, Sampling(), two)
+    assert torch.equal(one.get_state(), two.get_state())
+
+
+@given(
+    st.lists(st.floats(-50, 50), min_size=1, max_size=9), st.integers(0, 9), st.floats(0.01, 1.0), st.integers(0, 99)
+)
+def test_any_setting_chooses_a_token(logits: list[float], top_k: int, top_p: float, seed: int) -> None:
+    sampling = Sampling(top_k=top_k, top_p=top_p, min_p=0.5, temperature=0.7, seed=seed)
+    assert 0 <= sample(torch.tensor(logits), sampling, sampling.generator()) < len(logits)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 1.0}, {"seed": -1}]
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match=f"sampling: {next(iter(settings))}.*given"):
+        Sampling(**settings)
