@@ -8,6 +8,7 @@ import sys
 import typer
 from rich.console import Console
 
+from everstate.core.env import let_idle_threads_sleep
 from everstate.core.errors import EverstateError
 from everstate.core.registry import import_target
 
@@ -41,6 +42,7 @@ def build() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; an error of the user's is one line and exit code 1."""
+    let_idle_threads_sleep()
     try:
         build()()
     except EverstateError as error:

@@ -92,14 +92,15 @@ def _stream(console: Console, session: Session) -> list[Mark]:
     tokens = chain.from_iterable(encode_stream(session.tokenizer, _library()))
     marks = measure(session, tokens, MARKS, on_mark=lambda mark: console.print(f"  {mark:,} tokens read"))
     table = Table()
-    for heading in ("tokens read", "state", "ms per token written", "memory of the process", "a Transformer's cache*"):
+    for heading in ("tokens read", "state", "ms per read", "ms per write", "process memory", "Transformer's cache*"):
         table.add_column(heading, justify="right")
     for mark in marks:
         table.add_row(
-            f"{mark.tokens:,}", size(mark.state_bytes), f"{mark.write_ms:.2f}",
+            f"{mark.tokens:,}", size(mark.state_bytes), f"{mark.read_ms:.2f}", f"{mark.write_ms:.2f}",
             size(mark.resident_bytes), size(mark.kv_cache_bytes),
         )  # fmt: skip
     console.print(table)
+    console.print("ms: milliseconds for one token")
     console.print("* computed: keys and values in bfloat16, same width, as many sequence layers")
     return marks
 
@@ -125,7 +126,8 @@ def _plot(marks: list[Mark], path: Path) -> None:
     memory.set(xlabel="tokens read", ylabel="bytes per sequence", title="What a sequence holds")
     memory.legend()
     speed.semilogx(tokens, [mark.write_ms for mark in marks], "o-")
-    speed.set(xlabel="tokens read", ylabel="milliseconds", title="Time to write one token", ylim=(0, None))
+    speed.set(xlabel="tokens read", ylabel="milliseconds", title="Time to write one token")
+    speed.set_ylim(0, 1.5 * max(mark.write_ms for mark in marks))
     for axes in (memory, speed):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -106,7 +106,7 @@ def chat_tokens(chat: ChatTemplate | None) -> dict[str, str]:
 class Generation(Extension):
     """`{% generation %}` marks what the model wrote, for training; it changes nothing in the text."""
 
-    tags = {"generation"}  # noqa: RUF012 - so declared by Jinja
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -79,7 +79,7 @@ class HFTokenizer(Tokenizer):
     def safe_cut(self, text: str, *, special: bool = False) -> int:
         """Between a letter or digit and whitespace, if both sides alone have the tokens that they have together.
 
-        Tried on `AROUND` characters of each side: enough for every published pre-tokenizer, and a test, not a proof.
+        Tried on `AROUND` characters of each side, which is a test and not a proof.
         """
         ends = [match.start() for match in WORD_END.finditer(text, 0, max(0, len(text) - AROUND))]
         for place in islice(reversed(ends), TRIES):

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
 
-# Numbers in one (l, b, n, d) tensor of a block: three of 2 MB each are about what a core's cache holds.
+# Numbers in one (l, b, n, d) tensor of a block: 2 MB in float32, about what the cache of a core holds.
 BLOCK_NUMBERS = 2**19
 
 

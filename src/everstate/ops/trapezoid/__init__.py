@@ -54,15 +54,14 @@ def trapezoid_scan(
         state = exp(A dt) (state + (1 - lam) dt sum_r u'[r] k'[r]^T) + lam dt sum_r u[r] k[r]^T
         y[r] = state q[r] + D u[r]
 
-    where u', k' are those of the token before. `A` is negative, `dt` positive, `lam` between 0 and 1; `omega` turns the
-    first s of the n / 2 pairs of entries, which are `(2j, 2j + 1)` if `interleaved` and `(j, j + n / 2)` if not. Head h
-    uses group h // (heads / groups) of B and C. Without `mimo_x` every rank has u = x. The state is float32 (float64
-    for float64 inputs), y has the dtype of x.
+    (u = x without `mimo_x`), where u', k' are those of the token before. `A` is negative, `dt` positive, `lam` between 0
+    and 1; `omega` turns the first s of the n / 2 pairs of entries, `(2j, 2j + 1)` if `interleaved`, else `(j, j + n / 2)`.
+    Head h uses group h // (heads / groups) of B and C. The state is float32 (float64 for float64 inputs).
 
     Source: Mamba-3 (2026), the trapezoidal and the complex-valued state space model and its MIMO form.
     """
     if packing is not None:
-        timed: dict[str, Tensor | None] = {"x": x, "dt": dt, "A": A, "lam": lam, "omega": omega, "B": B, "C": C}
+        timed = {"x": x, "dt": dt, "A": A, "lam": lam, "omega": omega, "B": B, "C": C}
         fixed = {"B_bias": B_bias, "C_bias": C_bias, "mimo_x": mimo_x, "D": D, "interleaved": interleaved}
         return each_sequence(trapezoid_scan.reference, packing, timed, state, **fixed)
     dtype, heads = state_dtype(x.dtype), x.shape[2]
@@ -72,16 +71,12 @@ def trapezoid_scan(
     h, k_before, x_before, angle = (t.to(dtype) for t in state)
     u_before, ys = by_rank(x_before, B.shape[2], mimo_x), []
     for t in range(x.shape[1]):
-        step, weight = dt[:, t].to(dtype), lam[:, t].to(dtype)
+        u, step = inputs[:, t], dt[:, t].to(dtype)
         angle = wrap(angle + step.unsqueeze(-1) * omega[:, t, None].to(dtype))
         cos, sin = torch.cos(angle).unsqueeze(1), torch.sin(angle).unsqueeze(1)
         k, q = (rotate.reference(m[:, t], cos, sin, interleaved=interleaved) for m in (keys, queries))
-        alpha = torch.exp(A[:, t].to(dtype) * step)
-        beta, gamma = (1 - weight) * step * alpha, weight * step
-        u = inputs[:, t]
-        h = alpha[..., None, None] * h
-        h = h + torch.einsum("bh,brhp,brhn->bhpn", beta, u_before, k_before)
-        h = h + torch.einsum("bh,brhp,brhn->bhpn", gamma, u, k)
+        h = h + _outer((1 - lam[:, t].to(dtype)) * step, u_before, k_before)
+        h = torch.exp(A[:, t].to(dtype) * step)[..., None, None] * h + _outer(lam[:, t].to(dtype) * step, u, k)
         ys.append(torch.einsum("bhpn,brhn->brhp", h, q) + skip * u)
         u_before, k_before = u, k
     return torch.stack(ys, 1).to(x.dtype), TrapezoidState(h, k_before, x[:, -1].to(dtype, copy=True), angle)
@@ -113,6 +108,13 @@ def trapezoid_step_(
     )  # fmt: skip
     scatter_(state, slots, after)
     return y[:, 0]
+
+
+def _outer(
+    weight: Float[Tensor, "b h"], u: Float[Tensor, "b r h p"], k: Float[Tensor, "b r h n"]
+) -> Float[Tensor, "b h p n"]:
+    """What inputs and keys add to the state, summed over the ranks."""
+    return torch.einsum("bh,brhp,brhn->bhpn", weight, u, k)
 
 
 def wrap(angle: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:

@@ -1,0 +1,1 @@
+"""Measurements: correctness first, then speed, ours and the peers' in turn in one process."""
