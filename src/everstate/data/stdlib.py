@@ -10,9 +10,11 @@ from everstate.data.source import Documents, Files
 
 # Folders below the standard library's that hold other packages, tests (some of which are meant to be unreadable), or
 # tables of characters and not programs.
-NOT_STDLIB = frozenset(
+OTHER_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
 )
+# Tables again, and a poem in cipher.
+OTHER_FILES = frozenset({"stringprep.py", "entities.py", "this.py"})
 
 
 def stdlib_documents() -> Documents:
@@ -20,10 +22,10 @@ def stdlib_documents() -> Documents:
     root = Path(sysconfig.get_paths()["stdlib"])
     names: list[str] = []
     for folder, inner, files in os.walk(root):
-        inner[:] = sorted(set(inner) - NOT_STDLIB)  # what is taken out here is not walked
+        inner[:] = sorted(set(inner) - OTHER_FOLDERS)  # what is taken out here is not walked
         names += [
             (Path(folder) / name).relative_to(root).as_posix()
             for name in files
-            if name.endswith(".py") and not name.startswith("_sysconfigdata")  # made by a program
+            if name.endswith(".py") and name not in OTHER_FILES and not name.startswith("_sysconfigdata")
         ]
     return Files(root, sorted(names))
