@@ -54,9 +54,9 @@ def trapezoid_scan(
         state = exp(A dt) (state + (1 - lam) dt sum_r u'[r] k'[r]^T) + lam dt sum_r u[r] k[r]^T
         y[r] = state q[r] + D u[r]
 
-    (u = x without `mimo_x`), where u', k' are those of the token before; `A` < 0 < `dt`, 0 < `lam` < 1. `omega` turns the
-    first s of the n / 2 pairs of entries, `(2j, 2j + 1)` if `interleaved`, else `(j, j + n / 2)`. Head h uses group
-    h // (heads / groups) of B and C. The state is float32 (float64 for float64 inputs).
+    (u = x without `mimo_x`), where u', k' are those of the token before; `A` < 0 < `dt`, 0 < `lam` < 1. `omega` turns
+    the first s of the n / 2 pairs of entries, `(2j, 2j + 1)` if `interleaved`, else `(j, j + n / 2)`. Head h uses
+    group h // (heads / groups) of B and C. The state is float32 (float64 for float64 inputs).
 
     Source: Mamba-3 (2026), the trapezoidal and the complex-valued state space model and its MIMO form.
     """
