@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test lint check format clean
 
 demo: $(READY)
 	@$(BIN)/everstate demo
@@ -14,12 +14,13 @@ test: $(READY)
 	@echo "Running the tests on $$(nproc 2>/dev/null || echo 2) cores (some minutes)."
 	@$(BIN)/pytest -n auto
 
-check: $(READY)
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n auto
+
+check: lint test
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

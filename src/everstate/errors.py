@@ -10,6 +10,7 @@ from everstate.core.errors import (
     EverstateError,
     RequestError,
     TokenizerError,
+    TrainingError,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "EverstateError",
     "RequestError",
     "TokenizerError",
+    "TrainingError",
 ]

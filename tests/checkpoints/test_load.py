@@ -12,7 +12,7 @@ import everstate
 from everstate.checkpoints import files, load_config, load_model, read_tensors
 from everstate.core.errors import CheckpointError, TokenizerError
 from everstate.models import LM, ModelConfig
-from everstate.tokenizers import ByteTokenizer
+from everstate.tokenizers import ByteTokenizer, ChatTemplate, save_tokenizer
 
 CONFIG = ModelConfig(
     d_model=16,
@@ -70,6 +70,16 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(CheckpointError, match="No space left on device; what was there is unchanged"):
         everstate.save(LM(CONFIG), None, tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    everstate.save(LM(CONFIG), ByteTokenizer(), tmp_path)
+    save_tokenizer(ByteTokenizer(ChatTemplate("{{ messages }}")), tmp_path)
+    with pytest.raises(CheckpointError, match="not that of the model"):
+        everstate.load(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TokenizerError, match="cannot write"):
+        everstate.save(LM(CONFIG), ByteTokenizer(), tmp_path / "file")
 
 
 def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def test_cost_of_a_config_and_of_a_model(folder: Path) -> None:
     assert costs[0]["state_bytes"] == costs[1]["state_bytes"]
     assert costs[0]["kv_cache_bytes"] * 2 == costs[1]["kv_cache_bytes"]
     assert "parameters" in ok(folder, "cost", "model")
+    assert "parameters" in ok(Path(__file__).parents[2], "cost", "recipes/stdlib.toml")
     assert [size(999), size(1500), size(2.5e6), size(3e15)] == ["999 B", "1.5 kB", "2.5 MB", "3,000.0 TB"]
 
 
@@ -94,6 +95,7 @@ def test_doctor_names_a_backend_for_every_op(folder: Path) -> None:
         (["generate", "-m", "model", "x", "--top-p", "2"], "sampling: top_p"),
         (["generate", "-m", "model", "x", "-f", "long.txt"], "give one of them"),
         (["generate", "-m", "model", "--resume", "model/model.safetensors"], "no saved state"),
+        (["generate", "-m", "model", "x", "--seed", "99999999999999999999999"], "sampling: seed"),
         (["cost", "none.toml"], "cannot read none.toml"),
         (["cost", "long.txt"], "long.txt is not TOML"),
         (["train", "none.toml"], "cannot read none.toml"),

@@ -1,4 +1,4 @@
-"""Sampling: each filter keeps what it says, and a generator's place is the number of tokens chosen."""
+"""Sampling: each filter keeps what it says, and a choice follows from seed and position."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ LOGITS = torch.tensor([0.2, 0.4, 0.1, 0.3]).log()
 
 
 def support(sampling: Sampling) -> set[int]:
-    generator = sampling.generator()
-    return {sample(LOGITS, sampling, generator) for _ in range(300)}
+    return {sample(LOGITS, sampling, position) for position in range(300)}
 
 
 @pytest.mark.parametrize(
@@ -40,8 +39,7 @@ def test_filters_keep_what_they_say(sampling: Sampling, kept: set[int]) -> None:
 
 
 def test_frequencies_follow_the_probabilities() -> None:
-    generator = torch.Generator().manual_seed(0)
-    counts = Counter(sample(LOGITS, Sampling(), generator) for _ in range(4000))
+    counts = Counter(sample(LOGITS, Sampling(), position) for position in range(4000))
     for token, p in enumerate([0.2, 0.4, 0.1, 0.3]):
         assert abs(counts[token] / 4000 - p) < 0.03
 
@@ -51,12 +49,13 @@ def test_top_p_is_taken_after_top_k() -> None:
     assert support(Sampling(top_k=2, top_p=0.57)) == {1}
 
 
-def test_a_seed_is_a_text_whatever_the_filters_dropped_before() -> None:
-    one, two = Sampling(seed=3).generator(), Sampling(seed=3).generator()
-    assert [sample(LOGITS, Sampling(), one) for _ in range(9)] == [sample(LOGITS, Sampling(), two) for _ in range(9)]
-    sample(LOGITS, Sampling(temperature=0.0), one)
-    sample(LOGITS, Sampling(), two)
-    assert torch.equal(one.get_state(), two.get_state())
+def test_a_choice_follows_from_seed_and_position() -> None:
+    def text(seed: int) -> list[int]:
+        return [sample(LOGITS, Sampling(seed=seed), position) for position in range(40)]
+
+    assert text(3) == text(3)
+    assert text(3) != text(4)
+    assert text(3)[1:] != text(3)[:-1]
 
 
 @given(
@@ -64,11 +63,20 @@ def test_a_seed_is_a_text_whatever_the_filters_dropped_before() -> None:
 )
 def test_any_setting_chooses_a_token(logits: list[float], top_k: int, top_p: float, seed: int) -> None:
     sampling = Sampling(top_k=top_k, top_p=top_p, min_p=0.5, temperature=0.7, seed=seed)
-    assert 0 <= sample(torch.tensor(logits), sampling, sampling.generator()) < len(logits)
+    assert 0 <= sample(torch.tensor(logits), sampling, seed) < len(logits)
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 1.0}, {"seed": -1}]
+    "settings",
+    [
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": 1.0},
+        {"seed": -1},
+        {"seed": 2**70},
+    ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(RequestError, match=f"sampling: {next(iter(settings))}.*given"):

@@ -83,6 +83,23 @@ def test_a_saved_session_resumes_as_if_never_stopped(model: LM, tmp_path: Path) 
     assert abs((tmp_path / "state").stat().st_size - size) < 64
 
 
+def test_writing_in_parts_is_writing_at_once(model: LM, tmp_path: Path) -> None:
+    whole = follow(reading(model, "abc"), 20)
+    session = reading(model, "abc")
+    first = follow(session, 7)
+    session.save(tmp_path / "state")
+    assert first + follow(Session.load(tmp_path / "state", model, BYTES), 13) == whole
+    assert BYTES.decode(whole) == generate(model, BYTES, "abc", max_tokens=20, seed=5)
+
+
+def test_a_read_that_fails_leaves_the_session_as_it_was(model: LM) -> None:
+    session = reading(model, "abc")
+    with pytest.raises(DataError, match="not UTF-8"):
+        session.read_stream([b"x" * 2000, b"\xff"])
+    assert session.tokens_read == 4
+    assert follow(session) == follow(reading(model, "abc"))
+
+
 def test_a_fresh_session_can_be_saved(model: LM, tmp_path: Path) -> None:
     Session(model, BYTES, context=20).save(tmp_path / "state")
     resumed = Session.load(tmp_path / "state", model, BYTES)

@@ -108,6 +108,20 @@ def test_segments_and_states_that_do_not_fit_are_refused(model: LM) -> None:
         model(tokens(1, 4), model.init_state(1), None, torch.ones(1, 4, dtype=torch.float64))
 
 
+def test_steps_that_do_not_fit_are_refused(model: LM) -> None:
+    pool = model.init_state(3)
+    for ids, slots, message in (
+        (tokens(1, 2)[0], None, "3 rows and tokens 2"),
+        (tokens(1, 2)[0], torch.tensor([1, 1]), "different rows"),
+        (tokens(1, 2)[0], torch.tensor([0, 3]), "different rows of the 3"),
+        (tokens(1, 0)[0], torch.tensor([], dtype=torch.int64), "at least one"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            model.step_(ids, pool, slots)
+    with pytest.raises(RequestError, match="2 parts and the model 7 blocks"):
+        model(tokens(1, 2), pool[:2])
+
+
 def test_elapsed_time_reaches_the_mixers() -> None:
     table = {"type": "mamba2", "headdim": 8}
     model = LM(ModelConfig(d_model=16, vocab_size=50, layout="a", mixers={"a": table}))

@@ -106,6 +106,21 @@ def test_siso_is_mimo_of_rank_1_with_the_entries_in_another_order() -> None:
     torch.testing.assert_close(after.ssm, deinterleave(final.ssm), rtol=0, atol=1e-12)
 
 
+def test_half_turns_count_modulo_2() -> None:
+    """A one turns the state by pi and adds 1 to it: 1 - 1 + 1 - ... is the parity of the ones so far."""
+    bits = torch.randint(2, (1, 1000), generator=torch.Generator().manual_seed(0))
+    ones = bits.double().unsqueeze(-1)
+    first = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 1000, 1, 1, 2)
+    zero = TrapezoidState(
+        *(torch.zeros(s, dtype=torch.float64) for s in ((1, 1, 1, 2), (1, 1, 1, 2), (1, 1, 1), (1, 1, 1)))
+    )
+    y, _ = trapezoid_scan(
+        ones.unsqueeze(-1), dt=ones, A=torch.full_like(ones, -1e-15), lam=torch.ones_like(ones),
+        omega=torch.full_like(ones, math.pi), B=first, C=first, state=zero,
+    )  # fmt: skip
+    torch.testing.assert_close(y.flatten(), (bits.cumsum(1) % 2).flatten().double(), rtol=0, atol=1e-9)
+
+
 def test_a_float32_angle_stays_right_over_many_turns() -> None:
     """Almost half a turn per token, 5000 times."""
     draw, length, rate = Draw(dtype=torch.float32), 5000, torch.tensor(3.1)

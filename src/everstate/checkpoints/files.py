@@ -38,8 +38,8 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
         _flush(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; what was there is unchanged") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}; what was there is unchanged") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

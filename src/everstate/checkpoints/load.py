@@ -11,7 +11,7 @@ from everstate.checkpoints.files import read_metadata, read_tensors, write_tenso
 from everstate.core.errors import CheckpointError, ConfigError
 from everstate.mixers.base import cast_
 from everstate.models import LM, ModelConfig
-from everstate.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
+from everstate.tokenizers import Tokenizer, fingerprint, load_tokenizer, save_tokenizer
 
 FORMAT = "everstate 1"
 WEIGHTS = "model.safetensors"
@@ -26,7 +26,9 @@ def save(model: LM, tokenizer: Tokenizer | None, path: Path | str) -> None:
     folder = Path(path)
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
-    write_tensors(folder / WEIGHTS, model.state_dict(), {"format": FORMAT, "config": model.config.to_toml()})
+    name = "" if tokenizer is None else fingerprint(tokenizer)
+    metadata = {"format": FORMAT, "config": model.config.to_toml(), "tokenizer": name}
+    write_tensors(folder / WEIGHTS, model.state_dict(), metadata)
 
 
 def load(
@@ -36,7 +38,14 @@ def load(
 
     Raises `CheckpointError` when a file is missing, truncated, of another program or of another model.
     """
-    return load_model(path, device=device, dtype=dtype), load_tokenizer(Path(path))
+    model, tokenizer = load_model(path, device=device, dtype=dtype), load_tokenizer(Path(path))
+    saved = read_metadata(_weights_file(path)).get("tokenizer", "")
+    if saved not in ("", fingerprint(tokenizer)) or tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {path} is not that of the model there, which was saved with another one; "
+            "put the original tokenizer back, or save both again"
+        )
+    return model, tokenizer
 
 
 def load_model(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LM:

@@ -19,7 +19,7 @@ def bench() -> None:
 @app.command()
 def ops(
     quick: Annotated[bool, typer.Option(help="Small sizes: seconds instead of minutes.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; by default all.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
 ) -> None:
     """Every op against its reference, and Mamba layers against transformers."""

@@ -17,7 +17,7 @@ def cost(
     model: Annotated[
         Path, typer.Argument(help="A TOML file with a model config or a recipe, or the folder of a model.")
     ],
-    context: Annotated[list[int] | None, typer.Option(help="Context lengths, in tokens.")] = None,
+    context: Annotated[list[int] | None, typer.Option(min=0, help="Context lengths, in tokens.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per context length.")] = False,
 ) -> None:
     """Print parameters, operations per token, and bytes per sequence beside a Transformer's cache."""
@@ -43,9 +43,17 @@ def cost(
 
 
 def _config(path: Path) -> ModelConfig:
-    from everstate import checkpoints, models
+    """The config of a saved model, of a recipe, or of a file that holds just it."""
+    from everstate import checkpoints, models, train
+    from everstate.core.config import read_toml
+    from everstate.train.corpus import open_tokenizer
 
-    return checkpoints.load_config(path) if path.is_dir() else models.ModelConfig.from_toml(path)
+    if path.is_dir():
+        return checkpoints.load_config(path)
+    if "data" in read_toml(path):
+        recipe = train.TrainRecipe.read(path)
+        return recipe.model_config_for(open_tokenizer(recipe.data).vocab_size)
+    return models.ModelConfig.from_toml(path)
 
 
 def size(count: int | float) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from everstate.cli.cost import size
+from everstate.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +38,7 @@ def demo(
     """Train a small model on Python's own library, let it write, stream 200,000 tokens through it, save and resume."""
     from rich.console import Console
 
+    _require_plots()
     console = Console(highlight=False)
     started = time.perf_counter()
     console.rule("1. Train a Mamba-3 hybrid on the source of Python's standard library")
@@ -53,14 +56,20 @@ def demo(
         raise typer.Exit(1)
 
 
+def _require_plots() -> None:
+    """Say now, and not after the training, that the plot cannot be drawn."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError("the demo draws a plot and matplotlib is not installed; pip install 'everstate[plots]'")
+
+
 def _train(console: Console, recipe: Path, out: Path, minutes: float) -> Session:
     """Train by the recipe, in place of the run of an earlier demo, and open a session with the model."""
     from everstate import train
     from everstate.engine import Session
-    from everstate.train.checkpoint import FILE
+    from everstate.train.checkpoint import FILE, Checkpoint
 
     read = train.TrainRecipe.read(recipe, [f"train.out={out}", f"train.minutes={minutes}"])
-    if (out / FILE).exists():
+    if (out / FILE).exists() and not Checkpoint.read(out).recipe.differences(read):
         shutil.rmtree(out)
     if console.is_terminal:
         with train.Bar(console) as bar:

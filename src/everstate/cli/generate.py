@@ -33,6 +33,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep the fewest tokens that reach this probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Keep tokens at least this likely relative to the best.")] = 0.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens that full attention may look back.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue from this saved state.")] = None,
     save_state: Annotated[Path | None, typer.Option(help="Save the state to this file at the end.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the text.")] = False,
@@ -45,7 +46,9 @@ def generate(
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     weights, tokenizer = checkpoints.load(model)
-    session = Session(weights, tokenizer) if resume is None else Session.load(resume, weights, tokenizer)
+    session = (
+        Session(weights, tokenizer, context=context) if resume is None else Session.load(resume, weights, tokenizer)
+    )
     started = time.perf_counter()
     if chunks is not None:
         session.read_stream(chunks, name=name)

@@ -49,7 +49,8 @@ def generate(
     state = model.init_state(len(prompts), context=max(map(len, prompts)) + max_tokens)
     written: list[list[int]] = [[] for _ in prompts]
     logits = prefill_(model, prompts, state)
-    for step in decode_(model, logits, state, [sampling] * len(prompts), stop=tokenizer.eos_ids, max_tokens=max_tokens):
+    samplings, lengths = [sampling] * len(prompts), [len(prompt) for prompt in prompts]
+    for step in decode_(model, logits, state, samplings, lengths, stop=tokenizer.eos_ids, max_tokens=max_tokens):
         for row, (token, _) in step.items():
             written[row].append(token)
     texts = [_text(tokenizer, tokens) for tokens in written]

@@ -59,20 +59,19 @@ def decode_(
     logits: Float[Tensor, "b v"],
     state: State,
     samplings: Sequence[Sampling],
+    positions: Sequence[int],
     *,
-    generators: Sequence[torch.Generator] | None = None,
     stop: Iterable[int] = (),
     max_tokens: int,
 ) -> Iterator[dict[int, tuple[int, Float[Tensor, " v"]]]]:
     """Write up to `max_tokens` tokens for every row of `state`, which is updated in place.
 
-    Yields after each step, for every row still writing, its new token and the logits after it. A row ends at a token in
-    `stop`, which is read and yielded too.
+    `positions` are the numbers of tokens that the rows have read. Yields after each step, for every row still writing,
+    its new token and the logits after it. A row ends at a token in `stop`, which is read and yielded too.
     """
-    draws = generators if generators is not None else [sampling.generator() for sampling in samplings]
     ends, rows, last = frozenset(stop), list(range(len(samplings))), dict(enumerate(logits))
-    for _ in range(max_tokens):
-        tokens = [sample(last[row], samplings[row], draws[row]) for row in rows]
+    for written in range(max_tokens):
+        tokens = [sample(last[row], samplings[row], positions[row] + written) for row in rows]
         slots = torch.tensor(rows, device=model.device) if len(rows) < len(samplings) else None
         after = model.step_(torch.tensor(tokens, device=model.device), state, slots)
         last = dict(zip(rows, after, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -30,17 +31,17 @@ class Sampling(Config):
     """Keep the fewest tokens whose probabilities reach this sum."""
     min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Keep tokens at least this likely in comparison with the most likely one."""
-    seed: NonNegativeInt = 0
-    """The same seed gives the same text, whatever else runs in the batch."""
-
-    def generator(self) -> torch.Generator:
-        """A fresh source of randomness for one sequence."""
-        return torch.Generator().manual_seed(self.seed)
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """The same seed gives the same text, whatever else runs in the batch and wherever a session was saved."""
 
 
-def sample(logits: Float[Tensor, " v"], sampling: Sampling, generator: torch.Generator) -> int:
-    """Choose one token. One uniform number is drawn per call, so a generator's place is the number of tokens chosen."""
-    u = torch.rand((), generator=generator, dtype=torch.float64)
+def sample(logits: Float[Tensor, " v"], sampling: Sampling, position: int) -> int:
+    """Choose the token at `position` of its sequence.
+
+    The choice follows from logits, settings, seed and position alone: there is no generator whose place would have to
+    be saved with a session.
+    """
+    u = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position)).random()
     scores = logits.to("cpu", torch.float64)
     if sampling.temperature == 0.0:
         return int(scores.argmax())

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -54,17 +53,22 @@ class Session:
         self.read_tokens(chain(bos, chain.from_iterable(pieces)))
 
     def read_tokens(self, tokens: Iterable[int]) -> None:
-        """Read token ids of any number, block by block. Raises `RequestError` when there is none."""
-        self._logits = prefill_(self.model, [self._counted(tokens)], self._state)[0]
+        """Read token ids of any number, block by block. Raises `RequestError` when there is none.
 
-    def _counted(self, tokens: Iterable[int]) -> Iterator[int]:
-        for token in tokens:
-            self.tokens_read += 1
-            yield token
+        When it fails, or what gives the tokens does, the session is as it was before.
+        """
+        state, count = clone(self._state), 0
 
-    def write_tokens(
-        self, max_tokens: int, sampling: Sampling | None = None, *, generator: torch.Generator | None = None
-    ) -> Iterator[int]:
+        def counted() -> Iterator[int]:
+            nonlocal count
+            for token in tokens:
+                count += 1
+                yield token
+
+        self._logits = prefill_(self.model, [counted()], state)[0]
+        self._state, self.tokens_read = state, self.tokens_read + count
+
+    def write_tokens(self, max_tokens: int, sampling: Sampling | None = None) -> Iterator[int]:
         """Write token ids one by one, up to and with an end-of-text token.
 
         Raises `RequestError` when nothing was read before.
@@ -73,8 +77,8 @@ class Session:
         if self._logits is None:
             raise RequestError("nothing was read yet; give read(...) at least one token before writing")
         steps = decode_(
-            self.model, self._logits[None], self._state, [sampling],
-            generators=None if generator is None else [generator], stop=self.tokenizer.eos_ids, max_tokens=max_tokens,
+            self.model, self._logits[None], self._state, [sampling], [self.tokens_read],
+            stop=self.tokenizer.eos_ids, max_tokens=max_tokens,
         )  # fmt: skip
         for step in steps:
             token, self._logits = step[0]

@@ -169,8 +169,8 @@ def build_mixer(
 
 def parse_mixer(table: Mapping[str, Any]) -> tuple[Config, type[Mixer]]:
     """The validated config of a mixer table and the class that it asks for."""
-    if "type" not in table:
-        raise ConfigError(f"mixer table {dict(table)} has no 'type'; give one of {', '.join(MIXERS)}")
+    if not isinstance(table.get("type"), str):
+        raise ConfigError(f"mixer table {dict(table)} has no 'type' that is a name; give one of {', '.join(MIXERS)}")
     mixer_class = MIXERS[table["type"]]
     return mixer_class.Config.parse({k: v for k, v in table.items() if k != "type"}), mixer_class
 

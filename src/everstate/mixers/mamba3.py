@@ -1,9 +1,9 @@
 """Mamba-3: trapezoidal steps, a state that turns, and several inputs and outputs per head.
 
-No short convolution: the trapezoid sees two tokens at once. Rotation gives the decay a complex phase, with which one
-layer counts modulo a number (parity), what a real decay between 0 and 1 cannot.
+No short convolution: the trapezoid sees two tokens at once. Rotation gives the decay a phase, and with it one layer
+counts modulo a number (parity), which a real decay between 0 and 1 cannot.
 
-Source: Mamba-3 (2026) and the released state-spaces/mamba3-siso-* and mamba3-mimo-* checkpoints.
+Source: Lahoti et al. 2026, "Mamba-3" (arXiv 2603.15569), and the released state-spaces/mamba3-* checkpoints.
 """
 
 from __future__ import annotations

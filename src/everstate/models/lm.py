@@ -84,6 +84,11 @@ class LM(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     @property
+    def causal(self) -> bool:
+        """Whether no output sees what comes later, so that the model can be trained to predict, and be stepped."""
+        return all(block.mixer.causal for block in self.layers)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights (those that must stay in float32 aside)."""
         return self.embedding.weight.dtype
@@ -150,8 +155,11 @@ class LM(nn.Module):
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b v"]:
-        """Read one token for each of the rows `slots` of a pool of states (None: all rows), writing them in place."""
-        self._check_ids(tokens)
+        """Read one token for each of the rows `slots` of a pool of states (None: all rows), writing them in place.
+
+        Raises `RequestError` for ids outside the vocabulary, and for rows that do not fit the tokens or occur twice.
+        """
+        self._check_step(tokens, state, slots)
         x = self.embedding(tokens).to(state_dtype(self.dtype))
         for block, pool in zip(self.layers, state, strict=True):
             x = x + block.mixer.step_(block.norm(x).to(self.dtype), pool, slots, delta_t)
@@ -159,9 +167,8 @@ class LM(nn.Module):
 
     def _check(self, tokens: Tensor, state: State, packing: Packing | None) -> None:
         """The border: what a user can get wrong about a segment."""
+        rows = self._check_kinds(tokens, state, "b l")
         batch, length = tokens.shape
-        held = tensors(state)
-        rows = held[0].shape[0] if held else None
         if length == 0:
             raise RequestError("an empty segment cannot be read; give at least one token")
         if packing is not None:
@@ -169,6 +176,33 @@ class LM(nn.Module):
         elif rows not in (None, batch):
             raise RequestError(f"the state has {rows} rows and tokens {batch}; make it with init_state({batch})")
         self._check_ids(tokens)
+
+    def _check_step(self, tokens: Tensor, state: State, slots: Slots) -> None:
+        """The border: what a user can get wrong about a step."""
+        held, given = self._check_kinds(tokens, state, "b"), len(tokens)
+        rows = held if slots is None else len(slots)
+        if rows not in (None, given) or given == 0:
+            where = "state has" if slots is None else "slots name"
+            raise RequestError(
+                f"the {where} {rows} rows and tokens {given}; give one token for each row, and at least one"
+            )
+        if slots is not None and slots.device.type == "cpu" and not torch.compiler.is_compiling():
+            named = slots.tolist()
+            if len(set(named)) < given or (held is not None and not 0 <= min(named) <= max(named) < held):
+                raise RequestError(f"slots {named} must name different rows of the {held} that the state has")
+        self._check_ids(tokens)
+
+    def _check_kinds(self, tokens: Tensor, state: State, shape: str) -> int | None:
+        """Refuse what is no tensor of ids or no state of this model; the rows that the state holds, None without any."""
+        if tokens.is_floating_point() or tokens.ndim != len(shape.split()):
+            given = f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise RequestError(f"tokens are {given} and must be integer ids of shape ({shape})")
+        if len(state) != len(self.blocks):
+            raise RequestError(
+                f"the state has {len(state)} parts and the model {len(self.blocks)} blocks; make it with init_state of this model"
+            )
+        held = tensors(state)
+        return held[0].shape[0] if held else None
 
     def _check_ids(self, tokens: Tensor) -> None:
         # On a GPU, or under a compiler, looking at the values would stall the device: there the engine has checked.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from everstate.tokenizers.base import Tokenizer
 from everstate.tokenizers.byte import ByteTokenizer
 from everstate.tokenizers.chat import ChatTemplate
-from everstate.tokenizers.folder import load_tokenizer, save_tokenizer
+from everstate.tokenizers.folder import fingerprint, load_tokenizer, save_tokenizer
 from everstate.tokenizers.hf import HFTokenizer
 from everstate.tokenizers.stream import StreamDecoder, StreamEncoder, encode_stream
 
@@ -17,6 +17,7 @@ __all__ = [
     "StreamEncoder",
     "Tokenizer",
     "encode_stream",
+    "fingerprint",
     "load_tokenizer",
     "save_tokenizer",
 ]

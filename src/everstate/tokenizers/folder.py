@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,28 @@ OWN, PUBLISHED = "tokenizer.toml", "tokenizer.json"
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> None:
-    """Write the tokenizer's files into a folder; an interrupted save leaves each file as it was or as it is to be."""
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    files = tokenizer.files()
-    for name, content in files.items():
-        written = place / f".{name}.new"
-        written.write_text(content, encoding="utf-8", newline="")
-        os.replace(written, place / name)
-    for name in {OWN, PUBLISHED, TEMPLATE_FILE} - set(files):
-        (place / name).unlink(missing_ok=True)
+    """Write the tokenizer's files into a folder; an interrupted save leaves each file as it was or as it is to be.
+
+    Raises `TokenizerError` when the folder cannot be written.
+    """
+    place, files = Path(folder), tokenizer.files()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            written = place / f".{name}.new"
+            written.write_text(content, encoding="utf-8", newline="")
+            os.replace(written, place / name)
+        for name in {OWN, PUBLISHED, TEMPLATE_FILE} - set(files):
+            (place / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise TokenizerError(
+            f"cannot write the tokenizer into {place}: {error}; give a folder that can be written"
+        ) from None
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A short name for exactly this tokenizer."""
+    return blake2b(repr(sorted(tokenizer.files().items())).encode(), digest_size=16).hexdigest()
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from everstate.core.errors import DataError
 from everstate.data import Documents, Loader, byte_lengths, bytes_in
 from everstate.models import LM
 from everstate.tokenizers import Tokenizer
@@ -28,7 +29,7 @@ class HeldOut:
 
     @torch.no_grad()
     def bits_per_byte(self, model: LM) -> float:
-        """The figure for `model` as it is."""
+        """The figure for `model` as it is. Raises `DataError` when there is no text to measure it on."""
         count, seq_len = self._data.lanes, self._data.seq_len
         loader = Loader(self._documents, self._tokenizer, lanes=count, seq_len=seq_len, epochs=1)
         lanes = Lanes(model, count, passing=self._passing)
@@ -38,4 +39,6 @@ class HeldOut:
             nats += lanes.read_(batch.to(model.device))
             if read >= self._limit:
                 break
+        if read == 0:
+            raise DataError("the held-out documents hold no text; give more documents, or set data.held_out = 0")
         return nats.item() / (math.log(2) * read)

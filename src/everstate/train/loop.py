@@ -153,18 +153,20 @@ class Loop:
     def run_(self, file: MetricsFile, interrupted: Callable[[], bool]) -> bool:
         """Steps until the end (True) or an interruption (False); saved in both cases."""
         run, settings = self._run, self._settings
-        finished = self._done() >= 1
+        finished, begun = self._done() >= 1, run.step
         while not finished and not interrupted():
             rate = self._rate()
             run.step_(rate)
             run.seconds = self._seconds_before + self._clock() - self._started
             finished = self._done() >= 1
             evaluate = finished or due(run.step, settings.eval_every)
+            if finished:  # so that an evaluation that fails costs nothing
+                self._save(file)
             if evaluate or due(run.step, settings.log_every):
                 self._log(file, rate, evaluate)
             if due(run.step, settings.save_every):
                 self._save(file)
-        if run.step > self._saved_step:
+        if run.step > begun:
             self._save(file)
         return finished
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from everstate.core.errors import ConfigError
 from everstate.core.state import map_state, named_tensors
 from everstate.data import Batch, Documents, Loader
 from everstate.models import LM
-from everstate.tokenizers import Tokenizer
+from everstate.tokenizers import Tokenizer, fingerprint
 from everstate.train.checkpoint import Checkpoint
 from everstate.train.config import TrainRecipe
 from everstate.train.lanes import Lanes
@@ -36,6 +35,11 @@ class Run:
         self.model = LM(
             recipe.model_config_for(tokenizer.vocab_size), seed=settings.seed, dtype=dtype_named(settings.dtype)
         )
+        if not self.model.causal:
+            raise ConfigError(
+                f"model.layout = {self.model.config.layout!r} has a block that sees the whole text, so it would see what "
+                "it must predict; take the bidirectional blocks out"
+            )
         self.optimizer = adamw(
             self.model, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
         )
@@ -102,8 +106,3 @@ class Run:
         self.lanes.carry = map_state(lambda t: next(saved).to(t.device), self.lanes.carry)
         self.step, self.tokens, self.summed = values["step"], values["tokens"], values["summed"]
         self.seconds, self.sums = values["seconds"], checkpoint.tensors["sums"].to(self.sums.device)
-
-
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """A short name for exactly this tokenizer."""
-    return blake2b(repr(sorted(tokenizer.files().items())).encode(), digest_size=16).hexdigest()

@@ -61,7 +61,8 @@ def check_memory(pos: Int[Tensor, " b"], capacity: int, window: int | None) -> i
         sees = "all tokens before it" if window is None else f"the {window - 1} tokens before it"
         raise RequestError(
             f"attention has read {read} tokens, its state holds {capacity}, and the next token looks at {sees}; "
-            "make the state with init_state(batch, context=N), N at least the number of tokens to read"
+            "make the state with init_state(batch, context=N), N at least the number of tokens to read "
+            "(everstate generate --context N)"
         )
     return int(read)
 

@@ -58,7 +58,7 @@ def trapezoid_scan(
     the first s of the n / 2 pairs of entries, `(2j, 2j + 1)` if `interleaved`, else `(j, j + n / 2)`. Head h uses
     group h // (heads / groups) of B and C. The state is float32 (float64 for float64 inputs).
 
-    Source: Mamba-3 (2026), the trapezoidal and the complex-valued state space model and its MIMO form.
+    Source: Lahoti et al. 2026, "Mamba-3" (arXiv 2603.15569).
     """
     if packing is not None:
         timed = {"x": x, "dt": dt, "A": A, "lam": lam, "omega": omega, "B": B, "C": C}
