@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+import tomllib
 from pathlib import Path
 
 import torch
@@ -11,9 +12,9 @@ from torch.nn.functional import cross_entropy
 import everstate
 from everstate.bench.report import machine
 
-LENGTHS = (40, 64, 128, 256, 512)  # trained on the first, measured on all
-MAMBA3 = {"type": "mamba3", "d_state": 16, "headdim": 16, "dt_min": 0.3, "dt_max": 2.0}
-MODELS = {"mamba3": MAMBA3, "mamba3 held still": MAMBA3, "mamba2": {"type": "mamba2", "d_state": 16, "headdim": 16}}
+RECIPE = tomllib.loads((Path(__file__).parent.parent / "recipes" / "parity.toml").read_text())
+TRAIN = RECIPE["train"]
+LENGTHS = (TRAIN["length"], 64, 128, 256, 512)  # trained on the first, measured on all
 
 
 @torch.no_grad()
@@ -24,22 +25,22 @@ def accuracy(model, length):
 
 
 def train(name, seed, steps):
-    config = {"d_model": 40, "vocab_size": 2, "tie_embeddings": False, "layout": "ssm", "mixers": {"ssm": MODELS[name]}}
-    model = everstate.LM(everstate.ModelConfig(**config), seed=seed)
+    config = everstate.ModelConfig(**RECIPE["model"], mixers={"ssm": RECIPE["mixers"][name.split()[0]]})
+    model, count = everstate.LM(config, seed=seed), TRAIN["sequences"]
     model.norm = torch.nn.Identity()  # so that the size of an answer counts: alike at all times, by exact half turns
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05, cycle_momentum=False)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=TRAIN["betas"])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TRAIN["lr"], steps, pct_start=0.05, cycle_momentum=False)
     run = {"model": name, "seed": seed, "parameters": sum(p.numel() for p in model.parameters()), "curve": []}
     draw, begin = torch.Generator().manual_seed(seed), time.process_time()
     for step in range(1, steps + 1):
         # Each sequence has its own share of ones, so that an error of the zeros cannot make up for one of the ones.
-        bits = (torch.rand(16, LENGTHS[0], generator=draw) < torch.rand(16, 1, generator=draw)).long()
-        logits, _ = model(bits, model.init_state(16))
-        cross_entropy(logits.flatten(0, 1), (bits.cumsum(1) % 2).flatten(), label_smoothing=0.1).backward()
+        bits = (torch.rand(count, LENGTHS[0], generator=draw) < torch.rand(count, 1, generator=draw)).long()
+        logits, _ = model(bits, model.init_state(count))
+        cross_entropy(logits.transpose(1, 2), bits.cumsum(1) % 2, label_smoothing=TRAIN["label_smoothing"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
         schedule.step()
+        optimizer.zero_grad()
         if name == "mamba3 held still":
             model.blocks[0].mixer.in_proj.weight.data[-4:] = 0.0  # the rates at which its four pairs turn
         if step % 200 == 0 or step == steps:
@@ -54,7 +55,7 @@ options.add_argument("--quick", action="store_true", help="a few steps of one se
 options.add_argument("--json", type=Path, help="where to write what was measured")
 given = options.parse_args()
 torch.set_num_threads(1)  # so small a model is slower on more
-seeds, steps = ((0,), 4) if given.quick else ((0, 1, 2), 3000)
-runs = [train(name, seed, steps) for name in MODELS for seed in seeds]
+seeds, steps = ((0,), 4) if given.quick else (TRAIN["seeds"], TRAIN["steps"])
+runs = [train(name, seed, steps) for name in ("mamba3", "mamba3 held still", "mamba2") for seed in seeds]
 if given.json:
     given.json.write_text(json.dumps({"machine": machine(torch.device("cpu")), "runs": runs}, indent=1) + "\n")

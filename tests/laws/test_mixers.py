@@ -107,6 +107,14 @@ def test_size(name: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
+def test_a_state_keeps_no_segment_alive(name: str, variant: str) -> None:
+    mixer = build_causal(name, variant)
+    _, after = mixer(inputs(2, LENGTH), mixer.init_state(2, context=LENGTH))
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(after)}
+    assert sum(held.values()) <= sum(t.numel() * t.element_size() for t in tensors(after))
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
 def test_causal(name: str, variant: str) -> None:
     mixer, x = build_causal(name, variant), inputs(2, LENGTH)
     other = torch.cat([x[:, :40], x[:, 40:].flip(1)], 1)

@@ -193,13 +193,14 @@ class LM(nn.Module):
         self._check_ids(tokens)
 
     def _check_kinds(self, tokens: Tensor, state: State, shape: str) -> int | None:
-        """Refuse what is no tensor of ids or no state of this model; the rows that the state holds, None without any."""
+        """Refuse what are no ids or no state of this model; the rows that the state holds, None without any."""
         if tokens.is_floating_point() or tokens.ndim != len(shape.split()):
             given = f"{tokens.dtype} {tuple(tokens.shape)}"
             raise RequestError(f"tokens are {given} and must be integer ids of shape ({shape})")
         if len(state) != len(self.blocks):
             raise RequestError(
-                f"the state has {len(state)} parts and the model {len(self.blocks)} blocks; make it with init_state of this model"
+                f"the state has {len(state)} parts and the model {len(self.blocks)} blocks; "
+                "make it with init_state of this model"
             )
         held = tensors(state)
         return held[0].shape[0] if held else None

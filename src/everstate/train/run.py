@@ -37,8 +37,8 @@ class Run:
         )
         if not self.model.causal:
             raise ConfigError(
-                f"model.layout = {self.model.config.layout!r} has a block that sees the whole text, so it would see what "
-                "it must predict; take the bidirectional blocks out"
+                f"model.layout = {self.model.config.layout!r} has a block that sees the whole text, and so "
+                "what it must predict; take the bidirectional blocks out"
             )
         self.optimizer = adamw(
             self.model, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay

@@ -26,7 +26,8 @@ def causal_conv1d(
     past, now = state.to(dtype).transpose(1, 2), x.to(dtype)
     if packing is None:
         row = torch.cat([past, now], 1)
-        after = row[:, row.shape[1] - before :]
+        # Memory of its own: a view would keep the whole segment alive as long as the state.
+        after = row[:, row.shape[1] - before :].clone()
         y = _convolve(row, weight.to(dtype), bias, activation)
     else:
         # Each sequence behind its own past, all in one row; outputs that mix two sequences are cut out again.

@@ -35,9 +35,8 @@ def trapezoid_step_(
     ssm, k_before, x_before, angle = gather(state, slots)
     angle = wrap(angle + dt.unsqueeze(2) * omega.unsqueeze(1))
     cos, sin = torch.cos(angle).unsqueeze(1), torch.sin(angle).unsqueeze(1)
-    k, q = (
-        rotate(by_head(m, heads, bias), cos, sin, interleaved=interleaved) for m, bias in ((B, B_bias), (C, C_bias))
-    )
+    both = torch.stack([by_head(B, heads, B_bias), by_head(C, heads, C_bias)])
+    k, q = rotate(both, cos, sin, interleaved=interleaved)
     alpha, gamma = torch.exp(A * dt), lam * dt
     beta = (dt - gamma) * alpha
     u_before, u = (by_rank(t, rank, mimo_x) for t in (x_before, now))
