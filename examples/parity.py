@@ -20,8 +20,7 @@ LENGTHS = (TRAIN["length"], 64, 128, 256, 512)  # trained on the first, measured
 @torch.no_grad()
 def accuracy(model, length):
     bits = torch.randint(2, (64, length), generator=torch.Generator().manual_seed(1))
-    logits, _ = model(bits, model.init_state(64))
-    return (logits.argmax(-1) == bits.cumsum(1) % 2).double().mean().item()
+    return (model(bits, model.init_state(64))[0].argmax(-1) == bits.cumsum(1) % 2).double().mean().item()
 
 
 def train(name, seed, steps):
