@@ -146,8 +146,10 @@ def test_config_to_toml_and_back() -> None:
         ({"layout": "ssm mpl"}, "layout names 'mpl', which is no mixer; did you mean 'mlp'"),
         ({"layout": "ssm mlp attn"}, "mixers describes 'old', which layout 'ssm mlp attn' does not use"),
         ({"mixers": {"ssm": {"type": "mamba9"}}}, "mixers.ssm: unknown mixer type 'mamba9'; did you mean 'mamba"),
-        ({"mixers": {"ssm": {"d_state": 9}}}, "has no 'type'"),
+        ({"mixers": {"ssm": {"d_state": 9}}}, "no 'type' that is a name"),
         ({"mixers": {"ssm": {"type": "mamba3", "d_stat": 9}}}, "mixers.ssm.*unknown key 'd_stat'; did you mean 'd_sta"),
+        ({"mixers": {"ssm": {"type": 3}}}, "no 'type' that is a name"),
+        ({"mixers": {"ssm": {"type": "mamba3", "dt_min": 2.0, "dt_max": 1.0}}}, "dt_min = 2.0 is above dt_max = 1.0"),
         ({"d_model": 0}, "d_model: .*greater than 0"),
     ],
 )
@@ -161,6 +163,13 @@ def test_shapes_that_do_not_fit_are_found_when_the_model_is_built() -> None:
     config = ModelConfig(d_model=16, vocab_size=9, layout="a", mixers={"a": {"type": "mamba2", "headdim": 7}})
     with pytest.raises(ConfigError, match="headdim = 7 does not divide d_inner = 32"):
         LM(config)
+    for table, message in (
+        ({"headdim": 8, "ngroups": 3}, "ngroups = 3 does not divide nheads = 4"),
+        ({"headdim": 8, "dt_limit": (1.0, 0.5)}, "dt_limit .* is not 0 <= low < high"),
+        ({"headdim": 8, "A_init_range": (-1.0, 16.0)}, "A_init_range .* is not 0 < low <= high"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LM(ModelConfig(d_model=16, vocab_size=9, layout="a", mixers={"a": {"type": "mamba2", **table}}))
 
 
 def test_cost_counts_what_the_model_has() -> None:

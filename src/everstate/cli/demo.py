@@ -39,7 +39,7 @@ def demo(
     from rich.console import Console
 
     _require_plots()
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     started = time.perf_counter()
     console.rule("1. Train a Mamba-3 hybrid on the source of Python's standard library")
     session = _train(console, recipe, out / "model", minutes)
@@ -101,7 +101,7 @@ def _stream(console: Console, session: Session) -> list[Mark]:
     tokens = chain.from_iterable(encode_stream(session.tokenizer, _library()))
     marks = measure(session, tokens, MARKS, on_mark=lambda mark: console.print(f"  {mark:,} tokens read"))
     table = Table()
-    for heading in ("tokens read", "state", "ms per read", "ms per write", "process memory", "Transformer's cache*"):
+    for heading in ("tokens read", "state", "ms/read", "ms/write", "process memory", "KV cache*"):
         table.add_column(heading, justify="right")
     for mark in marks:
         table.add_row(
@@ -110,7 +110,7 @@ def _stream(console: Console, session: Session) -> list[Mark]:
         )  # fmt: skip
     console.print(table)
     console.print("ms: milliseconds for one token")
-    console.print("* computed: keys and values in bfloat16, same width, as many sequence layers")
+    console.print("* of a Transformer, computed: keys and values in bfloat16, same width, as many sequence layers")
     return marks
 
 

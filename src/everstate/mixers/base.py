@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
+from pydantic import PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from everstate.core.config import Config
@@ -32,6 +33,19 @@ MIXERS: Registry[type[Mixer]] = Registry("mixer type")
 
 class Empty(NamedTuple):
     """The state of a mixer that remembers nothing."""
+
+
+class TimeSteps(Config):
+    """Settings of a layer whose initial time steps dt are log-uniform in [dt_min, dt_max)."""
+
+    dt_min: PositiveFloat = 1e-3
+    dt_max: PositiveFloat = 1e-1
+
+    @model_validator(mode="after")
+    def _in_order(self) -> TimeSteps:
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min = {self.dt_min} is above dt_max = {self.dt_max}; give dt_min <= dt_max")
+        return self
 
 
 class Special(nn.Module):

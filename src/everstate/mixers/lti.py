@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Complex, Float
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import gelu, glu, silu
 
@@ -17,22 +17,20 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Mixer, Special, init_linear_, log_uniform
+from everstate.mixers.base import Mixer, Special, TimeSteps, init_linear_, log_uniform
 from everstate.ops.lti_conv import Mode
 
 Activation = Literal["gelu", "silu", "identity"]
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": gelu, "silu": silu, "identity": lambda y: y}
 
 
-class SystemConfig(Config):
+class SystemConfig(TimeSteps):
     """Settings of a state space model with a step per channel."""
 
     d_state: PositiveInt = 64
     """Size of the state of each channel, in real numbers: d_state / 2 conjugate pairs."""
     mode: Mode = "convolution"
     """How a segment is read; the three are equal. With `delta_t` a convolution runs as a scan (S4: a recurrence)."""
-    dt_min: PositiveFloat = 1e-3
-    dt_max: PositiveFloat = 1e-1
 
 
 class OutputConfig(Config):

@@ -14,13 +14,13 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from everstate.core.config import Config
 from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.mixers.base import (
     Mixer,
     RMSNorm,
+    TimeSteps,
     forward_by_segments,
     init_linear_,
     inverse_softplus,
@@ -31,7 +31,7 @@ from everstate.mixers.base import (
 from everstate.ops import causal_conv1d, causal_conv1d_step_, rms_norm, selective_scan, selective_step_
 
 
-class Mamba1Config(Config):
+class Mamba1Config(TimeSteps):
     """Settings of one Mamba-1 layer; the names are those of `mamba_ssm`."""
 
     title = "mamba1"
@@ -43,8 +43,6 @@ class Mamba1Config(Config):
     """Width of the bottleneck before dt; "auto" is d_model / 16, rounded up."""
     bias: bool = False
     conv_bias: bool = True
-    dt_min: PositiveFloat = 1e-3
-    dt_max: PositiveFloat = 1e-1
     dt_init_floor: PositiveFloat = 1e-4
     dt_bc_norm: Literal["none", "learned", "weightless"] = "none"
     """RMS norms on the low-rank dt, on B and on C."""

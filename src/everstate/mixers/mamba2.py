@@ -14,7 +14,6 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from everstate.core.config import Config
 from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
@@ -22,6 +21,7 @@ from everstate.core.state import Slots
 from everstate.mixers.base import (
     Mixer,
     RMSNorm,
+    TimeSteps,
     divide,
     forward_by_segments,
     init_linear_,
@@ -33,7 +33,7 @@ from everstate.mixers.base import (
 from everstate.ops import causal_conv1d, causal_conv1d_step_, gated_rms_norm, ssd_scan, ssd_step_
 
 
-class Mamba2Config(Config):
+class Mamba2Config(TimeSteps):
     """Settings of one Mamba-2 layer; the names are those of `mamba_ssm`."""
 
     title = "mamba2"
@@ -53,8 +53,6 @@ class Mamba2Config(Config):
     bias: bool = False
     conv_bias: bool = True
     A_init_range: tuple[float, float] = (1.0, 16.0)
-    dt_min: PositiveFloat = 1e-3
-    dt_max: PositiveFloat = 1e-1
     dt_init_floor: PositiveFloat = 1e-4
     chunk_size: PositiveInt = 64
 
@@ -81,6 +79,8 @@ class Mamba2(Mixer):
         divide("nheads", self.nheads, "ngroups", config.ngroups)
         if not 0 <= config.dt_limit[0] < config.dt_limit[1]:
             raise ConfigError(f"mamba2: dt_limit {config.dt_limit} is not 0 <= low < high; give (low, high)")
+        if not 0 < config.A_init_range[0] <= config.A_init_range[1]:
+            raise ConfigError(f"mamba2: A_init_range {config.A_init_range} is not 0 < low <= high; give (low, high)")
         self.conv_dim = self.d_inner + 2 * config.ngroups * config.d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=config.bias)
         self.conv_weight = nn.Parameter(torch.empty(self.conv_dim, config.d_conv))

@@ -17,7 +17,6 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import relu, sigmoid, silu, softplus, tanh
 
-from everstate.core.config import Config
 from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
@@ -25,6 +24,7 @@ from everstate.core.state import Slots
 from everstate.mixers.base import (
     Mixer,
     RMSNorm,
+    TimeSteps,
     divide,
     forward_by_segments,
     init_linear_,
@@ -35,7 +35,7 @@ from everstate.mixers.base import (
 from everstate.ops import TrapezoidState, gated_rms_norm, trapezoid_scan, trapezoid_step_
 
 
-class Mamba3Config(Config):
+class Mamba3Config(TimeSteps):
     """Settings of one Mamba-3 layer; the names are those of `mamba_ssm`."""
 
     title = "mamba3"
@@ -60,8 +60,6 @@ class Mamba3Config(Config):
     out_norm: bool = False
     """A norm over each head of y before the gate."""
     norm_eps: PositiveFloat = 1e-5
-    dt_min: PositiveFloat = 1e-3
-    dt_max: PositiveFloat = 1e-1
     dt_init_floor: PositiveFloat = 1e-4
     chunk_size: PositiveInt = 64
 

@@ -9,19 +9,19 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Complex, Float
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Mixer, divide, init_linear_, log_uniform
+from everstate.mixers.base import Mixer, TimeSteps, divide, init_linear_, log_uniform
 from everstate.mixers.hippo import hippo_eigen
 from everstate.mixers.lti import OutputConfig, as_complex, conjugate_pairs, normal_, project
 from everstate.ops import linear_scan, linear_step_
 from everstate.ops.lti_diagonal.discretize import discretize
 
 
-class S5Config(OutputConfig):
+class S5Config(TimeSteps, OutputConfig):
     """Settings of one S5 layer."""
 
     title = "s5"
@@ -30,8 +30,6 @@ class S5Config(OutputConfig):
     """Size of the state of the layer, in real numbers: d_state / 2 conjugate pairs."""
     blocks: PositiveInt = 1
     """The state starts as so many copies of a smaller HiPPO-N."""
-    dt_min: PositiveFloat = 1e-3
-    dt_max: PositiveFloat = 1e-1
 
 
 class S5State(NamedTuple):
