@@ -16,7 +16,9 @@ import torch
 import everstate.train.loop as loop
 from everstate.checkpoints import load, read_tensors
 from everstate.core.errors import CheckpointError, ConfigError, DataError, TrainingError
+from everstate.models import LM
 from everstate.train import Outcome, TrainRecipe, Watch, train
+from everstate.train.evaluate import HeldOut
 from everstate.train.metrics import Metrics
 from everstate.train.run import Run
 
@@ -161,6 +163,23 @@ def test_whenever_it_dies_while_saving_it_resumes(
     assert same_weights(outcome, expected)
     assert same_weights(Outcome(*load(recipe.train.out), 0, True, None), expected)
     assert not begun or not list(Path(recipe.train.out).glob(".*"))
+
+
+def test_a_run_that_died_in_its_last_evaluation_evaluates_when_resumed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    whole, recipe = (make_recipe(train={"eval_every": 0, "out": str(tmp_path / name)}) for name in ("whole", "run"))
+    train(whole)
+
+    def dying(held_out: HeldOut, model: LM) -> float:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeldOut, "bits_per_byte", dying)
+        with pytest.raises(Killed):
+            train(recipe)
+    assert len(lines(recipe)) == 5
+    for _ in range(2):
+        assert train(recipe, resume=True).finished
+        assert timeless(recipe) == timeless(whole)
 
 
 def test_resuming_refreshes_the_copy_of_the_model(make_recipe: MakeRecipe) -> None:

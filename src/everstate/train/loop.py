@@ -154,8 +154,11 @@ class Loop:
         """Steps until the end (True) or an interruption (False); saved in both cases."""
         run, settings = self._run, self._settings
         finished, begun = self._done() >= 1, run.step
+        if finished and run.summed:  # it died in its last evaluation
+            self._log(file, self._rate(run.step - 1), evaluate=True)
+            self._save(file)
         while not finished and not interrupted():
-            rate = self._rate()
+            rate = self._rate(run.step)
             run.step_(rate)
             run.seconds = self._seconds_before + self._clock() - self._started
             finished = self._done() >= 1
@@ -174,12 +177,12 @@ class Loop:
         """The part of the run that is done: 1 or more at its end."""
         return max(self._run.step / self._steps, self._run.seconds / self._time_limit)
 
-    def _rate(self) -> float:
-        """The learning rate of the next step; how many steps the time limit allows is judged by those done."""
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step; how many steps the time limit allows is judged by those done."""
         run, settings = self._run, self._settings
         by_clock = run.step * self._time_limit / run.seconds if run.seconds else math.inf
         return learning_rate(
-            run.step, min(self._steps, by_clock), lr=settings.lr, min_lr=settings.min_lr, warmup=settings.warmup,
+            step, min(self._steps, by_clock), lr=settings.lr, min_lr=settings.min_lr, warmup=settings.warmup,
             decay=settings.decay, cooldown=settings.cooldown,
         )  # fmt: skip
 
