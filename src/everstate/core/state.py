@@ -66,11 +66,6 @@ def detach(state: S) -> S:
     return map_state(torch.detach, state)
 
 
-def to_device(state: S, device: torch.device | str) -> S:
-    """The state on another device."""
-    return map_state(lambda t: t.to(device), state)
-
-
 def gather(pool: S, slots: Slots) -> S:
     """The rows `slots` of a pool, copied; with None the pool itself."""
     return pool if slots is None else map_state(lambda t: t.index_select(0, slots), pool)

@@ -110,6 +110,31 @@ class Mixer(Special, ABC):
         """Floating point operations to read one token when `context` tokens were read before (a multiply-add is 2)."""
 
 
+class ChannelMixer(Mixer):
+    """A mixer that looks at one token alone: its state is empty, and how much time passes says nothing to it."""
+
+    @abstractmethod
+    def read(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """What `forward` and `step_` do to each token."""
+
+    def init_state(self, batch: int, *, context: int | None = None) -> Empty:
+        return Empty()
+
+    def forward(
+        self,
+        x: Float[Tensor, "b l d"],
+        state: Empty,
+        packing: Packing | None = None,
+        delta_t: Float[Tensor, "b l"] | None = None,
+    ) -> tuple[Float[Tensor, "b l d"], Empty]:
+        return self.read(x), state
+
+    def step_(
+        self, x: Float[Tensor, "b d"], state: Empty, slots: Slots = None, delta_t: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        return self.read(x)
+
+
 def step_by_forward(
     mixer: Mixer, x: Float[Tensor, "b d"], state: State, slots: Slots, delta_t: Float[Tensor, " b"] | None = None
 ) -> Float[Tensor, "b d"]:

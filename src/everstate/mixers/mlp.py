@@ -12,9 +12,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from everstate.core.config import Config
-from everstate.core.packing import Packing
-from everstate.core.state import Slots
-from everstate.mixers.base import Empty, Mixer, init_linear_
+from everstate.mixers.base import ChannelMixer, init_linear_
 from everstate.ops.activations import Activation, activate
 
 
@@ -31,7 +29,7 @@ class MLPConfig(Config):
     bias: bool = False
 
 
-class MLP(Mixer):
+class MLP(ChannelMixer):
     """`in_proj`, activation, `out_proj`. It looks at one token alone, so elapsed time has no effect on it."""
 
     Config = MLPConfig
@@ -48,25 +46,7 @@ class MLP(Mixer):
         init_linear_(self.in_proj, generator)
         init_linear_(self.out_proj, generator)
 
-    def init_state(self, batch: int, *, context: int | None = None) -> Empty:
-        return Empty()
-
-    def forward(
-        self,
-        x: Float[Tensor, "b l d"],
-        state: Empty,
-        packing: Packing | None = None,
-        delta_t: Float[Tensor, "b l"] | None = None,
-    ) -> tuple[Float[Tensor, "b l d"], Empty]:
-        return self.read(x), state
-
-    def step_(
-        self, x: Float[Tensor, "b d"], state: Empty, slots: Slots = None, delta_t: Float[Tensor, " b"] | None = None
-    ) -> Float[Tensor, "b d"]:
-        return self.read(x)
-
     def read(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """What `forward` and `step_` do to each token."""
         return self.out_proj(activate(self.in_proj(x), self.config.activation, self.config.gated))
 
     def flops_per_token(self, context: int) -> int:

@@ -14,9 +14,7 @@ from torch.nn.functional import linear
 from everstate.core.config import Config
 from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
-from everstate.core.packing import Packing
-from everstate.core.state import Slots
-from everstate.mixers.base import Empty, Mixer, init_linear_, uniform_
+from everstate.mixers.base import ChannelMixer, init_linear_, uniform_
 from everstate.mixers.mlp import MLP, MLPConfig, default_d_hidden
 from everstate.ops import experts, route
 from everstate.ops.activations import Activation
@@ -59,7 +57,7 @@ class Stacked(nn.Module):
         uniform_(self.weight, self.weight.shape[2] ** -0.5, generator)
 
 
-class MoE(Mixer):
+class MoE(ChannelMixer):
     """`router`, the chosen experts, and a shared one. It looks at one token alone: elapsed time has no effect on it."""
 
     Config = MoEConfig
@@ -95,25 +93,7 @@ class MoE(Mixer):
         if self.shared is not None:
             self.shared.init_(generator)
 
-    def init_state(self, batch: int, *, context: int | None = None) -> Empty:
-        return Empty()
-
-    def forward(
-        self,
-        x: Float[Tensor, "b l d"],
-        state: Empty,
-        packing: Packing | None = None,
-        delta_t: Float[Tensor, "b l"] | None = None,
-    ) -> tuple[Float[Tensor, "b l d"], Empty]:
-        return self.read(x), state
-
-    def step_(
-        self, x: Float[Tensor, "b d"], state: Empty, slots: Slots = None, delta_t: Float[Tensor, " b"] | None = None
-    ) -> Float[Tensor, "b d"]:
-        return self.read(x)
-
     def read(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """What `forward` and `step_` do to each token."""
         config, dtype = self.config, state_dtype(x.dtype)
         # In float32, because a rounded logit sends a token to another expert.
         logits = linear(x.to(dtype), self.router.weight.to(dtype))
