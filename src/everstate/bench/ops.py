@@ -102,6 +102,15 @@ def agreements(plan: Plan, say: Say) -> Iterator[Row]:
         ]
         name = f"{len(errors)} cases, {dtype}".replace("torch.", "")
         yield Row(name, GATE_TOKENS, Gate(max(errors), allowed), None)
+    say("the gradients of all ops against those of their references")
+    errors = [
+        relative_error(_gradients(op, backend, example), _gradients(op, REFERENCE, example))
+        for op in EXAMPLES
+        for draw in EXAMPLES[op].values()
+        for example in [draw(Draw(device=plan.device), 2, GATE_TOKENS, 2)]
+        for backend in _backends(op, example)
+    ]
+    yield Row(f"{len(errors)} cases, gradients", GATE_TOKENS, Gate(max(errors), FLOAT64_GRADIENTS), None)
 
 
 def op_speeds(plan: Plan, say: Say) -> Iterator[Row]:
@@ -209,7 +218,7 @@ def _gradients(op: str, backend: str, example: Example) -> tuple[Tensor, ...]:
     leaves: list[Tensor] = []
 
     def leaf(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             return value
         leaves.append(value.detach().requires_grad_())
         return leaves[-1]
@@ -218,8 +227,9 @@ def _gradients(op: str, backend: str, example: Example) -> tuple[Tensor, ...]:
     fixed = {key: leaf(value) for key, value in example.fixed.items()}
     state = {} if example.state is None else {"state": map_state(leaf, example.state)}
     with use(backend):
-        outputs = tensors(OPS[op](**timed, **state, **fixed))
-    return torch.autograd.grad(outputs, leaves, [output.detach() for output in outputs])
+        outputs = [output for output in tensors(OPS[op](**timed, **state, **fixed)) if output.requires_grad]
+    upstream = [output.detach() for output in outputs]
+    return torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)
 
 
 @torch.no_grad()
