@@ -85,7 +85,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no folder"):
         everstate.load(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="holds neither"):
         everstate.load(tmp_path)
     everstate.save(LM(CONFIG), None, tmp_path)
     with pytest.raises(TokenizerError, match="no tokenizer"):
@@ -103,7 +103,7 @@ def test_files_of_other_models_and_programs_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     tensors, metadata = read_tensors(file)
     save_file(tensors, file)
-    with pytest.raises(CheckpointError, match="format 'nothing'"):
+    with pytest.raises(CheckpointError, match="holds neither"):
         load_model(tmp_path)
     save_file(tensors, file, {**metadata, "config": "d_model = 'x'"})
     with pytest.raises(CheckpointError, match="cannot read"):

@@ -1,8 +1,21 @@
-"""Models on disk."""
+"""Models on disk, in our own format and in those that others publish."""
 
 from __future__ import annotations
 
+from everstate.checkpoints.export import export
 from everstate.checkpoints.files import read_tensors, replace_file, write_tensors
-from everstate.checkpoints.load import load, load_config, load_model, save
+from everstate.checkpoints.load import Summary, load, load_config, load_model, load_tokenizer_of, save, summary
 
-__all__ = ["load", "load_config", "load_model", "read_tensors", "replace_file", "save", "write_tensors"]
+__all__ = [
+    "Summary",
+    "export",
+    "load",
+    "load_config",
+    "load_model",
+    "load_tokenizer_of",
+    "read_tensors",
+    "replace_file",
+    "save",
+    "summary",
+    "write_tensors",
+]

@@ -1,14 +1,18 @@
-"""Our own format: a folder with `model.safetensors`, whose metadata holds the config, and the tokenizer's file."""
+"""From a folder, a GGUF file or the hub to a model: our own format and the published ones."""
 
 from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from everstate.checkpoints.files import read_metadata, read_tensors, write_tensors
-from everstate.core.errors import CheckpointError, ConfigError
+from everstate.checkpoints.hub import fetch, fetch_tokenizer
+from everstate.checkpoints.published import Published, Watch, load_published, open_published, stored_dtype
+from everstate.checkpoints.reader import open_tensors
+from everstate.core.errors import CheckpointError, ConfigError, TokenizerError
 from everstate.mixers.base import cast_
 from everstate.models import LM, ModelConfig
 from everstate.tokenizers import Tokenizer, fingerprint, load_tokenizer, save_tokenizer
@@ -32,49 +36,139 @@ def save(model: LM, tokenizer: Tokenizer | None, path: Path | str) -> None:
 
 
 def load(
-    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    model: Path | str,
+    *,
+    tokenizer: Path | str | None = None,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    watch: Watch | None = None,
 ) -> tuple[LM, Tokenizer]:
-    """Load the model and the tokenizer that `save` wrote, on `device`, in `dtype` (None: as saved).
+    """Load a model and its tokenizer.
 
-    Raises `CheckpointError` when a file is missing, truncated, of another program or of another model.
+    model: a folder that `save` or `export` wrote, a folder with a published model, a GGUF file, or the name of a
+        repository on the hub, such as "state-spaces/mamba2-130m".
+    tokenizer: the folder or the repository of the tokenizer, for a model that comes without one.
+    revision: a branch, a tag or a commit of the repository.
+    dtype: of the weights; None for that in which they are stored.
+    watch: told how many bytes of how many were read.
+
+    Raises `CheckpointError` when a file is missing, damaged, or of a model that we do not implement, and
+    `TokenizerError` when there is no tokenizer; `load_model` needs none.
     """
-    model, tokenizer = load_model(path, device=device, dtype=dtype), load_tokenizer(Path(path))
-    saved = read_metadata(_weights_file(path)).get("tokenizer", "")
-    if saved not in ("", fingerprint(tokenizer)) or tokenizer.vocab_size > model.config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer in {path} is not that of the model there, which was saved with another one; "
-            "put the original tokenizer back, or save both again"
+    path = fetch(model, revision=revision)
+    if is_own(path):
+        text = (
+            _own_tokenizer(path, _own_config(path)) if tokenizer is None else load_tokenizer(fetch_tokenizer(tokenizer))
         )
-    return model, tokenizer
+        return _load_own(path, device, dtype), text
+    published = open_published(path)
+    text = _published_tokenizer(published) if tokenizer is None else load_tokenizer(fetch_tokenizer(tokenizer))
+    return load_published(published, device=device, dtype=dtype, watch=watch), text
 
 
-def load_model(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LM:
+def load_model(
+    model: Path | str,
+    *,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    watch: Watch | None = None,
+) -> LM:
     """`load` without the tokenizer."""
-    file = _weights_file(path)
-    weights, metadata = read_tensors(file, device)
-    model = LM(_config(file, metadata), device="meta")
-    _check_names(file, model, weights)
+    path = fetch(model, revision=revision)
+    if is_own(path):
+        return _load_own(path, device, dtype)
+    return load_published(open_published(path), device=device, dtype=dtype, watch=watch)
+
+
+def load_tokenizer_of(
+    model: Path | str, *, tokenizer: Path | str | None = None, revision: str | None = None
+) -> Tokenizer:
+    """`load` without the model: the tokenizer that comes with it, that its authors name, or that is given."""
+    if tokenizer is not None:
+        return load_tokenizer(fetch_tokenizer(tokenizer))
+    path = fetch(model, revision=revision)
+    return _own_tokenizer(path, _own_config(path)) if is_own(path) else _published_tokenizer(open_published(path))
+
+
+class Summary(NamedTuple):
+    """What is known of a model before its weights are read.
+
+    nbytes: of all tensors that are used, as they are stored.
+    skipped: published tensors that say nothing to a language model.
+    """
+
+    path: Path
+    family: str
+    config: ModelConfig
+    dtype: torch.dtype
+    nbytes: int
+    skipped: tuple[str, ...]
+
+
+def summary(model: Path | str, *, revision: str | None = None) -> Summary:
+    """Look at a model; of its weights at most the names and shapes are read. Raises as `load` does."""
+    path = fetch(model, revision=revision)
+    if is_own(path):
+        infos, config = open_tensors(path).infos, _own_config(path)
+        dtype = infos["embedding.weight"].dtype
+        return Summary(path, "everstate", config, dtype, sum(info.nbytes for info in infos.values()), ())
+    published = open_published(path)
+    infos = published.reader.infos
+    used = sum(info.nbytes for name, info in infos.items() if name not in published.skipped)
+    return Summary(path, published.family.name, published.config, stored_dtype(published), used, published.skipped)
+
+
+def load_config(model: Path | str, *, revision: str | None = None) -> ModelConfig:
+    """The config of a saved or published model; of its weights at most the names and shapes are read."""
+    path = fetch(model, revision=revision)
+    return _own_config(path) if is_own(path) else open_published(path).config
+
+
+def is_own(path: Path) -> bool:
+    """Whether a folder was written by `save`."""
+    file = path / WEIGHTS
+    return path.is_dir() and file.exists() and "config" in read_metadata(file)
+
+
+def _load_own(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> LM:
+    config = _own_config(path)
+    weights, _ = read_tensors(path / WEIGHTS, device)
+    model = LM(config, device="meta")
+    _check_names(path / WEIGHTS, model, weights)
     model.load_state_dict(weights, assign=True)
     if dtype is not None:
         cast_(model, dtype)
     return model.requires_grad_(True)
 
 
-def load_config(path: Path | str) -> ModelConfig:
-    """The config of a saved model, without its weights."""
-    file = _weights_file(path)
-    return _config(file, read_metadata(file))
+def _own_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+    tokenizer = load_tokenizer(path)
+    saved = read_metadata(path / WEIGHTS).get("tokenizer", "")
+    if saved not in ("", fingerprint(tokenizer)) or tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {path} is not that of the model there, which was saved with another one; "
+            "put the original tokenizer back, or save both again"
+        )
+    return tokenizer
 
 
-def _weights_file(path: Path | str) -> Path:
-    if not Path(path).is_dir():
-        raise CheckpointError(f"{path} is no folder; give the folder that everstate.save or everstate train wrote")
-    return Path(path) / WEIGHTS
+def _published_tokenizer(published: Published) -> Tokenizer:
+    """The tokenizer that comes with the model, or that its authors name."""
+    try:
+        return load_tokenizer(published.path)
+    except TokenizerError:
+        if published.family.tokenizer is None:
+            raise
+    return load_tokenizer(fetch_tokenizer(published.family.tokenizer))
 
 
-def _config(file: Path, metadata: dict[str, str]) -> ModelConfig:
+def _own_config(path: Path) -> ModelConfig:
     """The config in the metadata."""
-    if metadata.get("format") != FORMAT or "config" not in metadata:
+    file = path / WEIGHTS
+    metadata = read_metadata(file)
+    if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} says format {metadata.get('format', 'nothing')!r} and this version reads {FORMAT!r}; "
             "save it again with the version that wrote it, or update everstate"

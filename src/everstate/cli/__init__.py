@@ -15,6 +15,9 @@ from everstate.core.registry import import_target
 COMMANDS = {
     "train": "everstate.cli.train:train",
     "generate": "everstate.cli.generate:generate",
+    "inspect": "everstate.cli.inspect:inspect",
+    "convert": "everstate.cli.convert:convert",
+    "verify": "everstate.cli.verify:verify",
     "cost": "everstate.cli.cost:cost",
     "doctor": "everstate.cli.doctor:doctor",
     "bench": "everstate.cli.bench:app",

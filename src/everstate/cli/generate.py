@@ -6,16 +6,19 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from everstate.cli.loading import Device, Dtype, Revision, TokenizerAt, dtype_of, reading_bar
 from everstate.core.errors import DataError, RequestError
 
 if TYPE_CHECKING:
     from everstate.engine import Session
+    from everstate.tokenizers import Tokenizer
 
 CHUNK = 65_536
 """Bytes of a file or of standard input that are read at once."""
@@ -25,7 +28,9 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; '-', or nothing without --resume, reads standard input.")
     ] = None,
-    model: Annotated[Path, typer.Option("--model", "-m", help="The folder of a model.")] = Path("demo/model"),
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A folder, a .gguf file, or a repository of the hub.")
+    ] = "demo/model",
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from this file.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=0, help="Tokens to write at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 1.0,
@@ -36,6 +41,11 @@ def generate(
     context: Annotated[int | None, typer.Option(min=1, help="Tokens that full attention may look back.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue from this saved state.")] = None,
     save_state: Annotated[Path | None, typer.Option(help="Save the state to this file at the end.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message; write the answer to it.")] = False,
+    tokenizer: TokenizerAt = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the text.")] = False,
 ) -> None:
     """Continue a prompt from an argument, a file or standard input, and print the text as it is written."""
@@ -45,12 +55,15 @@ def generate(
     from everstate.engine import Sampling, Session
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    weights, tokenizer = checkpoints.load(model)
-    session = (
-        Session(weights, tokenizer, context=context) if resume is None else Session.load(resume, weights, tokenizer)
-    )
+    with reading_bar() as watch:
+        weights, words = checkpoints.load(
+            model, tokenizer=tokenizer, revision=revision, device=device, dtype=dtype_of(dtype), watch=watch
+        )
+    session = Session(weights, words, context=context) if resume is None else Session.load(resume, weights, words)
     started = time.perf_counter()
-    if chunks is not None:
+    if chunks is not None and chat:
+        session.read_tokens(_message(words, chunks, name))
+    elif chunks is not None:
         session.read_stream(chunks, name=name)
     read = time.perf_counter()
     prompt_tokens = session.tokens_read
@@ -60,6 +73,20 @@ def generate(
     if as_json:
         seconds = {"read_seconds": read - started, "write_seconds": time.perf_counter() - read}
         typer.echo(json.dumps({"text": text, **_counts(session, prompt_tokens), **seconds}, ensure_ascii=False))
+
+
+def _message(tokenizer: Tokenizer, chunks: Iterator[str | bytes], name: str) -> list[int]:
+    """The prompt as a message of a user, in the model's own words for a conversation."""
+    if tokenizer.chat is None:
+        raise RequestError("the model has no chat template, so it knows no conversations; leave --chat out")
+    parts = [chunk.encode() if isinstance(chunk, str) else chunk for chunk in chunks]
+    try:
+        content = b"".join(parts).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    messages = [{"role": "user", "content": content}]
+    text = tokenizer.chat.render(messages, add_generation_prompt=True, now=datetime.now(UTC))
+    return tokenizer.encode(text, special=True)
 
 
 def _counts(session: Session, prompt_tokens: int) -> dict[str, int]:

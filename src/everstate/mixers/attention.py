@@ -5,19 +5,21 @@ Source: Vaswani et al. 2017 (arXiv 1706.03762); see `everstate.ops.attention` an
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.nn.functional import sigmoid
 
 from everstate.core.config import Config
+from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots, gather
-from everstate.mixers.base import Mixer, RMSNorm, divide, init_linear_, refuse_delta_t
-from everstate.ops import AttentionState, attention, attention_step_, rotary
+from everstate.mixers.base import Mixer, Multiplier, RMSNorm, divide, init_linear_, refuse_delta_t, scaled, uniform_
+from everstate.ops import AttentionState, attention, attention_step_, causal_conv1d, causal_conv1d_step_, rotary
 
 
 class AttentionConfig(Config):
@@ -43,18 +45,39 @@ class AttentionConfig(Config):
     """Of the scores; default: head_dim^-0.5."""
     softcap: PositiveFloat | None = None
     """Bound of the scores, by tanh; default: none."""
-    qk_norm: bool = False
-    """RMS norm on each head of queries and keys, before the rotation."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMS norm of queries and keys before the rotation: of each head alone, or of all heads together."""
+    qk_norm_kind: Literal["rms", "rms1p"] = "rms"
     norm_eps: PositiveFloat = 1e-5
     bias: bool = False
+    out_bias: bool | None = None
+    """Of `out_proj`; default: as `bias`."""
+    output_gate: bool = False
+    """Multiply what was attended to by the sigmoid of a projection of the token (as in Qwen3-Next)."""
+    d_conv: PositiveInt | None = None
+    """Width of a causal convolution over queries, keys and values (as in Mamba-2 with attention); default: none."""
+    in_multiplier: Multiplier = 1.0
+    """Of the input."""
+    key_multiplier: Multiplier = 1.0
+    """Of the keys, before norm and rotation."""
+    out_multiplier: Multiplier = 1.0
+    """Of the output."""
     context: NonNegativeInt = 4096
     """Tokens that a state holds when `init_state` is not told; a window needs none beyond itself."""
 
 
+class ConvAttentionState(NamedTuple):
+    """conv: the last d_conv - 1 inputs of the convolution; cache: keys and values."""
+
+    conv: Float[Tensor, "b channels k1"]
+    cache: AttentionState
+
+
 class Attention(Mixer):
-    """`q_proj k_proj v_proj`, optional norm and rotation, attention, `out_proj`."""
+    """`q_proj k_proj v_proj`, optional convolution, norm and rotation, attention, optional gate, `out_proj`."""
 
     Config = AttentionConfig
+    no_decay = frozenset({"conv_bias"})
 
     def __init__(self, d_model: int, config: AttentionConfig) -> None:
         super().__init__()
@@ -73,19 +96,32 @@ class Attention(Mixer):
         self.q_proj = nn.Linear(d_model, width, bias=config.bias)
         self.k_proj = nn.Linear(d_model, width_kv, bias=config.bias)
         self.v_proj = nn.Linear(d_model, width_kv, bias=config.bias)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.out_proj = nn.Linear(width, d_model, bias=config.bias)
+        self.gate_proj = nn.Linear(d_model, width, bias=config.bias) if config.output_gate else None
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            whole, one_plus = config.qk_norm == "full", config.qk_norm_kind == "rms1p"
+            self.q_norm = RMSNorm(width if whole else self.head_dim, config.norm_eps, one_plus=one_plus)
+            self.k_norm = RMSNorm(width_kv if whole else self.head_dim, config.norm_eps, one_plus=one_plus)
+        self.widths, self.conv_weight, self.conv_bias = [width, width_kv, width_kv], None, None
+        if config.d_conv is not None:
+            self.conv_weight = nn.Parameter(torch.empty(sum(self.widths), config.d_conv))
+            self.conv_bias = nn.Parameter(torch.empty(sum(self.widths)))
+        out_bias = config.bias if config.out_bias is None else config.out_bias
+        self.out_proj = nn.Linear(width, d_model, bias=out_bias)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:
-        for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
-            init_linear_(linear, generator)
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.out_proj):
+            if linear is not None:
+                init_linear_(linear, generator)
+        if self.conv_weight is not None and self.conv_bias is not None:
+            uniform_(self.conv_weight, self.conv_weight.shape[1] ** -0.5, generator)
+            uniform_(self.conv_bias, self.conv_weight.shape[1] ** -0.5, generator)
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 norm.init_()
 
-    def init_state(self, batch: int, *, context: int | None = None) -> AttentionState:
+    def init_state(self, batch: int, *, context: int | None = None) -> AttentionState | ConvAttentionState:
         """Room for `context` tokens (None: for the window, or for `config.context`), and never more than the window.
 
         With `context=0` nothing is remembered: forward is attention within its segment, which is the fast way to train.
@@ -93,61 +129,106 @@ class Attention(Mixer):
         window = self.config.window
         capacity = (window or self.config.context) if context is None else min(context, window or context)
         make = self.k_proj.weight.new_zeros
-        return AttentionState(
+        cache = AttentionState(
             k=make(batch, capacity, self.nheads_kv, self.head_dim),
             v=make(batch, capacity, self.nheads_kv, self.head_dim),
             pos=make(batch, dtype=torch.int64),
         )
+        if self.conv_weight is None:
+            return cache
+        channels, width = self.conv_weight.shape
+        dtype = state_dtype(self.conv_weight.dtype)
+        return ConvAttentionState(self.conv_weight.new_zeros(batch, channels, width - 1, dtype=dtype), cache)
 
     def forward(
         self,
         x: Float[Tensor, "b l d"],
-        state: AttentionState,
+        state: AttentionState | ConvAttentionState,
         packing: Packing | None = None,
         delta_t: Float[Tensor, "b l"] | None = None,
-    ) -> tuple[Float[Tensor, "b l d"], AttentionState]:
+    ) -> tuple[Float[Tensor, "b l d"], AttentionState | ConvAttentionState]:
         refuse_delta_t(self, delta_t)
-        if packing is None:
-            positions = state.pos.unsqueeze(1) + torch.arange(x.shape[1], device=x.device)
-        else:
-            positions = (state.pos[packing.sequence_ids(x.device)] + packing.positions(x.device)).unsqueeze(0)
-        q, k, v = self._project(x, positions)
-        config = self.config
-        y, state = attention(
+        x, config = scaled(x, self.config.in_multiplier), self.config
+        q, k, v = self._project(x)
+        conv = None
+        if isinstance(state, ConvAttentionState):
+            assert self.conv_weight is not None
+            qkv = torch.cat([q, k, v], -1)
+            qkv, conv = causal_conv1d(qkv, self.conv_weight, self.conv_bias, state.conv, packing=packing)
+            (q, k, v), state = qkv.split(self.widths, -1), state.cache
+        q, k, v = self._heads(q, k, v, _positions(state, x, packing))
+        y, cache = attention(
             q, k, v, state, window=config.window, scale=config.scale, softcap=config.softcap, packing=packing
         )
-        return self.out_proj(y.flatten(-2)), state
+        return self._finish(y, x), cache if conv is None else ConvAttentionState(conv, cache)
 
     def step_(
         self,
         x: Float[Tensor, "b d"],
-        state: AttentionState,
+        state: AttentionState | ConvAttentionState,
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b d"]:
         refuse_delta_t(self, delta_t)
-        q, k, v = (t[:, 0] for t in self._project(x.unsqueeze(1), gather(state.pos, slots).unsqueeze(1)))
-        config = self.config
+        x, config = scaled(x, self.config.in_multiplier), self.config
+        q, k, v = self._project(x)
+        if isinstance(state, ConvAttentionState):
+            assert self.conv_weight is not None
+            qkv = causal_conv1d_step_(torch.cat([q, k, v], -1), self.conv_weight, self.conv_bias, state.conv, slots)
+            (q, k, v), state = qkv.split(self.widths, -1), state.cache
+        positions = gather(state.pos, slots).unsqueeze(1)
+        q, k, v = (t[:, 0] for t in self._heads(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), positions))
         y = attention_step_(q, k, v, state, slots, window=config.window, scale=config.scale, softcap=config.softcap)
-        return self.out_proj(y.flatten(-2))
+        return self._finish(y, x)
 
     def flops_per_token(self, context: int) -> int:
-        projections = sum(m.weight.numel() for m in (self.q_proj, self.k_proj, self.v_proj, self.out_proj))
+        linears = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.out_proj)
+        projections = sum(linear.weight.numel() for linear in linears if linear is not None)
+        projections += 0 if self.conv_weight is None else self.conv_weight.numel()
         seen = min(context, self.config.window or context)
         return 2 * projections + 4 * self.nheads * self.head_dim * seen
 
-    def _project(self, x: Float[Tensor, "b l d"], positions: Int[Tensor, "b l"]) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, all heads side by side."""
+        return self.q_proj(x), scaled(self.k_proj(x), self.config.key_multiplier), self.v_proj(x)
+
+    def _heads(
+        self,
+        q: Float[Tensor, "b l q"],
+        k: Float[Tensor, "b l k"],
+        v: Float[Tensor, "b l k"],
+        positions: Int[Tensor, "b l"],
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values per head, with norm and rotation."""
-        split = (-1, self.head_dim)
-        q, k, v = (linear(x).unflatten(-1, split) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        whole = self.config.qk_norm == "full"
+        if whole:
+            q, k = self._norms(q, k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        if not whole:
+            q, k = self._norms(q, k)
         theta, interleaved = self.config.rope_theta, self.config.rope_interleaved
         if theta is not None:
             both = torch.cat([q, k], 2)
             both = rotary(both, positions, theta=theta, interleaved=interleaved, rotary_dim=self.rotary_dim)
             q, k = both.split([self.nheads, self.nheads_kv], 2)
         return q, k, v
+
+    def _norms(self, q: Float[Tensor, "*q n"], k: Float[Tensor, "*k m"]) -> tuple[Tensor, Tensor]:
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
+
+    def _finish(self, y: Float[Tensor, "*b h p"], x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """Gate and last projection of what was attended to."""
+        y = y.flatten(-2)
+        if self.gate_proj is not None:
+            y = y * sigmoid(self.gate_proj(x))
+        return scaled(self.out_proj(y), self.config.out_multiplier)
+
+
+def _positions(state: AttentionState, x: Float[Tensor, "b l d"], packing: Packing | None) -> Int[Tensor, "b l"]:
+    """How many tokens of its sequence were read before each token."""
+    if packing is None:
+        return state.pos.unsqueeze(1) + torch.arange(x.shape[1], device=x.device)
+    return (state.pos[packing.sequence_ids(x.device)] + packing.positions(x.device)).unsqueeze(0)
 
 
 def _default_nheads(d_model: int, head_dim: int | None) -> int:

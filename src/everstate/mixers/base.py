@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
-from pydantic import PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from everstate.core.config import Config
@@ -165,23 +165,69 @@ def forward_by_segments(
     return torch.cat(ys, 1), state
 
 
+Multiplier = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+"""A constant by which something is multiplied, 1 being without."""
+
+
+def scaled(x: Float[Tensor, "*b"], multiplier: float) -> Float[Tensor, "*b"]:
+    """`multiplier * x`, and x itself where the multiplier is 1."""
+    return x if multiplier == 1.0 else x * multiplier
+
+
 class RMSNorm(Special):
-    """The learned scale of `ops.rms_norm`."""
+    """The learned scale of `ops.rms_norm`; with `one_plus` the weight is how far the scale is from 1 (as in Gemma)."""
 
     no_decay = frozenset({"weight"})
+
+    def __init__(self, width: int, eps: float, *, one_plus: bool = False) -> None:
+        super().__init__()
+        self.eps = eps
+        self.one_plus = one_plus
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def init_(self) -> None:
+        """A scale of one."""
+        nn.init.constant_(self.weight, 0.0 if self.one_plus else 1.0)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """See `everstate.ops.rms_norm`."""
+        # Added in float32: next to 1, half precision would lose most of a small weight.
+        weight = 1 + self.weight.to(state_dtype(self.weight.dtype)) if self.one_plus else self.weight
+        return rms_norm(x, weight, eps=self.eps)
+
+
+class LayerNorm(Special):
+    """Zero mean and unit variance, then a learned scale and shift; computed in float32 (Ba et al. 2016, 1607.06450)."""
+
+    no_decay = frozenset({"weight", "bias"})
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
 
     def init_(self) -> None:
-        """All ones."""
+        """A scale of one, no shift."""
         nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """See `everstate.ops.rms_norm`."""
-        return rms_norm(x, self.weight, eps=self.eps)
+        """`(x - mean) / sqrt(variance + eps) * weight + bias`."""
+        dtype = state_dtype(x.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return nn.functional.layer_norm(x.to(dtype), weight.shape, weight, bias, self.eps).to(x.dtype)
+
+
+NormKind = Literal["rms", "rms1p", "layer"]
+"""Root mean square; the same with a weight that is added to 1; or mean and variance, with a bias."""
+
+Norm: TypeAlias = RMSNorm | LayerNorm
+
+
+def build_norm(kind: NormKind, width: int, eps: float) -> Norm:
+    """A norm over the last dimension."""
+    return LayerNorm(width, eps) if kind == "layer" else RMSNorm(width, eps, one_plus=kind == "rms1p")
 
 
 def build_mixer(

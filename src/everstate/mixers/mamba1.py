@@ -39,6 +39,8 @@ class Mamba1Config(TimeSteps):
     d_state: PositiveInt = 16
     d_conv: PositiveInt = 4
     expand: PositiveInt = 2
+    d_inner: PositiveInt | None = None
+    """Width inside the layer; default: expand * d_model."""
     dt_rank: PositiveInt | Literal["auto"] = "auto"
     """Width of the bottleneck before dt; "auto" is d_model / 16, rounded up."""
     bias: bool = False
@@ -66,7 +68,7 @@ class Mamba1(Mixer):
     def __init__(self, d_model: int, config: Mamba1Config) -> None:
         super().__init__()
         self.config = config
-        self.d_inner = config.expand * d_model
+        self.d_inner = config.d_inner or config.expand * d_model
         self.dt_rank = -(-d_model // 16) if config.dt_rank == "auto" else config.dt_rank
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=config.bias)
         self.conv_weight = nn.Parameter(torch.empty(self.d_inner, config.d_conv))

@@ -20,6 +20,7 @@ from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.mixers.base import (
     Mixer,
+    Multiplier,
     RMSNorm,
     TimeSteps,
     divide,
@@ -28,6 +29,7 @@ from everstate.mixers.base import (
     inverse_softplus,
     is_long,
     log_uniform,
+    scaled,
     uniform_,
 )
 from everstate.ops import causal_conv1d, causal_conv1d_step_, gated_rms_norm, ssd_scan, ssd_step_
@@ -41,6 +43,8 @@ class Mamba2Config(TimeSteps):
     d_state: PositiveInt = 128
     d_conv: PositiveInt = 4
     expand: PositiveInt = 2
+    d_inner: PositiveInt | None = None
+    """Width inside the layer; default: expand * d_model."""
     headdim: PositiveInt = 64
     ngroups: PositiveInt = 1
     dt_limit: tuple[float, float] = (0.0, math.inf)
@@ -52,6 +56,12 @@ class Mamba2Config(TimeSteps):
     """One D per channel instead of one per head."""
     bias: bool = False
     conv_bias: bool = True
+    in_multiplier: Multiplier = 1.0
+    """Of the input."""
+    multipliers: tuple[Multiplier, Multiplier, Multiplier, Multiplier, Multiplier] | None = None
+    """Of z, x, B, C and dt, behind `in_proj` (as in Falcon-H1); default: none."""
+    out_multiplier: Multiplier = 1.0
+    """Of the output."""
     A_init_range: tuple[float, float] = (1.0, 16.0)
     dt_init_floor: PositiveFloat = 1e-4
     chunk_size: PositiveInt = 64
@@ -74,7 +84,7 @@ class Mamba2(Mixer):
     def __init__(self, d_model: int, config: Mamba2Config) -> None:
         super().__init__()
         self.config = config
-        self.d_inner = config.expand * d_model
+        self.d_inner = config.d_inner or config.expand * d_model
         self.nheads = divide("d_inner", self.d_inner, "headdim", config.headdim)
         divide("nheads", self.nheads, "ngroups", config.ngroups)
         if not 0 <= config.dt_limit[0] < config.dt_limit[1]:
@@ -123,7 +133,7 @@ class Mamba2(Mixer):
     ) -> tuple[Float[Tensor, "b l d"], Mamba2State]:
         if is_long(x, packing):
             return forward_by_segments(self, x, state, delta_t)
-        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.conv_dim, self.nheads], -1)
+        z, xBC, dt = self._project(x)
         xBC, conv = causal_conv1d(xBC, self.conv_weight, self.conv_bias, state.conv, activation="silu", packing=packing)
         u, B, C = self._split(xBC)
         a, dt = self._decay(dt, delta_t)
@@ -137,7 +147,7 @@ class Mamba2(Mixer):
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b d"]:
-        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.conv_dim, self.nheads], -1)
+        z, xBC, dt = self._project(x)
         xBC = causal_conv1d_step_(xBC, self.conv_weight, self.conv_bias, state.conv, slots, activation="silu")
         u, B, C = self._split(xBC)
         a, dt = self._decay(dt, delta_t)
@@ -147,6 +157,15 @@ class Mamba2(Mixer):
     def flops_per_token(self, context: int) -> int:
         projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv_weight.numel())
         return projections + 5 * self.d_inner * self.config.d_state
+
+    def _project(self, x: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The gate z, the inputs of the convolution, and dt."""
+        projected, multipliers = self.in_proj(scaled(x, self.config.in_multiplier)), self.config.multipliers
+        if multipliers is not None:
+            width = self.config.ngroups * self.config.d_state
+            parts = projected.split([self.d_inner, self.d_inner, width, width, self.nheads], -1)
+            projected = torch.cat([scaled(part, m) for part, m in zip(parts, multipliers, strict=True)], -1)
+        return projected.split([self.d_inner, self.conv_dim, self.nheads], -1)
 
     def _split(self, xBC: Float[Tensor, "*b channels"]) -> tuple[Tensor, Tensor, Tensor]:
         """Cut the output of the convolution into x per head and B, C per group."""
@@ -166,9 +185,9 @@ class Mamba2(Mixer):
     def _finish(self, y: Float[Tensor, "*b e"], z: Float[Tensor, "*b e"]) -> Float[Tensor, "*b d"]:
         """Gate, norm and the last projection."""
         if self.norm is None:
-            return self.out_proj(y * nn.functional.silu(z))
+            return scaled(self.out_proj(y * nn.functional.silu(z)), self.config.out_multiplier)
         y = gated_rms_norm(
             y, z, self.norm.weight, eps=self.norm.eps, groups=self.config.ngroups,
             norm_before_gate=self.config.norm_before_gate,
         )  # fmt: skip
-        return self.out_proj(y)
+        return scaled(self.out_proj(y), self.config.out_multiplier)

@@ -12,7 +12,8 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from everstate.core.config import Config
-from everstate.mixers.base import ChannelMixer, init_linear_
+from everstate.core.errors import ConfigError
+from everstate.mixers.base import ChannelMixer, Multiplier, init_linear_, scaled
 from everstate.ops.activations import Activation, activate
 
 
@@ -27,6 +28,10 @@ class MLPConfig(Config):
     gated: bool = True
     """`act(gate) * up` instead of `act(up)`; `in_proj` makes [gate | up]."""
     bias: bool = False
+    gate_multiplier: Multiplier = 1.0
+    """Of the gate, before its activation."""
+    out_multiplier: Multiplier = 1.0
+    """Of the output."""
 
 
 class MLP(ChannelMixer):
@@ -37,6 +42,8 @@ class MLP(ChannelMixer):
     def __init__(self, d_model: int, config: MLPConfig) -> None:
         super().__init__()
         self.config = config
+        if config.gate_multiplier != 1.0 and not config.gated:
+            raise ConfigError("mlp: gate_multiplier was given and gated is false; leave one of them out")
         d_hidden = config.d_hidden or default_d_hidden(d_model, config.gated)
         self.in_proj = nn.Linear(d_model, (1 + config.gated) * d_hidden, bias=config.bias)
         self.out_proj = nn.Linear(d_hidden, d_model, bias=config.bias)
@@ -47,7 +54,11 @@ class MLP(ChannelMixer):
         init_linear_(self.out_proj, generator)
 
     def read(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        return self.out_proj(activate(self.in_proj(x), self.config.activation, self.config.gated))
+        config, h = self.config, self.in_proj(x)
+        if config.gate_multiplier != 1.0:
+            gate, up = h.chunk(2, -1)
+            h = torch.cat([gate * config.gate_multiplier, up], -1)
+        return scaled(self.out_proj(activate(h, config.activation, config.gated)), config.out_multiplier)
 
     def flops_per_token(self, context: int) -> int:
         return 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())

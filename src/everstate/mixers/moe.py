@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, sigmoid
 
 from everstate.core.config import Config
-from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
-from everstate.mixers.base import ChannelMixer, init_linear_, uniform_
+from everstate.mixers.base import ChannelMixer, Special, divide, init_linear_, uniform_
 from everstate.mixers.mlp import MLP, MLPConfig, default_d_hidden
 from everstate.ops import experts, route
 from everstate.ops.activations import Activation
@@ -37,12 +36,21 @@ class MoEConfig(Config):
     """See `everstate.ops.route`."""
     normalise: bool = True
     """Divide the weights of a token by their sum."""
+    normalise_eps: NonNegativeFloat = 0.0
+    """Added to that sum."""
     routed_scale: PositiveFloat = 1.0
     """Of the weights, last."""
     correction_bias: bool = False
     """Add a bias to the scores to select with. It comes with a checkpoint; gradients do not reach it."""
+    ngroups: PositiveInt = 1
+    topk_groups: PositiveInt = 1
+    """Of `ngroups` groups of experts a token chooses from this many."""
+    d_latent: PositiveInt | None = None
+    """Width to which tokens are projected for the routed experts (as in Nemotron 3); default: d_model, unprojected."""
     d_shared: PositiveInt | None = None
     """Width of a shared expert, which sees every token (several are one of their total width); default: none."""
+    shared_gate: bool = False
+    """Weigh the shared expert by the sigmoid of a number that the token chooses (as in Qwen)."""
 
 
 class Stacked(nn.Module):
@@ -57,6 +65,24 @@ class Stacked(nn.Module):
         uniform_(self.weight, self.weight.shape[2] ** -0.5, generator)
 
 
+class Router(Special):
+    """A logit for each expert, in float32 throughout: a rounded logit sends a token to another expert."""
+
+    in_float32 = frozenset({"weight"})
+
+    def __init__(self, d_model: int, nexperts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(nexperts, d_model))
+
+    def init_(self, generator: torch.Generator) -> None:
+        """Uniform in +-1 / sqrt(fan_in)."""
+        uniform_(self.weight, self.weight.shape[1] ** -0.5, generator)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b e"]:
+        """The logits."""
+        return linear(x.to(self.weight.dtype), self.weight)
+
+
 class MoE(ChannelMixer):
     """`router`, the chosen experts, and a shared one. It looks at one token alone: elapsed time has no effect on it."""
 
@@ -66,26 +92,34 @@ class MoE(ChannelMixer):
     def __init__(self, d_model: int, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
-        if config.top_k > config.nexperts:
-            raise ConfigError(f"moe: top_k {config.top_k} is more than nexperts {config.nexperts}; choose at most that")
+        _check_groups(config)
         if config.top_k == 1 and config.nexperts > 1 and (config.normalise or config.score == "topk_softmax"):
             raise ConfigError(
                 "moe: the normalised weight of a single expert is always 1, so that the router could not learn; "
                 'for top_k = 1 set normalise = false and score = "softmax_topk" or "sigmoid"'
             )
         d_hidden = config.d_hidden or default_d_hidden(d_model, config.gated)
-        self.router = nn.Linear(d_model, config.nexperts, bias=False)
+        width = config.d_latent or d_model
+        self.router = Router(d_model, config.nexperts)
         self.register_buffer("router_bias", torch.empty(config.nexperts) if config.correction_bias else None)
-        self.in_proj = Stacked(config.nexperts, d_model, (1 + config.gated) * d_hidden)
-        self.out_proj = Stacked(config.nexperts, d_hidden, d_model)
-        self.shared = None
+        self.latent_in = None if config.d_latent is None else nn.Linear(d_model, width, bias=False)
+        self.in_proj = Stacked(config.nexperts, width, (1 + config.gated) * d_hidden)
+        self.out_proj = Stacked(config.nexperts, d_hidden, width)
+        self.latent_out = None if config.d_latent is None else nn.Linear(width, d_model, bias=False)
+        self.shared, self.shared_gate = None, None
+        if config.shared_gate and config.d_shared is None:
+            raise ConfigError("moe: shared_gate was given and there is no shared expert; give d_shared")
         if config.d_shared is not None:
             shared = MLPConfig(d_hidden=config.d_shared, activation=config.activation, gated=config.gated)
             self.shared = MLP(d_model, shared)
+            self.shared_gate = nn.Linear(d_model, 1, bias=False) if config.shared_gate else None
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:
-        init_linear_(self.router, generator)
+        self.router.init_(generator)
+        for projection in (self.latent_in, self.latent_out, self.shared_gate):
+            if projection is not None:
+                init_linear_(projection, generator)
         self.in_proj.init_(generator)
         self.out_proj.init_(generator)
         if self.router_bias is not None:
@@ -94,21 +128,40 @@ class MoE(ChannelMixer):
             self.shared.init_(generator)
 
     def read(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        config, dtype = self.config, state_dtype(x.dtype)
-        # In float32, because a rounded logit sends a token to another expert.
-        logits = linear(x.to(dtype), self.router.weight.to(dtype))
+        config = self.config
         weights, indices = route(
-            logits, top_k=config.top_k, score=config.score, bias=self.router_bias, normalise=config.normalise,
-            scale=config.routed_scale,
+            self.router(x), top_k=config.top_k, score=config.score, bias=self.router_bias,
+            normalise=config.normalise, eps=config.normalise_eps, scale=config.routed_scale,
+            ngroups=config.ngroups, topk_groups=config.topk_groups,
         )  # fmt: skip
         y = experts(
-            x, weights, indices, self.in_proj.weight, self.out_proj.weight,
-            activation=config.activation, gated=config.gated,
+            x if self.latent_in is None else self.latent_in(x), weights, indices,
+            self.in_proj.weight, self.out_proj.weight, activation=config.activation, gated=config.gated,
         )  # fmt: skip
-        return y if self.shared is None else y + self.shared.read(x)
+        y = y if self.latent_out is None else self.latent_out(y)
+        if self.shared is None:
+            return y
+        shared = self.shared.read(x)
+        return y + (shared if self.shared_gate is None else shared * sigmoid(self.shared_gate(x)))
 
     def flops_per_token(self, context: int) -> int:
         config = self.config
         stacks = self.in_proj.weight.numel() + self.out_proj.weight.numel()
-        active = self.router.weight.numel() + stacks // config.nexperts * config.top_k
+        dense = [self.router, self.latent_in, self.latent_out, self.shared_gate]
+        always = sum(part.weight.numel() for part in dense if part is not None)
+        active = always + stacks // config.nexperts * config.top_k
         return 2 * active + (0 if self.shared is None else self.shared.flops_per_token(context))
+
+
+def _check_groups(config: MoEConfig) -> None:
+    """Refuse a choice that cannot be made."""
+    size = divide("nexperts", config.nexperts, "ngroups", config.ngroups)
+    if config.topk_groups > config.ngroups:
+        raise ConfigError(
+            f"moe: topk_groups {config.topk_groups} is more than ngroups {config.ngroups}; choose at most that"
+        )
+    if config.top_k > config.topk_groups * size:
+        of = (
+            "" if config.topk_groups == config.ngroups else f", of which {config.topk_groups * size} can be chosen from"
+        )
+        raise ConfigError(f"moe: top_k {config.top_k} is more than nexperts {config.nexperts}{of}; choose at most that")

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from everstate.core.config import Config, read_toml
 from everstate.core.errors import ConfigError, did_you_mean
 from everstate.mixers import MIXERS
-from everstate.mixers.base import parse_mixer
+from everstate.mixers.base import Multiplier, NormKind, parse_mixer
 from everstate.models.layout import parse_layout
 
 
 class ModelConfig(Config):
-    """A language model of residual blocks `x + mixer(norm(x))`.
+    """A language model of residual blocks `x + residual_multiplier * mixer(norm(x))`.
 
     `layout` orders the blocks by name and `mixers` says what each name is, such as `{"ssm": {"type": "mamba2",
     "d_state": 64}}`. A name that `mixers` does not list is a mixer type with its default settings. Raises `ConfigError`
@@ -31,7 +31,16 @@ class ModelConfig(Config):
     vocab_size: PositiveInt
     layout: str
     mixers: dict[str, dict[str, Any]] = {}
+    norm: NormKind = "rms"
+    """Kind of the norm of each block and of the last one."""
     norm_eps: PositiveFloat = 1e-5
+    post_norm: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Names of blocks whose norm comes after the mixer: `x + residual_multiplier * norm(mixer(x))`."""
+    embedding_multiplier: Multiplier = 1.0
+    residual_multiplier: Multiplier = 1.0
+    logit_multiplier: Multiplier = 1.0
+    logit_softcap: PositiveFloat | None = None
+    """Bound of the logits, `softcap * tanh(logits / softcap)`; default: none."""
     tie_embeddings: bool = True
     """Whether the embedding is also the weight of the output head."""
 
@@ -48,6 +57,9 @@ class ModelConfig(Config):
             if name not in MIXERS:
                 allowed = [*self.mixers, *MIXERS]
                 raise ConfigError(f"layout names {name!r}, which is no mixer; {did_you_mean(name, allowed)}")
+        strange = sorted(set(self.post_norm) - names)
+        if strange:
+            raise ConfigError(f"post_norm names {strange[0]!r}, which is no block; {did_you_mean(strange[0], names)}")
         unused = sorted(set(self.mixers) - names)
         if unused:
             raise ConfigError(

@@ -6,7 +6,7 @@ layout := item+        item := [COUNT "*"] (NAME | "(" layout ")")
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from everstate.core.errors import ConfigError, did_you_mean
 
@@ -89,3 +89,34 @@ def layout_of_pattern(pattern: str, letters: Mapping[str, str] = PATTERN_LETTERS
         raise ConfigError(f"pattern {pattern!r} holds {given}; {did_you_mean(''.join(unknown[:1]), letters)}")
     runs = [match.group(0) for match in re.finditer(r"(.)\1*", pattern)]
     return " ".join(letters[r[0]] if len(r) == 1 else f"{len(r)} * {letters[r[0]]}" for r in runs)
+
+
+def write_layout(names: Sequence[str]) -> str:
+    """A layout of these blocks, with what is repeated written once; `parse_layout` gives them back.
+
+    >>> write_layout(["ssm", "mlp", "ssm", "mlp", "attn"])
+    '2 * (ssm mlp) attn'
+    """
+    parts, at = [], 0
+    while at < len(names):
+        width, count = max(
+            ((width, _repeats(names, at, width)) for width in range(1, (len(names) - at) // 2 + 1)),
+            key=lambda found: found[0] * found[1] if found[1] > 1 else 0,
+            default=(1, 1),
+        )
+        if count == 1:
+            parts.append(names[at])
+            at += 1
+            continue
+        group = write_layout(names[at : at + width])
+        parts.append(f"{count} * {group}" if width == 1 else f"{count} * ({group})")
+        at += width * count
+    return " ".join(parts)
+
+
+def _repeats(names: Sequence[str], at: int, width: int) -> int:
+    """How often the `width` names from `at` on stand there one after the other."""
+    count = 1
+    while names[at + count * width : at + (count + 1) * width] == names[at : at + width]:
+        count += 1
+    return count

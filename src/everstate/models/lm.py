@@ -13,22 +13,32 @@ from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots, tensors
 from everstate.mixers import Mixer, State, build_mixer
-from everstate.mixers.base import RMSNorm, cast_
+from everstate.mixers.base import Norm, build_norm, cast_, scaled
 from everstate.models.config import ModelConfig
 
 EMBEDDING_STD = 0.02
 
 
 class Block(nn.Module):
-    """One residual block: `x + mixer(norm(x))`."""
+    """One residual block: `x + multiplier * mixer(norm(x))`, or `x + multiplier * norm(mixer(x))` with `norm_after`."""
 
-    norm: RMSNorm
+    norm: Norm
     mixer: Mixer
 
-    def __init__(self, norm: RMSNorm, mixer: Mixer) -> None:
+    def __init__(self, norm: Norm, mixer: Mixer, *, norm_after: bool, multiplier: float) -> None:
         super().__init__()
         self.norm = norm
         self.mixer = mixer
+        self.norm_after = norm_after
+        self.multiplier = multiplier
+
+    def input(self, x: Float[Tensor, "*b d"], dtype: torch.dtype) -> Float[Tensor, "*b d"]:
+        """What the mixer reads of the residual stream."""
+        return (x if self.norm_after else self.norm(x)).to(dtype)
+
+    def add(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """The residual stream after the mixer has given `y`."""
+        return x + scaled(self.norm(y) if self.norm_after else y, self.multiplier)
 
 
 class LM(nn.Module):
@@ -52,12 +62,14 @@ class LM(nn.Module):
             self.embedding = nn.Embedding(config.vocab_size, config.d_model)
             self.blocks = nn.ModuleList(
                 Block(
-                    RMSNorm(config.d_model, config.norm_eps),
+                    build_norm(config.norm, config.d_model, config.norm_eps),
                     build_mixer(config.mixer_table(name), config.d_model, device="meta"),
+                    norm_after=name in config.post_norm,
+                    multiplier=config.residual_multiplier,
                 )
                 for name in config.blocks
             )
-            self.norm = RMSNorm(config.d_model, config.norm_eps)
+            self.norm = build_norm(config.norm, config.d_model, config.norm_eps)
             self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         cast_(self, dtype)
         if torch.device(device).type != "meta":
@@ -135,17 +147,17 @@ class LM(nn.Module):
     ) -> tuple[Float[Tensor, "b l d"], State]:
         """`forward` without the head: what a loss or a prefill needs, at a fraction of the memory of all logits."""
         self._check(tokens, state, packing)
-        x = self.embedding(tokens).to(state_dtype(self.dtype))
-        after = []
+        x, after = self._embed(tokens), []
         for block, before in zip(self.layers, state, strict=True):
-            y, new = block.mixer(block.norm(x).to(self.dtype), before, packing, delta_t)
-            x = x + y
+            y, new = block.mixer(block.input(x, self.dtype), before, packing, delta_t)
+            x = block.add(x, y)
             after.append(new)
-        return self.norm(x).to(self.dtype), tuple(after)
+        return self._finish(x), tuple(after)
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
         """The head, applied to outputs of `hidden`."""
-        return nn.functional.linear(hidden, self.head_weight)
+        logits, cap = nn.functional.linear(hidden, self.head_weight), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @torch.no_grad()
     def step_(
@@ -160,10 +172,18 @@ class LM(nn.Module):
         Raises `RequestError` for ids outside the vocabulary, and for rows that do not fit the tokens or occur twice.
         """
         self._check_step(tokens, state, slots)
-        x = self.embedding(tokens).to(state_dtype(self.dtype))
+        x = self._embed(tokens)
         for block, pool in zip(self.layers, state, strict=True):
-            x = x + block.mixer.step_(block.norm(x).to(self.dtype), pool, slots, delta_t)
-        return self.logits(self.norm(x).to(self.dtype))
+            x = block.add(x, block.mixer.step_(block.input(x, self.dtype), pool, slots, delta_t))
+        return self.logits(self._finish(x))
+
+    def _embed(self, tokens: Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
+        """The residual stream before the first block."""
+        return scaled(self.embedding(tokens).to(state_dtype(self.dtype)), self.config.embedding_multiplier)
+
+    def _finish(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """What the head reads; the multiplier of the logits is in it, so that every loss has it too."""
+        return scaled(self.norm(x), self.config.logit_multiplier).to(self.dtype)
 
     def _check(self, tokens: Tensor, state: State, packing: Packing | None) -> None:
         """The border: what a user can get wrong about a segment."""

@@ -1,0 +1,149 @@
+"""A published config, of which every key is read, known to say nothing, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from everstate.core.errors import CheckpointError
+
+SILENT = frozenset({
+    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "auto_map",
+    "bos_token_id", "cache_implementation", "chunk_size", "chunk_size_feed_forward", "dtype", "embd_pdrop",
+    "eos_token_id", "finetuning_task", "fused_add_norm", "gradient_checkpointing", "hidden_dropout", "id2label",
+    "initializer_range", "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id",
+    "mamba_chunk_size", "mamba_ssm_cache_dtype", "max_position_embeddings", "max_seq_len", "model_type",
+    "num_logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "problem_type", "quantization_config", "rescale_prenorm_residual", "resid_pdrop",
+    "residual_in_fp32", "return_dict", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id",
+    "task_specific_params", "time_step_floor", "time_step_init_scheme", "time_step_max", "time_step_min",
+    "time_step_scale", "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_associative_scan", "use_cache", "use_mamba_kernels", "use_mambapy", "use_return_dict",
+})  # fmt: skip
+"""Keys that say nothing about the function: bookkeeping, initial values, training, and the choice of kernels."""
+
+
+class Settings:
+    """The keys of a published config. What nobody has asked for when it is `closed` is refused.
+
+    file: what messages call it.
+    """
+
+    def __init__(self, table: Mapping[str, Any], file: Path | str = "config.json") -> None:
+        self.file = file
+        # A key without a value is a key that is not there.
+        self._left = {key: _plain(value) for key, value in table.items() if value is not None}
+
+    @classmethod
+    def of_file(cls, path: Path) -> Settings:
+        """Read a JSON file. Raises `CheckpointError` when it is none."""
+        return cls(read_json(path), path)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._left
+
+    def take(self, *keys: str, default: Any = None) -> Any:
+        """The value of the first key that is there, all being spellings of one setting; else the default."""
+        given = {key: self._left.pop(key) for key in keys if key in self._left}
+        values = list(given.values())
+        if any(value != values[0] for value in values):
+            raise self.error(f"{given} are one setting with two values; keep one of them")
+        return values[0] if given else default
+
+    def peek(self, *keys: str, default: Any = None) -> Any:
+        """As `take`, and the keys stay to be taken."""
+        return next((self._left[key] for key in keys if key in self._left), default)
+
+    def integer(self, *keys: str, default: int | None = None) -> int:
+        """A positive whole number; without a default it has to be there."""
+        value = self._required(keys, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(f"{keys[0]} = {value!r} is no positive whole number")
+        return value
+
+    def number(self, *keys: str, default: float | None = None) -> float:
+        """A finite number; without a default it has to be there."""
+        value = self._required(keys, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.error(f"{keys[0]} = {value!r} is no finite number")
+        return float(value)
+
+    def flag(self, *keys: str, default: bool) -> bool:
+        """True or false."""
+        value = self.take(*keys, default=default)
+        if not isinstance(value, bool):
+            raise self.error(f"{keys[0]} = {value!r} is neither true nor false")
+        return value
+
+    def choice(self, *keys: str, default: Any = None, among: Mapping[Any, Any]) -> Any:
+        """What `among` has for the value, which must be one that it lists."""
+        value = self._required(keys, default)
+        if not isinstance(value, str | int | float) or value not in among:
+            allowed = ", ".join(repr(key) for key in among)
+            raise self.error(f"{keys[0]} = {value!r} is not implemented; Everstate has {allowed}")
+        return among[value]
+
+    def only(self, **wanted: Any) -> None:
+        """Settings that have one value in every model that we know; any other is refused."""
+        for key, value in wanted.items():
+            given = self.take(key, default=value)
+            if given != value:
+                raise self.error(f"{key} = {given!r} is not implemented; Everstate has {value!r}")
+
+    def ignore(self, *keys: str) -> None:
+        """Keys that say nothing in this family."""
+        for key in keys:
+            self._left.pop(key, None)
+
+    def ignore_all(self, prefix: str) -> None:
+        """All keys that begin so: those of a part that this model does not have."""
+        self.ignore(*[key for key in self._left if key.startswith(prefix)])
+
+    def nested(self, key: str) -> Settings:
+        """The settings in a table of their own, empty where there is none."""
+        table = self.take(key, default={})
+        if not isinstance(table, dict):
+            raise self.error(f"{key} = {table!r} is no table")
+        return Settings(table, f"{self.file}: {key}")
+
+    def closed(self) -> None:
+        """Refuse what is left, but for switches that are off."""
+        for key, value in self._left.items():
+            if key not in SILENT and value not in (False, [], {}):
+                raise self.error(
+                    f"{key} = {value!r} is a setting that Everstate does not know; update everstate, or take the key "
+                    "out if it says nothing about the outputs"
+                )
+
+    def error(self, problem: str) -> CheckpointError:
+        """An error about this config."""
+        return CheckpointError(f"{self.file}: {problem}")
+
+    def _required(self, keys: tuple[str, ...], default: Any) -> Any:
+        value = self.take(*keys, default=default)
+        if value is None:
+            raise self.error(f"{' or '.join(keys)} is missing; the config is not complete: download it again")
+        return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file. Raises `CheckpointError` when it is missing or none."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; give the folder of a model") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path} holds no table of settings; download it again")
+    return table
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity, and there are several ways around it."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _plain(v) for k, v in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
