@@ -19,7 +19,7 @@ from everstate.engine.snapshots import Snapshot, load_snapshot, save_snapshot
 from everstate.models import LM
 
 FOLDER = Path(__file__).parents[3] / "shared" / "parity"
-LEFT_OUT = ("qwen3_next", "zamba", "rwkv", "xlstm", "minimax", "bailing_hybrid", "lfm3")
+LEFT_OUT = ("zamba", "rwkv", "xlstm", "minimax", "bailing_hybrid", "lfm3")
 """Model types that we do not read; docs/decisions says why."""
 TOLERANCE = 2e-4
 

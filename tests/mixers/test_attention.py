@@ -111,3 +111,60 @@ def test_flops_count_what_is_seen() -> None:
     full, window = (build(nheads=2, **more) for more in ({}, {"window": 8}))
     assert full.flops_per_token(100) == 2 * 4 * 16 * 16 + 4 * 16 * 100
     assert window.flops_per_token(100) == 2 * 4 * 16 * 16 + 4 * 16 * 8
+
+
+X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def read(mixer: Mixer) -> torch.Tensor:
+    y: torch.Tensor = mixer(X, mixer.init_state(2))[0]
+    return y
+
+
+def test_multipliers_are_those_of_the_weights() -> None:
+    table = {"nheads": 2, "bias": True}
+    mixer = build(**table, in_multiplier=1.1, key_multiplier=0.5, out_multiplier=0.9)
+    folded = build(**table)
+    with torch.no_grad():
+        for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.out_proj):
+            linear.bias.normal_(generator=torch.Generator().manual_seed(1))
+        folded.load_state_dict(mixer.state_dict())
+        for linear in (folded.q_proj, folded.k_proj, folded.v_proj):
+            linear.weight *= 1.1
+        for tensor in (folded.k_proj.weight, folded.k_proj.bias):
+            tensor *= 0.5
+        for tensor in (folded.out_proj.weight, folded.out_proj.bias):
+            tensor *= 0.9
+    torch.testing.assert_close(read(mixer), read(folded))
+
+
+def test_the_output_gate_scales_what_was_attended_to() -> None:
+    mixer = build(nheads=2, output_gate=True)
+    plain = build(nheads=2)
+    plain.load_state_dict({k: v for k, v in mixer.state_dict().items() if "gate" not in k})
+    plain.out_proj = torch.nn.Identity()
+    torch.testing.assert_close(read(mixer), mixer.out_proj(read(plain) * mixer.gate_proj(X).sigmoid()))
+
+
+def test_a_norm_of_all_heads_is_one_norm_and_its_weight_may_be_added_to_one() -> None:
+    mixer = build(nheads=2, nheads_kv=1, qk_norm="full", qk_norm_kind="rms1p")
+    assert mixer.q_norm.weight.shape == (16,) and mixer.k_norm.weight.shape == (8,)
+    with torch.no_grad():
+        mixer.q_norm.weight.normal_(generator=torch.Generator().manual_seed(1))
+    q = mixer.q_proj(X)
+    q = q * (q.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (1 + mixer.q_norm.weight)
+    got, _, _ = mixer._heads(mixer.q_proj(X), mixer.k_proj(X), mixer.v_proj(X), torch.zeros(2, 6, dtype=torch.int64))
+    torch.testing.assert_close(got.flatten(-2), q)
+
+
+def test_the_convolution_runs_over_queries_keys_and_values_before_the_heads() -> None:
+    mixer = build(nheads=2, d_conv=3, rope_theta=100.0)
+    plain = build(nheads=2, rope_theta=100.0)
+    q, k, v = (linear(X) for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    padded = torch.nn.functional.pad(torch.cat([q, k, v], -1).mT, (2, 0))
+    convolved = torch.nn.functional.conv1d(padded, mixer.conv_weight.unsqueeze(1), mixer.conv_bias, groups=48).mT
+    heads = mixer._heads(*convolved.split(16, -1), torch.arange(6).expand(2, 6))
+    from everstate.ops import attention
+
+    wanted = mixer.out_proj(attention(*heads, plain.init_state(2))[0].flatten(-2))
+    torch.testing.assert_close(read(mixer), wanted)

@@ -89,3 +89,50 @@ def test_side_by_side_is_the_sum() -> None:
 def test_what_cannot_be_built(kind: str, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build(kind, **settings)
+
+
+def test_multipliers_of_an_mlp_are_those_of_its_weights() -> None:
+    mixer = build("mlp", gate_multiplier=0.6, out_multiplier=0.4)
+    folded = build("mlp")
+    folded.load_state_dict(mixer.state_dict())
+    with torch.no_grad():
+        folded.in_proj.weight[: folded.in_proj.weight.shape[0] // 2] *= 0.6
+        folded.out_proj.weight *= 0.4
+    torch.testing.assert_close(mixer.read(X), folded.read(X))
+    with pytest.raises(ConfigError, match="gate_multiplier was given and gated is false"):
+        build("mlp", gated=False, gate_multiplier=0.5)
+
+
+def test_latent_experts_work_between_two_projections_and_the_shared_one_beside_them() -> None:
+    mixer = build("moe", nexperts=4, top_k=2, d_hidden=6, d_latent=10, d_shared=8, shared_gate=True)
+    plain = build("moe", d_model=10, nexperts=4, top_k=2, d_hidden=6)
+    plain.in_proj.load_state_dict(mixer.in_proj.state_dict())
+    plain.out_proj.load_state_dict(mixer.out_proj.state_dict())
+    low = mixer.latent_in(X)
+    with torch.no_grad():  # a router that gives the latent tokens the logits of the whole ones
+        solved = torch.linalg.lstsq(low.flatten(0, 1), mixer.router(X).flatten(0, 1)).solution
+        plain.router.weight.copy_(solved.T)
+    torch.testing.assert_close(plain.router(low), mixer.router(X))
+    expected = mixer.latent_out(plain.read(low)) + mixer.shared.read(X) * mixer.shared_gate(X).sigmoid()
+    torch.testing.assert_close(mixer.read(X), expected)
+    with pytest.raises(ConfigError, match="there is no shared expert"):
+        build("moe", shared_gate=True)
+
+
+def test_the_router_stays_in_float32() -> None:
+    mixer = build_mixer({"type": "moe", "nexperts": 4, "top_k": 2}, 16, dtype=torch.bfloat16)
+    assert mixer.router.weight.dtype is torch.float32
+    assert mixer.in_proj.weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nexperts": 8, "ngroups": 3}, "ngroups = 3 does not divide nexperts = 8"),
+        ({"nexperts": 8, "ngroups": 2, "topk_groups": 3}, "topk_groups 3 is more than ngroups 2"),
+        ({"nexperts": 8, "ngroups": 4, "topk_groups": 1, "top_k": 3}, "of which 2 can be chosen from"),
+    ],
+)
+def test_groups_that_cannot_be_chosen_from(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build("moe", **settings)

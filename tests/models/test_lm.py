@@ -11,7 +11,9 @@ from torch import Tensor
 from everstate.core import state as states
 from everstate.core.errors import ConfigError, RequestError
 from everstate.core.packing import Packing
+from everstate.data import Batch
 from everstate.models import LM, ModelConfig, cost
+from everstate.train.lanes import segment_loss
 
 HYBRID = ModelConfig(
     d_model=16,
@@ -183,3 +185,43 @@ def test_cost_counts_what_the_model_has() -> None:
     assert cost(HYBRID, context=10**6).state_bytes == counted.state_bytes
     huge = ModelConfig(d_model=8192, vocab_size=100_000, layout="200 * (mamba2 mlp)")
     assert cost(huge).parameters > 10**11
+
+
+MULTIPLIED = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logit_multiplier": 0.5, "logit_softcap": 2.0}
+
+
+def test_multipliers_norm_after_and_softcap_written_out() -> None:
+    config = ModelConfig(
+        d_model=16,
+        vocab_size=50,
+        layout="mlp late",
+        mixers={"late": {"type": "mlp"}},
+        post_norm=("late",),
+        **MULTIPLIED,
+    )
+    model, ids = LM(config, dtype=torch.float64), tokens(2, 5)
+    mlp, late = model.layers
+    x = 3.0 * model.embedding.weight[ids]
+    x = x + 0.4 * mlp.mixer.read(mlp.norm(x))
+    x = x + 0.4 * late.norm(late.mixer.read(x))
+    logits = 0.5 * model.norm(x) @ model.embedding.weight.T
+    torch.testing.assert_close(model(ids, model.init_state(2))[0], 2.0 * torch.tanh(logits / 2.0))
+    torch.testing.assert_close(model.step_(ids[:, 0], model.init_state(2)), 2.0 * torch.tanh(logits[:, 0] / 2.0))
+
+
+def test_the_loss_of_training_knows_the_multipliers_and_the_softcap() -> None:
+    table = {"mamba2": {"type": "mamba2", "headdim": 8}}
+    model = LM(ModelConfig(d_model=16, vocab_size=50, layout="mamba2", mixers=table, **MULTIPLIED), dtype=torch.float64)
+    row = tokens(1, 9)
+    nothing = torch.tensor([-1])
+    batch = Batch(row[:, :-1], row[:, 1:], Packing.of_lengths([8]), continues=nothing, last=nothing)
+    logits, _ = model(row[:, :-1], model.init_state(1))
+    wanted = torch.nn.functional.cross_entropy(logits[0], row[0, 1:], reduction="sum")
+    torch.testing.assert_close(segment_loss(model, batch, model.init_state(1))[0], wanted)
+
+
+def test_post_norm_names_blocks() -> None:
+    with pytest.raises(ConfigError, match="post_norm names 'atn', which is no block; did you mean 'attn'"):
+        ModelConfig(
+            d_model=16, vocab_size=50, layout="attn mlp", mixers={"attn": {"type": "attention"}}, post_norm=("atn",)
+        )

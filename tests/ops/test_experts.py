@@ -83,3 +83,25 @@ def test_activations() -> None:
     exact, tanh = activate(h, "gelu", False), activate(h, "gelu_tanh", False)
     assert exact[1].item() == pytest.approx(1.9544997361036416, rel=1e-14)
     assert tanh[1].item() == pytest.approx(1.9545976940877752, rel=1e-14)
+
+
+def test_experts_outside_the_best_groups_are_not_chosen() -> None:
+    """Against a search through all pairs of groups, with scores of both signs."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 12, generator=generator, dtype=torch.float64)
+    bias = torch.randn(12, generator=generator, dtype=torch.float64)
+    weights, indices = route(logits, top_k=4, score="sigmoid", bias=bias, ngroups=4, topk_groups=2)
+    for token, chosen, given in zip(logits, indices, weights, strict=True):
+        chances = (token.sigmoid() + bias).view(4, 3)
+        value = lambda group, chances=chances: chances[group].sort().values[-2:].sum()
+        kept = sorted(range(4), key=value)[-2:]
+        allowed = [3 * group + i for group in kept for i in range(3)]
+        wanted = sorted(allowed, key=lambda i, chances=chances: chances.flatten()[i])[-4:]
+        assert sorted(chosen.tolist()) == sorted(wanted)
+        torch.testing.assert_close(given, token.sigmoid()[chosen])
+
+
+def test_the_sum_of_the_weights_may_be_held_above_zero() -> None:
+    weights, _ = route(LOGITS, top_k=2, score="sigmoid", normalise=True, eps=0.5)
+    total = sigmoid(3) + sigmoid(2) + 0.5
+    torch.testing.assert_close(weights[0], torch.tensor([sigmoid(3) / total, sigmoid(2) / total], dtype=torch.float64))

@@ -34,7 +34,7 @@ def fetch_tokenizer(tokenizer: Path | str, *, revision: str | None = None) -> Pa
 
 def _found(model: Path | str, revision: str | None, patterns: Sequence[str] | None) -> Path:
     path, name = Path(model), str(model)
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if name and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         if revision is not None:
             raise CheckpointError(f"{path} lies here and has no revision {revision!r}; leave the revision out")
         return path

@@ -14,6 +14,7 @@ from everstate.checkpoints.families.base import Entry, Family, agree, entries, f
 from everstate.checkpoints.families.settings import Settings, read_json
 from everstate.checkpoints.reader import TensorReader, dequantised, open_tensors
 from everstate.core.errors import CheckpointError, ConfigError, did_you_mean
+from everstate.mixers.base import allocate_
 from everstate.models import LM, ModelConfig
 
 CONFIG, PARAMS, QUANTIZATION = "config.json", "params.json", "hf_quant_config.json"
@@ -111,7 +112,7 @@ def load_published(
     table = entries(model, names)
     copy = _copied_head(published)
     _check(published, published_shapes(model, table), copy)
-    model.to_empty(device=device)
+    allocate_(model, device)
     _fill(model, published.reader, table, watch)
     if copy is not None:
         _check_tied(model, published, copy)

@@ -27,3 +27,15 @@ def ops(
 
     result = measure.run(quick=quick, threads=threads, output=output, now=datetime.now(UTC))
     raise typer.Exit(0 if result["passed"] else 1)
+
+
+@app.command()
+def load(
+    gigabytes: Annotated[float, typer.Option(min=1.0, help="Size of the checkpoint, on disk and in memory.")] = 2.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns that are counted.")] = 5,
+    output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+) -> None:
+    """Loading a published checkpoint beside reading its file: speed and memory."""
+    from everstate.bench import load as measure
+
+    measure.run(gigabytes=gigabytes, repeats=repeats, output=output, now=datetime.now(UTC))

@@ -247,7 +247,7 @@ def build_mixer(
         mixer = mixer_class(d_model, config)
     cast_(mixer, dtype)
     if torch.device(device).type != "meta":
-        mixer.to_empty(device=device)
+        allocate_(mixer, device)
         mixer.init_(generator or torch.Generator().manual_seed(0))
     return mixer
 
@@ -266,6 +266,19 @@ def cast_(module: nn.Module, dtype: torch.dtype) -> None:
         kept = part.in_float32 if isinstance(part, Special) else frozenset()
         for name, parameter in part.named_parameters(recurse=False):
             parameter.data = parameter.data.to(state_dtype(dtype) if name in kept else dtype)
+
+
+def allocate_(module: nn.Module, device: torch.device | str) -> None:
+    """Give the tensors of a module on the `meta` device memory, but no values.
+
+    What `nn.Module.to_empty` does, without importing a second's worth of torch's compiler on the way.
+    """
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(part, name, nn.Parameter(memory, parameter.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def refuse_delta_t(mixer: Mixer, delta_t: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots, tensors
 from everstate.mixers import Mixer, State, build_mixer
-from everstate.mixers.base import Norm, build_norm, cast_, scaled
+from everstate.mixers.base import Norm, allocate_, build_norm, cast_, scaled
 from everstate.models.config import ModelConfig
 
 EMBEDDING_STD = 0.02
@@ -59,7 +59,9 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         with torch.device("meta"):
-            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            # Given a weight, the module draws none, for which torch would first import its compiler: 1.5 seconds.
+            weight = torch.empty(config.vocab_size, config.d_model)
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model, _weight=weight)
             self.blocks = nn.ModuleList(
                 Block(
                     build_norm(config.norm, config.d_model, config.norm_eps),
@@ -73,7 +75,7 @@ class LM(nn.Module):
             self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         cast_(self, dtype)
         if torch.device(device).type != "meta":
-            self.to_empty(device=device)
+            allocate_(self, device)
             self._init(torch.Generator().manual_seed(seed))
 
     @torch.no_grad()

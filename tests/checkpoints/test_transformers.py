@@ -1,0 +1,84 @@
+"""Checkpoints that transformers writes, random and small, give its logits: every config of the laws that it can build.
+
+It is asked for whole sequences only, where it follows the authors; fed several tokens on a state it does not always.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from everstate.checkpoints import load_model
+
+transformers = pytest.importorskip("transformers")
+
+FILES = Path(__file__).parents[1] / "laws" / "families"
+PUBLISHED_OTHERWISE = ("mamba_ssm", "codestral")
+CASES = [
+    (path.stem, variant)
+    for path in sorted(FILES.glob("*.json"))
+    for variant in json.loads(path.read_text())
+    if path.stem not in PUBLISHED_OTHERWISE
+]
+CANNOT = {
+    ("jamba", "dense, tied, with biases"): "it takes no list of layer types for Jamba",
+    ("recurrent_gemma", "wide, with biases, untied"): "it takes no list of block types but its own",
+}
+
+
+def randomise_(model: torch.nn.Module) -> None:
+    """Weights with which every part of a model matters to the logits."""
+    generator = torch.Generator().manual_seed(0)
+    biases = [
+        (name, buffer) for name, buffer in model.named_buffers() if name.endswith(("correction_bias", "expert_bias"))
+    ]
+    for name, parameter in [*model.named_parameters(), *biases]:
+        noise = torch.randn(parameter.shape, generator=generator)
+        last = name.rpartition(".")[2]
+        if name.endswith(("A_log", "recurrent_param")):
+            value = noise * 0.5
+        elif last == "dt_bias" or name.endswith("dt_proj.bias"):
+            value = noise - 1.5  # above the bound of 0.001 that some of its models have, and the authors have not
+        elif "norm" in name and parameter.ndim == 1:
+            value = parameter + 0.1 * noise
+        elif parameter.ndim < 2:
+            value = noise * 0.3
+        else:
+            value = noise / parameter.shape[-1] ** 0.5
+        parameter.data.copy_(value)
+
+
+def oracle(table: dict[str, Any], folder: Path) -> tuple[Tensor, Tensor]:
+    """Save a random model and say what it answers to which tokens."""
+    config = transformers.AutoConfig.for_model(**{key: value for key, value in table.items() if value is not None})
+    config._attn_implementation = "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+        randomise_(model)
+        model.tie_weights()
+        tokens = torch.randint(3, table["vocab_size"], (2, 21), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            logits = model(tokens, use_cache=False).logits
+        model.save_pretrained(folder)
+    return tokens, logits
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_logits(name: str, variant: str, tmp_path: Path) -> None:
+    if (name, variant) in CANNOT:
+        pytest.skip(CANNOT[name, variant])
+    table = json.loads((FILES / f"{name}.json").read_text())[variant]
+    tokens, wanted = oracle(table, tmp_path)
+    model = load_model(tmp_path).eval()
+    with torch.no_grad():
+        got, _ = model(tokens, model.init_state(2, context=32))
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-4)
