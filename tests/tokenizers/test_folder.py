@@ -84,7 +84,7 @@ def test_named_templates_give_the_default(tmp_path: Path) -> None:
     ("files", "words"),
     [
         ({}, "holds no tokenizer; give a folder with tokenizer.toml or tokenizer.json"),
-        ({"tokenizer__toml": "type = 'byte'"}, "has type 'byte'; did you mean 'bytes'? Allowed: bytes, hf"),
+        ({"tokenizer__toml": "type = 'byte'"}, "did you mean 'bytes'? Allowed: bytes, hf, sentencepiece, tiktoken"),
         ({"tokenizer__toml": "type = 'bytes'\nbos_id = 1"}, "unknown key 'bos_id'"),
         ({"tokenizer__toml": "type = "}, "is not TOML"),
         ({"tokenizer__toml": "type = 'hf'"}, "tokenizer.json: No such file or directory; restore the file"),

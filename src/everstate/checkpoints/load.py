@@ -15,7 +15,7 @@ from everstate.checkpoints.reader import open_tensors
 from everstate.core.errors import CheckpointError, ConfigError, TokenizerError
 from everstate.mixers.base import cast_
 from everstate.models import LM, ModelConfig
-from everstate.tokenizers import Tokenizer, fingerprint, load_tokenizer, save_tokenizer
+from everstate.tokenizers import Tokenizer, fingerprint, load_tokenizer, save_tokenizer, tokenizer_of_gguf
 
 FORMAT = "everstate 1"
 WEIGHTS = "model.safetensors"
@@ -156,6 +156,8 @@ def _own_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
 
 def _published_tokenizer(published: Published) -> Tokenizer:
     """The tokenizer that comes with the model, or that its authors name."""
+    if published.tokenizer is not None:
+        return tokenizer_of_gguf(published.tokenizer)
     try:
         return load_tokenizer(published.path)
     except TokenizerError:

@@ -6,6 +6,7 @@ from everstate.core.op import OPS, anywhere, on, op, use
 from everstate.ops.attention import AttentionState, attention, attention_step_
 from everstate.ops.conv1d import causal_conv1d, causal_conv1d_step_
 from everstate.ops.cross_entropy import linear_cross_entropy
+from everstate.ops.delta import gated_delta_scan, gated_delta_step_
 from everstate.ops.experts import experts, route
 from everstate.ops.linear_scan import linear_scan, linear_step_
 from everstate.ops.lti_conv import lti_conv
@@ -27,6 +28,8 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step_",
     "experts",
+    "gated_delta_scan",
+    "gated_delta_step_",
     "gated_rms_norm",
     "linear_cross_entropy",
     "linear_scan",

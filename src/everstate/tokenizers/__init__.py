@@ -5,7 +5,9 @@ from __future__ import annotations
 from everstate.tokenizers.base import Tokenizer
 from everstate.tokenizers.byte import ByteTokenizer
 from everstate.tokenizers.chat import ChatTemplate
+from everstate.tokenizers.file import PieceTokenizer, RankTokenizer
 from everstate.tokenizers.folder import fingerprint, load_tokenizer, save_tokenizer
+from everstate.tokenizers.gguf import tokenizer_of_gguf
 from everstate.tokenizers.hf import HFTokenizer
 from everstate.tokenizers.stream import StreamDecoder, StreamEncoder, encode_stream
 
@@ -13,6 +15,8 @@ __all__ = [
     "ByteTokenizer",
     "ChatTemplate",
     "HFTokenizer",
+    "PieceTokenizer",
+    "RankTokenizer",
     "StreamDecoder",
     "StreamEncoder",
     "Tokenizer",
@@ -20,4 +24,5 @@ __all__ = [
     "fingerprint",
     "load_tokenizer",
     "save_tokenizer",
+    "tokenizer_of_gguf",
 ]

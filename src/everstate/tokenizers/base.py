@@ -6,11 +6,18 @@ decoding a stream, counting bytes and showing half a character need nothing that
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from everstate.core.errors import TokenizerError
 from everstate.tokenizers.chat import ChatTemplate
+
+WORD_END = re.compile(r"(?<=[^\W_])(?=\s)")
+AROUND = 64
+"""Characters on each side of a cut on which it is tried, before it is made."""
+TRIES = 16
 
 
 class Tokenizer(ABC):
@@ -49,7 +56,7 @@ class Tokenizer(ABC):
         """The last place where `text`, whatever follows it, may be cut to encode its parts one by one; 0 for none."""
 
     @abstractmethod
-    def files(self) -> dict[str, str]:
+    def files(self) -> dict[str, str | bytes]:
         """Name and content of the files from which `load_tokenizer` makes an equal tokenizer."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -70,3 +77,24 @@ def utf8_of(text: str) -> bytes:
             f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; "
             "it was not read as UTF-8: read it so, or take the character out"
         ) from None
+
+
+def tried_cut(tokenizer: Tokenizer, text: str, special: bool) -> int:
+    """Between a letter or digit and whitespace, if both sides alone have the tokens that they have together.
+
+    Tried on `AROUND` characters of each side, which is a test and not a proof.
+    """
+    ends = [match.start() for match in WORD_END.finditer(text, 0, max(0, len(text) - AROUND))]
+    for place in islice(reversed(ends), TRIES):
+        left, right = text[max(0, place - AROUND) : place], text[place : place + AROUND]
+        parts = [tokenizer.encode(part, special=special, continued=True) for part in (left, right, left + right)]
+        if parts[0] + parts[1] == parts[2]:
+            return place
+    return 0
+
+
+def check_marks(bos_id: int | None, eos_ids: Sequence[int], rows: int) -> None:
+    """Raises `TokenizerError` where the token that begins a text, or one that ends it, is none of `rows`."""
+    for token in eos_ids if bos_id is None else (bos_id, *eos_ids):
+        if not 0 <= token < rows:
+            raise TokenizerError(f"special token {token} is not in the vocabulary; give an id below {rows}")

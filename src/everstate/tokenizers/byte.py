@@ -44,6 +44,6 @@ class ByteTokenizer(Tokenizer):
         begun = text.rfind("<", max(0, len(text) - longest + 1)) if special else -1
         return begun if begun >= 0 else len(text)
 
-    def files(self) -> dict[str, str]:
+    def files(self) -> dict[str, str | bytes]:
         table = ByteTable(type="bytes", tokens=chat_tokens(self.chat))
         return {"tokenizer.toml": table.to_toml(), **chat_files(self.chat)}

@@ -7,20 +7,14 @@ import re
 import threading
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import islice
 from typing import Any, NamedTuple
 
 import tokenizers
 
 from everstate.core.errors import TokenizerError
-from everstate.tokenizers.base import Tokenizer, utf8_of
+from everstate.tokenizers.base import Tokenizer, check_marks, tried_cut, utf8_of
 from everstate.tokenizers.chat import ChatTemplate, chat_files, chat_tokens
 from everstate.tokenizers.toml import HFTable
-
-WORD_END = re.compile(r"(?<=[^\W_])(?=\s)")
-AROUND = 64
-"""Characters on each side of a cut on which it is tried, before it is made."""
-TRIES = 16
 
 
 class HFTokenizer(Tokenizer):
@@ -28,11 +22,18 @@ class HFTokenizer(Tokenizer):
 
     `text` is the content of a `tokenizer.json`. Truncation and padding that it asks for are turned off: both would lose
     or invent text. Raises `TokenizerError` when the library cannot read it, for a decoder that is not of these kinds,
-    and for a `bos_id` or `eos_ids` that it does not have.
+    and for a `bos_id` or `eos_ids` that it does not have. `rows` are those of a model with a padded vocabulary, whose
+    published `eos_ids` may lie beyond that of the tokenizer.
     """
 
     def __init__(
-        self, text: str, *, bos_id: int | None = None, eos_ids: Sequence[int] = (), chat: ChatTemplate | None = None
+        self,
+        text: str,
+        *,
+        bos_id: int | None = None,
+        eos_ids: Sequence[int] = (),
+        chat: ChatTemplate | None = None,
+        rows: int | None = None,
     ) -> None:
         self._backend = _backend(text)
         self._spelling = _spelling(json.loads(text).get("decoder"))
@@ -43,16 +44,12 @@ class HFTokenizer(Tokenizer):
         self.vocab_size = max(self._backend.get_vocab().values(), default=-1) + 1
         self.leading = self._spelling.leading
         self.chat = chat
-        self.mark_(bos_id, eos_ids)
+        self.mark_(bos_id, eos_ids, rows)
 
-    def mark_(self, bos_id: int | None, eos_ids: Sequence[int]) -> None:
+    def mark_(self, bos_id: int | None, eos_ids: Sequence[int], rows: int | None = None) -> None:
         """Say which token begins a text and which end it."""
-        for token in eos_ids if bos_id is None else (bos_id, *eos_ids):
-            if not 0 <= token < self.vocab_size:
-                raise TokenizerError(
-                    f"special token {token} is not in the vocabulary; give an id below {self.vocab_size}"
-                )
-        self.bos_id, self.eos_ids = bos_id, tuple(eos_ids)
+        check_marks(bos_id, eos_ids, max(self.vocab_size, rows or 0))
+        self.bos_id, self.eos_ids, self._rows = bos_id, tuple(eos_ids), rows
 
     def encode(self, text: str, *, special: bool = False, continued: bool = False) -> list[int]:
         utf8_of(text)
@@ -77,20 +74,12 @@ class HFTokenizer(Tokenizer):
         return encoding.ids[0] if encoding.ids and encoding.special_tokens_mask[0] else None
 
     def safe_cut(self, text: str, *, special: bool = False) -> int:
-        """Between a letter or digit and whitespace, if both sides alone have the tokens that they have together.
+        return tried_cut(self, text, special)
 
-        Tried on `AROUND` characters of each side, which is a test and not a proof.
-        """
-        ends = [match.start() for match in WORD_END.finditer(text, 0, max(0, len(text) - AROUND))]
-        for place in islice(reversed(ends), TRIES):
-            left, right = text[max(0, place - AROUND) : place], text[place : place + AROUND]
-            parts = [self.encode(part, special=special, continued=True) for part in (left, right, left + right)]
-            if parts[0] + parts[1] == parts[2]:
-                return place
-        return 0
-
-    def files(self) -> dict[str, str]:
-        table = HFTable(type="hf", bos_id=self.bos_id, eos_ids=self.eos_ids, tokens=chat_tokens(self.chat))
+    def files(self) -> dict[str, str | bytes]:
+        table = HFTable(
+            type="hf", bos_id=self.bos_id, eos_ids=self.eos_ids, tokens=chat_tokens(self.chat), rows=self._rows
+        )
         return {"tokenizer.json": self._backend.to_str(), "tokenizer.toml": table.to_toml(), **chat_files(self.chat)}
 
     @cached_property

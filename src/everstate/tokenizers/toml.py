@@ -27,3 +27,23 @@ class HFTable(Config):
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     tokens: dict[str, str] = Field(default_factory=dict)
+    rows: int | None = None
+
+
+class FileTable(Config):
+    """What a SentencePiece or tiktoken file leaves open.
+
+    special: tokens that are only ever written by a template; added: tokens that any text may have.
+    pattern: how tiktoken cuts a text into words.
+    """
+
+    title = "tokenizer.toml"
+
+    type: Literal["sentencepiece", "tiktoken"]
+    pattern: str | None = None
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    tokens: dict[str, str] = Field(default_factory=dict)
+    special: dict[str, int] = Field(default_factory=dict)
+    added: dict[str, int] = Field(default_factory=dict)
+    rows: int | None = None

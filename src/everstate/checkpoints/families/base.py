@@ -72,6 +72,7 @@ class Family:
     write: the way back, from our config and the complete table of each block (`described`).
     names: our modules to the published names, for a config; it may name modules that a model does not have.
     skipped: regular expressions of published tensors that say nothing to a language model.
+    aliases: regular expressions of other names under which tensors were published, and the names that `names` has.
     tokenizer: the repository of the tokenizer of checkpoints that come without one.
     stores_tied_head: whether a head that is tied to the embedding is stored a second time.
     """
@@ -81,6 +82,7 @@ class Family:
     write: Callable[[ModelConfig, Blocks], dict[str, Any]]
     names: Callable[[ModelConfig], Names]
     skipped: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
     tokenizer: str | None = None
     stores_tied_head: bool = False
     config_file: str = "config.json"

@@ -8,6 +8,7 @@ from typing import Any
 from everstate.mixers import Mixer, build_mixer
 from everstate.mixers.attention import Attention
 from everstate.mixers.base import parse_mixer
+from everstate.mixers.gated_delta import GatedDelta
 from everstate.mixers.mamba1 import Mamba1
 from everstate.mixers.mamba2 import Mamba2
 from everstate.mixers.mlp import MLP
@@ -65,6 +66,8 @@ def _widths(mixer: Mixer, d_model: int) -> dict[str, Any]:
             return {"expand": None, "d_inner": mixer.d_inner, "dt_rank": mixer.dt_rank}
         case Mamba2():
             return {"expand": None, "d_inner": mixer.d_inner}
+        case GatedDelta():
+            return {"nheads_k": mixer.nheads_k}
         case RGLRU():
             return {"d_inner": mixer.d_inner}
         case Attention():

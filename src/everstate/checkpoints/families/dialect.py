@@ -51,6 +51,8 @@ def rope(settings: Settings, *, default_theta: float = 10_000.0, default_fractio
         kind = table.take("rope_type", "type", default="default")
         if kind != "default":
             raise settings.error(f"rotary positions of type {kind!r} are not implemented; Everstate has 'default'")
+    # Positions in three dimensions are one for text, where all three are the same.
+    inner.ignore("mrope_section", "mrope_interleaved")
     theta = _one(settings, "rope_theta", inner, default_theta)
     fraction = _one(settings, "partial_rotary_factor", inner, default_fraction)
     inner.closed()
