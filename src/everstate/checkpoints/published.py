@@ -12,7 +12,7 @@ import torch
 from everstate.checkpoints.families import FAMILIES
 from everstate.checkpoints.families.base import Entry, Family, agree, entries, fill_, published_shapes
 from everstate.checkpoints.families.settings import Settings, read_json
-from everstate.checkpoints.reader import TensorReader, dequantised, open_tensors, renamed
+from everstate.checkpoints.reader import TensorReader, dequantised, open_gguf, open_tensors, renamed
 from everstate.core.errors import CheckpointError, ConfigError, did_you_mean
 from everstate.mixers.base import allocate_
 from everstate.models import LM, ModelConfig
@@ -46,6 +46,9 @@ def open_published(path: Path) -> Published:
     Raises `CheckpointError` for a missing or damaged file, a family that we do not know, and a setting or a
     quantisation that we do not implement.
     """
+    if path.suffix == ".gguf":
+        table, reader, fields = open_gguf(path)
+        return _published(path, table, reader, path, fields)
     file = next((path / name for name in (CONFIG, PARAMS) if (path / name).exists()), None)
     if file is None:
         raise CheckpointError(
@@ -166,7 +169,7 @@ def _fill(model: LM, reader: TensorReader, table: list[Entry], watch: Watch | No
     for name, start, values in reader.read(uses):
         for entry in uses[name]:
             fill_(weights[entry.ours], entry, start, values)
-        done += values.nbytes
+        done += values.numel() * reader.infos[name].dtype.itemsize
         if watch is not None:
             watch(done, total)
 

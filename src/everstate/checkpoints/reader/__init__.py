@@ -6,13 +6,14 @@ from pathlib import Path
 
 from everstate.checkpoints.families.settings import read_json
 from everstate.checkpoints.reader.base import Rows, TensorInfo, TensorReader, read_whole
+from everstate.checkpoints.reader.gguf import open_gguf
 from everstate.checkpoints.reader.pickled import PickledReader
 from everstate.checkpoints.reader.quantised import dequantised
 from everstate.checkpoints.reader.renamed import renamed
 from everstate.checkpoints.reader.safetensors import SafetensorsReader
 from everstate.core.errors import CheckpointError
 
-__all__ = ["Rows", "TensorInfo", "TensorReader", "dequantised", "open_tensors", "read_whole", "renamed"]
+__all__ = ["Rows", "TensorInfo", "TensorReader", "dequantised", "open_gguf", "open_tensors", "read_whole", "renamed"]
 
 NAMES = ("model.safetensors", "consolidated.safetensors", "pytorch_model.bin")
 """The weights of a model, the first that is there; or an index beside them that names their parts."""
