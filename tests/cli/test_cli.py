@@ -42,7 +42,7 @@ def ok(folder: Path, *words: str, stdin: str = "") -> str:
 
 def test_help_names_every_command(folder: Path) -> None:
     text = ok(folder, "--help")
-    for command in ("train", "generate", "cost", "doctor", "bench", "demo"):
+    for command in ("train", "generate", "inspect", "convert", "verify", "cost", "doctor", "bench", "demo"):
         assert command in text
 
 

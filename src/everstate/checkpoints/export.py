@@ -107,8 +107,10 @@ def _write_weights(folder: Path, family: Family, weights: Mapping[str, Tensor]) 
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """The tokenizer's own files, and the one by which transformers finds them."""
+    """The tokenizer's own files, and beside a `tokenizer.json` the one by which transformers finds it."""
     save_tokenizer(tokenizer, folder)
+    if not (folder / "tokenizer.json").exists():
+        return
     tokens = {} if tokenizer.chat is None else dict(tokenizer.chat.tokens)
     table = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
     (folder / "tokenizer_config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from everstate.core.errors import CheckpointError
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "config.json",
-    "*.jinja", "*.model", "*.model.v*", "*.tiktoken",
+    "*.jinja", "*/*.jinja", "*.model", "*.model.v*", "*.tiktoken",
 )  # fmt: skip
 CONFIG_FILES = ("config.json", "params.json", "hf_quant_config.json", "*.index.json", *TOKENIZER_FILES)
 WEIGHTS = ("model*.safetensors", "consolidated*.safetensors", "pytorch_model*.bin")
