@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from everstate import core, engine, errors, mixers, models, ops, tokenizers, train
-    from everstate.checkpoints import load, save
+    from everstate.checkpoints import export, load, load_model, save
     from everstate.engine import Sampling, Session, generate
     from everstate.models import LM, ModelConfig, cost
 
@@ -27,8 +27,10 @@ __all__ = [
     "cost",
     "engine",
     "errors",
+    "export",
     "generate",
     "load",
+    "load_model",
     "mixers",
     "models",
     "ops",
@@ -43,8 +45,10 @@ _HOMES = {
     "Sampling": "engine",
     "Session": "engine",
     "cost": "models",
+    "export": "checkpoints",
     "generate": "engine",
     "load": "checkpoints",
+    "load_model": "checkpoints",
     "save": "checkpoints",
 }
 """Where each public name lives."""
