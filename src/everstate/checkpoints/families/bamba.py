@@ -32,10 +32,12 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
     settings.ignore("z_loss_coefficient")
     kinds = layer_kinds(settings, settings.integer("num_hidden_layers"))
     layers = [name for kind in kinds for name in (kind, "mlp")]
-    # The fraction is in the config only since transformers 5.
+    # The fraction is in the config only since transformers 5; some configs have the width, and old ones neither.
+    width, heads = settings.take("attn_rotary_emb"), settings.peek("num_attention_heads", default=1)
+    fraction = 0.5 if width is None else width * heads / d_model
     mixers = {
         SSM: mamba2_table(settings, d_model, eps) if SSM in kinds else {},
-        ATTENTION: attention_table(settings, **rope(settings, default_fraction=0.5)),
+        ATTENTION: attention_table(settings, **rope(settings, default_fraction=fraction)),
         "mlp": {
             "type": "mlp",
             "d_hidden": settings.integer("intermediate_size"),

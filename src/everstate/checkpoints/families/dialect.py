@@ -124,8 +124,8 @@ def attention_table(settings: Settings, **more: Any) -> dict[str, Any]:
         {
             "type": "attention",
             "nheads": nheads,
-            "nheads_kv": settings.integer("num_key_value_heads", default=nheads),
-            "head_dim": settings.take("head_dim"),
+            "nheads_kv": settings.integer("num_key_value_heads", "num_query_groups", default=nheads),
+            "head_dim": settings.take("head_dim", "attention_head_dim"),
             "bias": settings.flag("attention_bias", default=False),
             **more,
         }

@@ -89,7 +89,7 @@ def _mamba(settings: Settings, d_model: int, eps: float) -> dict[str, Any]:
         "dt_rank": settings.take("mamba_dt_rank", default="auto"),
         "conv_bias": settings.flag("mamba_conv_bias", default=True),
         "bias": settings.flag("mamba_proj_bias", default=False),
-        "dt_bc_norm": "learned",
+        "dt_bc_norm": "learned" if settings.flag("mamba_inner_layernorms", default=True) else "none",
         "dt_bc_norm_eps": eps,
     }
 
@@ -135,6 +135,7 @@ def _mamba_written(ssm: dict[str, Any], d_model: int) -> dict[str, Any]:
         "mamba_dt_rank": ssm["dt_rank"],
         "mamba_conv_bias": ssm["conv_bias"],
         "mamba_proj_bias": ssm["bias"],
+        **({} if ssm["dt_bc_norm"] == "learned" else {"mamba_inner_layernorms": False}),
     }
 
 

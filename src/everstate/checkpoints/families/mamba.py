@@ -28,7 +28,7 @@ def mamba1_model(settings: Settings, tie: bool, norms: dict[str, Any]) -> ModelC
         "conv_bias": settings.flag("use_conv_bias", default=True),
         **norms,
     }
-    settings.only(hidden_act="silu")
+    settings.only(hidden_act="silu", rms_norm=True, ssm_cfg={})
     return ModelConfig(
         d_model=d_model,
         vocab_size=settings.integer("vocab_size"),

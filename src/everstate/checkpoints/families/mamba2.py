@@ -30,8 +30,9 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
         "conv_bias": settings.flag("use_conv_bias", default=True),
         "norm_eps": eps,
     }
-    settings.only(norm_before_gate=False)
-    settings.ignore("time_step_rank")
+    # Codestral says norm_before_gate = true and neither its authors' code nor transformers does it.
+    settings.ignore("time_step_rank", "norm_before_gate")
+    settings.only(intermediate_size=nheads * headdim)
     return ModelConfig(
         d_model=d_model,
         vocab_size=settings.integer("vocab_size"),

@@ -19,6 +19,7 @@ from everstate.checkpoints.families.dialect import (
     expand_written,
     limit_written,
     tied,
+    used,
     without_none,
 )
 from everstate.checkpoints.families.settings import Settings
@@ -54,12 +55,13 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
     d_hidden = settings.take("d_intermediate", default=0)
     if d_hidden:
         mixers["mlp"] = {"type": "mlp", "d_hidden": -(-d_hidden // MLP_MULTIPLE) * MLP_MULTIPLE}
-    layers = [ATTENTION if i in attention else SSM for i in range(n_layer)]
+    kinds = [ATTENTION if i in attention else SSM for i in range(n_layer)]
+    layers = [name for kind in kinds for name in ([kind, "mlp"] if d_hidden else [kind])]
     return ModelConfig(
         d_model=d_model,
         vocab_size=-(-vocab // multiple) * multiple,
-        layout=write_layout([name for layer in layers for name in ([layer, "mlp"] if d_hidden else [layer])]),
-        mixers=mixers,
+        layout=write_layout(layers),
+        mixers=used(mixers, layers),
         norm="rms" if settings.flag("rms_norm", default=True) else "layer",
         norm_eps=eps,
         tie_embeddings=tied(settings, shapes, "lm_head.weight", default=True),
@@ -154,17 +156,17 @@ def write(config: ModelConfig, blocks: Blocks) -> dict[str, Any]:
     layers = [block for block in blocks if block["type"] != "mlp"]
     heads = [i for i, block in enumerate(layers) if block["type"] == "attention"]
     ssm = next((block for block in layers if block["type"] in SSM_NAMES), None)
-    if ssm is None or (mlp and mlp["d_hidden"] % MLP_MULTIPLE):
+    if not (ssm or heads) or (mlp and mlp["d_hidden"] % MLP_MULTIPLE):
         raise CheckpointError(
-            f"layout {config.layout!r} is none of mamba_ssm, which has Mamba layers and MLPs of a width that is a "
-            f"multiple of {MLP_MULTIPLE}; write it as 'everstate'"
+            f"layout {config.layout!r} is none of mamba_ssm, which has Mamba or attention layers and MLPs "
+            f"of a width that is a multiple of {MLP_MULTIPLE}; write it as 'everstate'"
         )
     return {
         "d_model": config.d_model,
         "d_intermediate": mlp["d_hidden"] if mlp else 0,
         "n_layer": len(layers),
         "vocab_size": config.vocab_size,
-        "ssm_cfg": _ssm_written(ssm, config.d_model),
+        "ssm_cfg": _ssm_written(ssm, config.d_model) if ssm else {},
         "attn_layer_idx": heads,
         "attn_cfg": _attention_written(layers[heads[0]]) if heads else {},
         "rms_norm": config.norm == "rms",

@@ -38,7 +38,7 @@ SILENT = (
     "expand", "mamba_expand", "rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters",
     "moe_shared_expert_overlap", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "num_nextn_predict_layers",
     "keep_mtp", "time_step_limit", "mamba_dt_limit", "mamba_dt_min", "mamba_dt_max", "mamba_dt_init_floor",
-    "max_sequence_length",
+    "max_sequence_length", "time_step_rank", "moe_router_dtype", "mtp_loss_scaling_factor", "use_mtp", "n_inner",
 )  # fmt: skip
 """Keys that are there and that the authors' code does not obey: width, positions, bounds of dt, further tokens."""
 ACTIVATIONS = {"relu2": "relu2", "silu": "silu", "gelu": "gelu"}

@@ -31,7 +31,7 @@ SILENT = ("linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_ma
 
 
 def read(settings: Settings, shapes: Shapes) -> ModelConfig:
-    settings.only(hidden_act="silu")
+    settings.only(hidden_act="silu", linear_use_gate=True)
     settings.ignore(*SILENT)
     eps, d_model = settings.number("rms_norm_eps", default=1e-6), settings.integer("hidden_size")
     layers = [name for pair in _layers(settings) for name in pair]
@@ -58,6 +58,9 @@ def _layers(settings: Settings) -> list[tuple[str, str]]:
     if unknown or len(types) != n_layer:
         given = f"{unknown[0]!r}" if unknown else f"{len(types)} layers and not {n_layer}"
         raise settings.error(f"layer_types has {given}; Everstate has {', '.join(map(repr, LAYERS))}")
+    full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    if settings.take("fla_hybrid_attention_indices", default=full) != full:
+        raise settings.error("fla_hybrid_attention_indices and layer_types name different layers; keep one of them")
     return [LAYERS[kind] for kind in types]
 
 

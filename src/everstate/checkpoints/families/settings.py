@@ -11,17 +11,26 @@ from typing import Any
 from everstate.core.errors import CheckpointError
 
 SILENT = frozenset({
-    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "auto_map",
-    "bos_token_id", "cache_implementation", "chunk_size", "chunk_size_feed_forward", "dtype", "embd_pdrop",
-    "eos_token_id", "finetuning_task", "fused_add_norm", "gradient_checkpointing", "hidden_dropout", "id2label",
-    "initializer_range", "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id",
-    "mamba_chunk_size", "mamba_ssm_cache_dtype", "max_position_embeddings", "max_seq_len", "model_type",
-    "num_logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-    "pretraining_tp", "problem_type", "quantization_config", "rescale_prenorm_residual", "resid_pdrop",
-    "residual_in_fp32", "return_dict", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id",
-    "task_specific_params", "time_step_floor", "time_step_init_scheme", "time_step_max", "time_step_min",
-    "time_step_scale", "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "unsloth_fixed",
-    "unsloth_version", "use_associative_scan", "use_cache", "use_mamba_kernels", "use_mambapy", "use_return_dict",
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures",
+    "attention_dropout", "attn_implementation", "attn_implementation_autoset", "auto_map", "bad_words_ids",
+    "begin_suppress_tokens", "bos_token_id", "cache_implementation", "chunk_size", "chunk_size_feed_forward",
+    "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
+    "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "fused_add_norm", "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_range", "is_decoder",
+    "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id", "language_model_only", "length_penalty",
+    "logits_to_keep", "mamba_chunk_size", "mamba_ssm_cache_dtype", "mamba_ssm_dtype", "max_length",
+    "max_position_embeddings", "max_seq_len", "min_length", "model_type", "n_ctx", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_logits_to_keep", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id", "pad_vocab_size_multiple",
+    "prefix", "pretraining_tp", "problem_type", "pruned_heads", "quantization_config", "remove_invalid_values",
+    "repetition_penalty", "rescale_prenorm_residual", "resid_pdrop", "residual_in_fp32", "return_dict",
+    "return_dict_in_generate", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "time_step_floor",
+    "time_step_init_scheme", "time_step_max", "time_step_min", "time_step_scale", "tokenizer_class", "top_k", "top_p",
+    "torch_dtype", "torchscript", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_associative_scan", "use_bfloat16", "use_cache", "use_flash_attention_2",
+    "use_mamba_fast_path", "use_mamba_kernels", "use_mambapy", "use_mem_eff_path", "use_return_dict",
 })  # fmt: skip
 """Keys that say nothing about the function: bookkeeping, initial values, training, and the choice of kernels."""
 
