@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from everstate.checkpoints import load_model
+from everstate.models import LM
 
 transformers = pytest.importorskip("transformers")
 
@@ -100,7 +101,18 @@ def test_logits(name: str, variant: str, tmp_path: Path) -> None:
     table = json.loads((FILES / f"{name}.json").read_text())[variant]
     tokens, wanted = oracle(table, tmp_path)
     model = load_model(tmp_path).eval()
-    with torch.no_grad():
-        got, _ = model(tokens, model.init_state(2, context=32))
     assert wanted.std() > 0.1
-    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-4)
+    for cut in (21, 8, 0):  # one pass; two chunks and single tokens; single tokens from the start
+        torch.testing.assert_close(read(model, tokens, cut), wanted, rtol=0, atol=2e-4)
+
+
+@torch.no_grad()
+def read(model: LM, tokens: Tensor, cut: int) -> Tensor:
+    """The logits with the first tokens read in at most two segments, and the others one by one."""
+    state, parts = model.init_state(2, context=32), []
+    segments = tokens[:, :cut].split(21 if cut == 21 else 5, 1) if cut else ()
+    for segment in segments:
+        logits, state = model(segment, state)
+        parts.append(logits)
+    steps = [model.step_(tokens[:, i], state).unsqueeze(1) for i in range(cut, tokens.shape[1])]
+    return torch.cat([*parts, *steps], 1)

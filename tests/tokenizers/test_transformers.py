@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from everstate.core.errors import TokenizerError
-from everstate.tokenizers import load_tokenizer
+from everstate.tokenizers import Tokenizer, load_tokenizer
 from tests.tokenizers.published import TEXTS, byte_level, sentencepiece
 
 PLAIN = (
@@ -33,6 +38,25 @@ def test_ids_and_conversations_are_the_same(tmp_path: Path) -> None:
         for flags in ({}, {"enable_thinking": True}):
             text = ours.chat.render(MESSAGES, tools=tools, variables=flags)
             assert text == theirs.apply_chat_template(MESSAGES, tools=tools, tokenize=False, **flags)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.characters(codec="utf-8"), max_size=60))
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "prepend", "metaspace", "none"])
+def test_ids_of_any_text_are_the_same(kind: str, text: str) -> None:
+    theirs, ours = _pair(kind)
+    assert ours.encode(text, special=True) == theirs.encode(text, add_special_tokens=False)
+
+
+@lru_cache
+def _pair(kind: str) -> tuple[Any, Tokenizer]:
+    """One published tokenizer, in the hands of transformers and in ours."""
+    transformers = pytest.importorskip("transformers")
+    content = byte_level(kind) if kind in ("gpt2", "llama") else sentencepiece(kind)
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.json").write_text(content, encoding="utf-8")
+        (Path(folder) / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        return transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(("says", "bos"), [({}, 1), ({"add_bos_token": False}, None), ({"add_bos_token": True}, 1)])

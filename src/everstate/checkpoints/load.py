@@ -161,9 +161,10 @@ def _published_tokenizer(published: Published) -> Tokenizer:
     try:
         return load_tokenizer(published.path)
     except TokenizerError:
-        if published.family.tokenizer is None:
+        named = dict(published.family.tokenizers).get(published.config.vocab_size)
+        if named is None:
             raise
-    return load_tokenizer(fetch_tokenizer(published.family.tokenizer))
+    return load_tokenizer(fetch_tokenizer(named))
 
 
 def _own_config(path: Path) -> ModelConfig:

@@ -73,7 +73,7 @@ class Family:
     names: our modules to the published names, for a config; it may name modules that a model does not have.
     skipped: regular expressions of published tensors that say nothing to a language model.
     aliases: regular expressions of other names under which tensors were published, and the names that `names` has.
-    tokenizer: the repository of the tokenizer of checkpoints that come without one.
+    tokenizers: for checkpoints that come without a tokenizer, size of the vocabulary and the tokenizer's repository.
     stores_tied_head: whether a head that is tied to the embedding is stored a second time.
     """
 
@@ -83,7 +83,7 @@ class Family:
     names: Callable[[ModelConfig], Names]
     skipped: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
-    tokenizer: str | None = None
+    tokenizers: tuple[tuple[int, str], ...] = ()
     stores_tied_head: bool = False
     config_file: str = "config.json"
     weights_file: str = "model.safetensors"

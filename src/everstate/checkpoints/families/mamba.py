@@ -69,4 +69,4 @@ def names(config: ModelConfig) -> Names:
     return table
 
 
-FAMILY = Family("mamba", read, write, names, tokenizer="EleutherAI/gpt-neox-20b")
+FAMILY = Family("mamba", read, write, names, tokenizers=((50280, "EleutherAI/gpt-neox-20b"),))

@@ -255,7 +255,9 @@ def _attention_names(settings: dict[str, Any]) -> Names:
     }
 
 
+NEOX, LLAMA = "EleutherAI/gpt-neox-20b", "meta-llama/Llama-3.1-8B"
+
 FAMILY = Family(
-    "mamba_ssm", read, write, names, tokenizer="EleutherAI/gpt-neox-20b", stores_tied_head=True,
+    "mamba_ssm", read, write, names, tokenizers=((50280, NEOX), (50288, NEOX), (128256, LLAMA)), stores_tied_head=True,
     weights_file="pytorch_model.bin",
 )  # fmt: skip
