@@ -18,7 +18,8 @@ from torch import Tensor
 from everstate.checkpoints import load_model
 from everstate.models import LM
 
-transformers = pytest.importorskip("transformers")
+# Before that its Mamba-2 layers with several groups give other numbers than those of their authors.
+transformers = pytest.importorskip("transformers", minversion="5.23")
 
 FILES = Path(__file__).parents[1] / "laws" / "families"
 PUBLISHED_OTHERWISE = ("mamba_ssm", "codestral", "qwen3_5", "qwen3_5_moe")
