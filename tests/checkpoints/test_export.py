@@ -76,6 +76,7 @@ def test_the_dtype_of_the_file(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     model = load_model(tmp_path / "out")
     assert model.dtype is torch.bfloat16
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert model.layers[0].mixer.A_log.dtype is torch.float32
 
 

@@ -64,6 +64,8 @@ def test_verify_compares_the_activations_on_a_text(folder: Path) -> None:
     values = [float(line.rpartition(": ")[2]) for line in found]
     assert all(1 < value < 10_000 for value in values)
     assert values[0] != values[1]
+    better = "heavy_tail" if values[0] < values[1] else "softplus"
+    assert lines[-1] == f"A_activation = {better} fits this text"
 
 
 def test_convert_there_and_back(folder: Path) -> None:

@@ -38,6 +38,8 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is there and not empty; give a new folder, so that nothing is lost")
     config = {**written_config(model, chosen), **_special_tokens(tokenizer)}
+    if "architectures" in config:
+        config["torch_dtype"] = str(dtype or model.dtype).removeprefix("torch.")
     weights = _published_weights(model, chosen)
     if dtype is not None:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
