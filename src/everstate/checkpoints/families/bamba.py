@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from everstate.checkpoints.families.base import Blocks, Family, Names, Shapes, under
+from everstate.checkpoints.families.base import Blocks, Family, Names, Shapes
 from everstate.checkpoints.families.dialect import (
     ATTENTION,
     ATTENTION_NAMES,
@@ -15,6 +15,7 @@ from everstate.checkpoints.families.dialect import (
     attention_written,
     first,
     layer_kinds,
+    layer_names,
     mamba2_table,
     mamba2_written,
     rope,
@@ -77,19 +78,15 @@ def write(config: ModelConfig, blocks: Blocks) -> dict[str, Any]:
     }
 
 
+PLACES: dict[str, tuple[str, Names]] = {
+    "mamba2": ("mamba", MAMBA2),
+    "attention": ("self_attn", ATTENTION_NAMES),
+    "mlp": ("feed_forward", SWIGLU),
+}
+
+
 def names(config: ModelConfig) -> Names:
-    table: Names = {"embedding": "model.embed_tokens", "norm": "model.final_layernorm", "head": "lm_head"}
-    for i, name in enumerate(config.blocks):
-        ours, layer = f"blocks.{i}", f"model.layers.{i // 2}"
-        table[f"{ours}.norm"] = f"{layer}.{'pre_ff_layernorm' if i % 2 else 'input_layernorm'}"
-        match config.mixer_table(name)["type"]:
-            case "mamba2":
-                table |= under(f"{ours}.mixer", f"{layer}.mamba", MAMBA2)
-            case "attention":
-                table |= under(f"{ours}.mixer", f"{layer}.self_attn", ATTENTION_NAMES)
-            case "mlp":
-                table |= under(f"{ours}.mixer", f"{layer}.feed_forward", SWIGLU)
-    return table
+    return layer_names(config, PLACES)
 
 
 FAMILY = Family("bamba", read, write, names)

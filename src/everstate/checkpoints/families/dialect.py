@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from everstate.checkpoints.families.base import Blocks, Names, Part, Shapes, convolution
+from everstate.checkpoints.families.base import Blocks, Names, Part, Shapes, convolution, under
 from everstate.checkpoints.families.settings import Settings
+from everstate.models import ModelConfig
 
 SSM, ATTENTION = "ssm", "attn"
 LAYER_KINDS = {"mamba": SSM, "linear_attention": SSM, "attention": ATTENTION, "full_attention": ATTENTION}
@@ -172,3 +173,17 @@ def inverse_written(multiplier: float) -> float:
     divisor = 1 / multiplier
     near = (float(round(divisor)), divisor, math.nextafter(divisor, 0), math.nextafter(divisor, math.inf))
     return next((number for number in near if number and 1 / number == multiplier), divisor)
+
+
+def layer_names(config: ModelConfig, places: Mapping[str, tuple[str, Names]]) -> Names:
+    """The names of models of which each layer is two blocks, as Jamba and Bamba have them.
+
+    places: for each mixer type the module of a layer that it is, and the names inside.
+    """
+    table: Names = {"embedding": "model.embed_tokens", "norm": "model.final_layernorm", "head": "lm_head"}
+    for i, name in enumerate(config.blocks):
+        layer = f"model.layers.{i // 2}"
+        table[f"blocks.{i}.norm"] = f"{layer}.{'pre_ff_layernorm' if i % 2 else 'input_layernorm'}"
+        module, inside = places[config.mixer_table(name)["type"]]
+        table |= under(f"blocks.{i}.mixer", f"{layer}.{module}", inside)
+    return table

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from everstate.checkpoints.families.base import Blocks, Family, Names, Shapes, under
+from everstate.checkpoints.families.base import Blocks, Family, Names, Shapes
 from everstate.checkpoints.families.dialect import (
     ATTENTION,
     ATTENTION_NAMES,
@@ -18,6 +18,7 @@ from everstate.checkpoints.families.dialect import (
     expand_written,
     first,
     layer_kinds,
+    layer_names,
     tied,
     used,
 )
@@ -139,21 +140,16 @@ def _mamba_written(ssm: dict[str, Any], d_model: int) -> dict[str, Any]:
     }
 
 
+PLACES: dict[str, tuple[str, Names]] = {
+    "mamba1": ("mamba", MIXER),
+    "attention": ("self_attn", ATTENTION_NAMES),
+    "mlp": ("feed_forward", SWIGLU),
+    "moe": ("feed_forward", EXPERTS),
+}
+
+
 def names(config: ModelConfig) -> Names:
-    table: Names = {"embedding": "model.embed_tokens", "norm": "model.final_layernorm", "head": "lm_head"}
-    for i, name in enumerate(config.blocks):
-        ours, layer = f"blocks.{i}", f"model.layers.{i // 2}"
-        table[f"{ours}.norm"] = f"{layer}.{'pre_ff_layernorm' if i % 2 else 'input_layernorm'}"
-        match config.mixer_table(name)["type"]:
-            case "mamba1":
-                table |= under(f"{ours}.mixer", f"{layer}.mamba", MIXER)
-            case "attention":
-                table |= under(f"{ours}.mixer", f"{layer}.self_attn", ATTENTION_NAMES)
-            case "mlp":
-                table |= under(f"{ours}.mixer", f"{layer}.feed_forward", SWIGLU)
-            case "moe":
-                table |= under(f"{ours}.mixer", f"{layer}.feed_forward", EXPERTS)
-    return table
+    return layer_names(config, PLACES)
 
 
 FAMILY = Family("jamba", read, write, names)
