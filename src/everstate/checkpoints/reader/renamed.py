@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 
 from everstate.checkpoints.reader.base import Rows, TensorInfo, TensorReader
 from everstate.core.errors import CheckpointError
@@ -34,7 +35,7 @@ class RenamingReader(TensorReader):
                 f"{reader.infos[lost].file}: tensor {lost} is there under two names; keep one of them"
             )
 
-    @property
+    @cached_property
     def infos(self) -> Mapping[str, TensorInfo]:
         return {name: self._reader.infos[there] for name, there in self._names.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class GGUFReader(TensorReader):
         if missing is not None:
             raise CheckpointError(f"{file.path}: tensor {missing} is missing; download the file again")
 
-    @property
+    @cached_property
     def infos(self) -> Mapping[str, TensorInfo]:
         return {name: self._info(origin) for name, origin in self._origins.items()}
 
