@@ -17,7 +17,7 @@ import torch
 from everstate.checkpoints import export, load_model
 from everstate.checkpoints.families import FAMILIES
 from everstate.checkpoints.published import open_published, read_config
-from everstate.checkpoints.reader import open_gguf, read_whole
+from everstate.checkpoints.reader import base, open_gguf, read_whole
 from everstate.core.errors import CheckpointError
 from everstate.models import LM
 from tests.checkpoints import llama_cpp
@@ -61,9 +61,11 @@ def make(case: str, folder: Path, kind: str = "F32") -> tuple[Path, LM]:
     return path, model.eval()
 
 
+@pytest.mark.parametrize("part", [100, 10**6])
 @pytest.mark.parametrize("case", CASES)
-def test_logits(case: str, tmp_path: Path) -> None:
+def test_logits(case: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, model = make(case, tmp_path)
+    monkeypatch.setattr(base, "PART", part)
     back = load_model(path).eval()
     tokens = torch.randint(model.config.vocab_size, (2, 15), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

@@ -70,7 +70,7 @@ def groups(infos: Mapping[str, TensorInfo], names: Sequence[str]) -> Iterator[li
     """The rows of some tensors in parts of at most `PART` bytes, as many together as make `GROUP`."""
     group, size = [], 0
     for name in names:
-        for part in _parts(name, infos[name]):
+        for part in parts(name, infos[name]):
             group.append(part)
             size += min(infos[name].nbytes, PART)
             if size >= GROUP:
@@ -79,7 +79,8 @@ def groups(infos: Mapping[str, TensorInfo], names: Sequence[str]) -> Iterator[li
     yield group
 
 
-def _parts(name: str, info: TensorInfo) -> Iterator[Range]:
+def parts(name: str, info: TensorInfo) -> Iterator[Range]:
+    """The rows of a tensor in parts of at most `PART` bytes."""
     if not info.shape:
         yield Range(name, 0, 0)
         return

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everstate.checkpoints.reader.base import Rows, TensorInfo, TensorReader
+from everstate.checkpoints.reader.base import Rows, TensorInfo, TensorReader, parts
 from everstate.checkpoints.reader.gguf.file import GGUFFile
 from everstate.checkpoints.reader.gguf.models import ARCHITECTURES
 from everstate.checkpoints.reader.gguf.origin import Origin
@@ -55,8 +55,14 @@ class GGUFReader(TensorReader):
     def read(self, names: Collection[str]) -> Iterator[Rows]:
         wanted = set(names)
         for name in self._origins:
-            if name in wanted:
-                yield Rows(name, 0, self._values(self._origins[name]))
+            if name not in wanted:
+                continue
+            origin = self._origins[name]
+            if not origin.is_plain:
+                yield Rows(name, 0, self._values(origin))
+                continue
+            for _, start, end in parts(name, self.infos[name]):
+                yield Rows(name, start, self._file.values(origin.tensors[0], slice(start, end)))
 
     def _info(self, origin: Origin) -> TensorInfo:
         shapes = [self._file.shape(name)[0 if origin.expert is None else 1 :] for name in origin.tensors]

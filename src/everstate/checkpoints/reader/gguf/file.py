@@ -92,10 +92,11 @@ class GGUFFile:
         """The dtype in which a tensor is best held."""
         return PLAIN.get(self.tensors[name].tensor_type.name, torch.bfloat16)
 
-    def values(self, name: str, expert: int | None) -> Tensor:
-        """The numbers of a tensor, or of one expert of it, in float32."""
-        tensor = self.tensors[name]
-        data = tensor.data if expert is None else tensor.data[expert]
-        shape = self.shape(name)[0 if expert is None else 1 :]
+    def values(self, name: str, rows: int | slice | None) -> Tensor:
+        """The numbers of a tensor, of some rows of it, or of one expert of a stack, in float32."""
+        tensor, shape = self.tensors[name], self.shape(name)
+        data = tensor.data if rows is None else tensor.data[rows]
+        if rows is not None:
+            shape = shape[1:] if isinstance(rows, int) else (-1, *shape[1:])
         numbers = self._gguf.quants.dequantize(data, tensor.tensor_type)
         return torch.from_numpy(np.array(numbers, dtype=np.float32).reshape(shape))

@@ -26,6 +26,11 @@ class Origin(NamedTuple):
     flat: bool = False
     form: Callable[[Tensor], Tensor] = same
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its rows are rows of one tensor of the file, as they are."""
+        return self == Origin(self.tensors) and len(self.tensors) == 1
+
 
 def log_of_decay(a: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """`A_log` of `A = -exp(A_log)`."""
