@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import everstate
 from everstate.checkpoints import export, load_model
 from everstate.checkpoints import export as export_function
+from everstate.checkpoints.reader import base
 from everstate.core.errors import CheckpointError, TokenizerError
 from everstate.models import LM, ModelConfig
 from everstate.tokenizers import ByteTokenizer, HFTokenizer
+from tests.laws.test_families import build
 from tests.tokenizers.published import BOS, EOS, byte_level
 
 SSM = {"type": "mamba2", "headdim": 8, "d_state": 4}
@@ -134,6 +136,32 @@ def test_progress_is_told_to_the_end(tmp_path: Path) -> None:
     size = sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
     assert told[-1] == (size, size)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+@pytest.mark.parametrize("part", [100, 10**6])
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "jamba", "nemotron_h"])
+def test_experts_in_one_tensor_are_taken_apart(
+    name: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers holds them in memory, and as some checkpoints are published."""
+    model = build(name, "default")
+    export(model, tmp_path / "out", name)
+    file = tmp_path / "out" / "model.safetensors"
+    weights, stacks = load_file(file), {}
+    for key in [key for key in weights if ".experts." in key]:
+        stem, _, rest = key.partition(".experts.")
+        module = rest.split(".")[1].replace("gate_proj", "gate_up_proj")
+        gate = weights[key]
+        if module == "gate_up_proj":
+            gate = torch.cat([gate, weights[key.replace("gate_proj", "up_proj")]])
+        stacks.setdefault(f"{stem}.experts.{module}", []).append(gate)
+    weights = {key: tensor for key, tensor in weights.items() if ".experts." not in key}
+    gated = {key for key in stacks if key.endswith("gate_up_proj")}
+    doubled = {key.replace("gate_up_proj", "up_proj") for key in gated}
+    save_file(weights | {key: torch.stack(rows) for key, rows in stacks.items() if key not in doubled}, file)
+    monkeypatch.setattr(base, "PART", part)
+    back = load_model(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, back[key]) for key, tensor in model.state_dict().items())
 
 
 def test_a_head_that_is_said_to_be_tied_and_is_not(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from everstate.checkpoints.families import FAMILIES
 from everstate.checkpoints.families.base import Entry, Family, agree, entries, fill_, published_shapes
 from everstate.checkpoints.families.settings import Settings, read_json
-from everstate.checkpoints.reader import TensorReader, dequantised, open_gguf, open_tensors, renamed
+from everstate.checkpoints.reader import TensorReader, dequantised, open_gguf, open_tensors, renamed, unstacked
 from everstate.core.errors import CheckpointError, ConfigError, did_you_mean
 from everstate.mixers.base import allocate_
 from everstate.models import LM, ModelConfig
@@ -66,7 +66,7 @@ def _published(
     path: Path, table: Mapping[str, Any], reader: TensorReader, file: Path, fields: Mapping[str, Any] | None
 ) -> Published:
     family = family_of(table, file)
-    reader = renamed(reader, family.aliases)
+    reader = unstacked(renamed(reader, family.aliases))
     shapes = {name: info.shape for name, info in reader.infos.items()}
     config = read_config(family, table, shapes, file)
     skipped = re.compile("|".join((*SKIPPED, *family.skipped)))

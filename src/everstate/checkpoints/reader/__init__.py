@@ -11,9 +11,20 @@ from everstate.checkpoints.reader.pickled import PickledReader
 from everstate.checkpoints.reader.quantised import dequantised
 from everstate.checkpoints.reader.renamed import renamed
 from everstate.checkpoints.reader.safetensors import SafetensorsReader
+from everstate.checkpoints.reader.unstacked import unstacked
 from everstate.core.errors import CheckpointError
 
-__all__ = ["Rows", "TensorInfo", "TensorReader", "dequantised", "open_gguf", "open_tensors", "read_whole", "renamed"]
+__all__ = [
+    "Rows",
+    "TensorInfo",
+    "TensorReader",
+    "dequantised",
+    "open_gguf",
+    "open_tensors",
+    "read_whole",
+    "renamed",
+    "unstacked",
+]
 
 NAMES = ("model.safetensors", "consolidated.safetensors", "pytorch_model.bin")
 """The weights of a model, the first that is there; or an index beside them that names their parts."""
