@@ -125,14 +125,40 @@ def test_bounds_of_dt_reach_the_layers() -> None:
     assert described(read("codestral-hf"))[0]["dt_limit"] == (0.0, math.inf)
 
 
+NONSENSE = ("x", -1, 0, 1.5, [1, [2]], ["x"], {"a": 1}, True, 1e400)
+LAWS = sorted((Path(__file__).parents[1] / "laws" / "families").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", LAWS, ids=lambda path: path.stem)
+def test_nonsense_in_any_key_is_an_error_in_one_line_if_it_is_one(file: Path) -> None:
+    table = next(iter(json.loads(file.read_text()).values()))
+    shapes = {name: tuple(shape) for name, shape in table.pop("shapes", {}).items()}
+    for key in [*table, "rope_theta", "rope_parameters", "rope_scaling", "layer_types", "time_step_limit"]:
+        for value in NONSENSE:
+            try:
+                read_config(FAMILIES[file.stem], {**table, key: value}, shapes, "config.json")
+            except CheckpointError as error:
+                assert "\n" not in str(error), (key, value)
+
+
+def test_a_null_inside_takes_the_positions_away() -> None:
+    inside = {"rope_parameters": {"rope_theta": None, "rope_type": "default"}}
+    for config in (read("olmo-hybrid"), read("olmo-hybrid", rope_theta=500000.0, **inside)):
+        assert described(config)[6]["rope_theta"] is None
+    config = read("olmo-hybrid", rope_theta=500000.0, rope_parameters=None)
+    assert described(config)[6]["rope_theta"] == 500000.0
+
+
 def test_an_unknown_family_is_named() -> None:
     with pytest.raises(CheckpointError, match="model_type 'mamba9' is not implemented; did you mean 'mamba'"):
         family_of({"model_type": "mamba9"}, Path("config.json"))
-    assert "zamba2" not in FAMILIES
+    with pytest.raises(CheckpointError, match="model_type 'zamba2' is left out"):
+        family_of({"model_type": "zamba2"}, Path("config.json"))
 
 
 def test_a_switch_that_is_off_and_an_empty_key_say_nothing() -> None:
     settings = Settings({"use_wings": False, "wings": None, "feathers": []})
     settings.closed()
-    with pytest.raises(CheckpointError, match="wings = 2 is a setting that Everstate does not know"):
-        Settings({"wings": 2}).closed()
+    for value in (2, 0, 0.0, "", True):
+        with pytest.raises(CheckpointError, match="wings = .* is a setting that Everstate does not know"):
+            Settings({"wings": value}).closed()

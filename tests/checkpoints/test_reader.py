@@ -216,6 +216,21 @@ def test_other_ways_to_quantise_are_refused_by_name(config: dict[str, Any], tmp_
         dequantised(open_tensors(tmp_path), config)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("fp8", "quantization_config = 'fp8' is no table"),
+        ({"quantization": "x"}, "is no table"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size = 128 is no list of two sizes"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 1]}, "is no list of two sizes"),
+    ],
+)
+def test_a_quantisation_that_is_no_table(config: Any, message: str, tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        dequantised(open_tensors(tmp_path), config)
+
+
 def test_eight_bits_without_a_scale_or_with_scales_of_another_size(tmp_path: Path) -> None:
     save_file({"x.weight": WEIGHT.to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="tensor x.weight has 8 bits and no x.weight_scale"):

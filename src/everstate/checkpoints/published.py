@@ -21,6 +21,10 @@ CONFIG, PARAMS, QUANTIZATION = "config.json", "params.json", "hf_quant_config.js
 SKIPPED = (r".*\.rotary_emb\.inv_freq",)
 """Tensors that are computed from the config, wherever they are stored."""
 
+LEFT_OUT = dict.fromkeys(
+    ("zamba", "zamba2"), "its shared blocks are no residual blocks (docs/decisions/0007-no-zamba.md)"
+)
+
 Watch: TypeAlias = Callable[[int, int], None]
 """Told after each tensor how many bytes were read, and how many there are."""
 
@@ -43,8 +47,8 @@ class Published(NamedTuple):
 def open_published(path: Path) -> Published:
     """Find out what lies in a folder, or in a GGUF file, without reading its weights.
 
-    Raises `CheckpointError` for a missing or damaged file, a family that we do not know, and a setting or a
-    quantisation that we do not implement.
+    Raises `CheckpointError` for a missing or damaged file, a family that we do not know, a setting or a quantisation
+    that we do not implement, and for a tensor that is missing, left over, or of another shape than the config makes it.
     """
     if path.suffix == ".gguf":
         table, reader, fields = open_gguf(path)
@@ -70,7 +74,10 @@ def _published(
     shapes = {name: info.shape for name, info in reader.infos.items()}
     config = read_config(family, table, shapes, file)
     skipped = re.compile("|".join((*SKIPPED, *family.skipped)))
-    return Published(path, family, config, reader, tuple(n for n in shapes if skipped.fullmatch(n)), fields)
+    published = Published(path, family, config, reader, tuple(n for n in shapes if skipped.fullmatch(n)), fields)
+    model = LM(config, device="meta")
+    _check(published, published_shapes(model, entries(model, family.names(config))))
+    return published
 
 
 def family_of(table: Mapping[str, Any], file: Path) -> Family:
@@ -80,6 +87,8 @@ def family_of(table: Mapping[str, Any], file: Path) -> Family:
     name = table.get("model_type")
     if name is None and "d_model" in table and "n_layer" in table:
         return FAMILIES["mamba_ssm"]
+    if name in LEFT_OUT:
+        raise CheckpointError(f"{file}: model_type {name!r} is left out: {LEFT_OUT[name]}; run it with transformers")
     if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(f"{file}: model_type {name!r} is not implemented; {did_you_mean(str(name), FAMILIES)}")
     return FAMILIES[name]
@@ -108,16 +117,14 @@ def load_published(
 ) -> LM:
     """Read the weights, tensor by tensor, straight to where they belong.
 
-    dtype: None for that of the published embedding. Raises `CheckpointError` when a tensor is missing, left over, of
-    another shape, or when a file is damaged.
+    dtype: None for that of the published embedding. Raises `CheckpointError` when a file is damaged, or when the head
+    is said to be the embedding and is not.
     """
-    names = published.family.names(published.config)
     model = LM(published.config, device="meta", dtype=stored_dtype(published) if dtype is None else dtype)
-    table = entries(model, names)
-    copy = _copied_head(published)
-    _check(published, published_shapes(model, table), copy)
+    table = entries(model, published.family.names(published.config))
     allocate_(model, device)
     _fill(model, published.reader, table, watch)
+    copy = _copied_head(published)
     if copy is not None:
         _check_tied(model, published, copy)
     return model.requires_grad_(True)
@@ -125,10 +132,7 @@ def load_published(
 
 def stored_dtype(published: Published) -> torch.dtype:
     """The dtype of the published embedding, which is that of the model."""
-    name = f"{published.family.names(published.config)['embedding']}.weight"
-    if name not in published.reader.infos:
-        raise CheckpointError(f"{published.path}: tensor {name} is missing; download the model again")
-    return published.reader.infos[name].dtype
+    return published.reader.infos[f"{published.family.names(published.config)['embedding']}.weight"].dtype
 
 
 def _copied_head(published: Published) -> str | None:
@@ -137,9 +141,9 @@ def _copied_head(published: Published) -> str | None:
     return name if published.config.tie_embeddings and name in published.reader.infos else None
 
 
-def _check(published: Published, wanted: Mapping[str, tuple[int, ...]], copy: str | None) -> None:
+def _check(published: Published, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Every published tensor is used once and has the shape that the model has for it; none is missing."""
-    infos = published.reader.infos
+    infos, copy = published.reader.infos, _copied_head(published)
     for name, shape in wanted.items():
         if name not in infos:
             raise CheckpointError(

@@ -35,8 +35,8 @@ def tied(settings: Settings, shapes: Shapes, head: str, *, default: bool) -> boo
 
 def dt_limit(settings: Settings) -> tuple[float, float]:
     """The bounds of the time step, where infinity has several spellings."""
-    low, high = settings.take("time_step_limit", "dt_limit", default=(0.0, math.inf))
-    return (float(low), math.inf if float(high) >= 1e30 else float(high))
+    low, high = settings.numbers("time_step_limit", "dt_limit", default=(0.0, math.inf))
+    return (low, math.inf if high >= 1e30 else high)
 
 
 def limit_written(limit: tuple[float, float]) -> list[float] | None:
@@ -58,12 +58,12 @@ def rope(settings: Settings, *, default_theta: float = 10_000.0, default_fractio
     fraction = _one(settings, "partial_rotary_factor", inner, default_fraction)
     inner.closed()
     outer.closed()
-    return {"rope_theta": float(theta), "rotary_fraction": float(fraction)}
+    return {"rope_theta": theta, "rotary_fraction": fraction}
 
 
-def _one(settings: Settings, key: str, inner: Settings, default: float) -> Any:
+def _one(settings: Settings, key: str, inner: Settings, default: float) -> float:
     """A setting that stands in the config or in the table inside it."""
-    values = {value for value in (settings.take(key), inner.take(key)) if value is not None}
+    values = {value for value in (settings.optional_number(key), inner.optional_number(key)) if value is not None}
     if len(values) > 1:
         raise settings.error(f"{key} is given as {sorted(values)}; keep one of them")
     return values.pop() if values else default
@@ -83,8 +83,7 @@ def mamba2_table(settings: Settings, d_model: int, eps: float) -> dict[str, Any]
     """The table of Mamba-2 layers from the `mamba_*` keys of Bamba, Granite 4 and Falcon-H1."""
     expand, nheads = settings.integer("mamba_expand", default=2), settings.integer("mamba_n_heads", default=128)
     d_inner = settings.integer("mamba_d_ssm", default=expand * d_model)
-    headdim = settings.take("mamba_d_head", default="auto")
-    headdim = d_inner // nheads if headdim == "auto" else headdim
+    headdim = settings.integer_or_auto("mamba_d_head") or d_inner // nheads
     if headdim * nheads != d_inner:
         raise settings.error(f"mamba_n_heads {nheads} * mamba_d_head {headdim} is not the width {d_inner} of the layer")
     return {
@@ -144,8 +143,8 @@ def attention_written(block: Mapping[str, Any]) -> dict[str, Any]:
 
 def layer_kinds(settings: Settings, n_layer: int) -> list[str]:
     """`SSM` or `ATTENTION` for each layer: from a list of types, or of the indices of attention; else all `SSM`."""
-    types = settings.take("layer_types", "layers_block_type")
-    indices = settings.take("attn_layer_indices")
+    types = settings.words("layer_types", "layers_block_type")
+    indices = settings.indices("attn_layer_indices")
     if types is None:
         return [ATTENTION if i in (indices or ()) else SSM for i in range(n_layer)]
     unknown = [kind for kind in types if kind not in LAYER_KINDS]

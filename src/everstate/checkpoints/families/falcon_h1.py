@@ -28,13 +28,13 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
     settings.only(hidden_act="silu", mamba_use_mlp=True, attn_layer_indices=None)
     settings.ignore("mlp_expansion_factor", "z_loss_coefficient")
     mixer = {"type": "parallel", "mixers": {"ssm": _mamba(settings, d_model, eps), "attn": _attention(settings)}}
-    gate, down = settings.take("mlp_multipliers", default=(1.0, 1.0))
+    gate, down = settings.numbers("mlp_multipliers", default=(1.0, 1.0))
     mlp = {
         "type": "mlp",
         "d_hidden": settings.integer("intermediate_size"),
         "bias": settings.flag("mlp_bias", default=False),
-        "gate_multiplier": float(gate),
-        "out_multiplier": float(down),
+        "gate_multiplier": gate,
+        "out_multiplier": down,
     }
     return ModelConfig(
         d_model=d_model,
@@ -57,9 +57,9 @@ def _mamba(settings: Settings, d_model: int, eps: float) -> dict[str, Any]:
     return {
         **table,
         "norm": settings.flag("mamba_rms_norm", default=False),
-        "norm_before_gate": settings.flag("mamba_norm_before_gate", default=True),
+        "norm_before_gate": settings.flag("mamba_norm_before_gate", default=False),
         "in_multiplier": settings.number("ssm_in_multiplier", default=1.0),
-        "multipliers": tuple(float(m) for m in settings.take("ssm_multipliers", default=ONES)),
+        "multipliers": settings.numbers("ssm_multipliers", default=ONES),
         "out_multiplier": settings.number("ssm_out_multiplier", default=1.0),
     }
 

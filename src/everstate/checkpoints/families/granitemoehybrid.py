@@ -55,14 +55,14 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
         tie_embeddings=tied(settings, shapes, "lm_head.weight", default=False),
         embedding_multiplier=settings.number("embedding_multiplier", default=1.0),
         residual_multiplier=settings.number("residual_multiplier", default=1.0),
-        logit_multiplier=1 / settings.number("logits_scaling", default=1.0),
+        logit_multiplier=1 / settings.positive("logits_scaling", default=1.0),
     )
 
 
 def _channel(settings: Settings) -> dict[str, Any]:
     """The shared MLP, alone or beside experts."""
     d_shared, d_hidden = settings.integer("shared_intermediate_size", default=1024), settings.take("intermediate_size")
-    experts, top_k = settings.take("num_local_experts", default=0), settings.take("num_experts_per_tok")
+    experts, top_k = settings.count("num_local_experts", default=0), settings.take("num_experts_per_tok")
     if not experts:
         return {"type": "mlp", "d_hidden": d_shared}
     return {

@@ -65,7 +65,7 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
 
 def _kinds(settings: Settings, n_layer: int) -> list[str]:
     """What each layer begins with: from the list of types, or attention once in every period."""
-    period, offset = settings.integer("attn_layer_period", default=8), settings.take("attn_layer_offset", default=4)
+    period, offset = settings.integer("attn_layer_period", default=8), settings.count("attn_layer_offset", default=4)
     if "layers_block_type" in settings or "layer_types" in settings:
         return layer_kinds(settings, n_layer)
     return [ATTENTION if i % period == offset else SSM for i in range(n_layer)]
@@ -73,8 +73,11 @@ def _kinds(settings: Settings, n_layer: int) -> list[str]:
 
 def _channels(settings: Settings, n_layer: int) -> list[str]:
     """What each layer ends with: experts once in every period, where there is more than one."""
-    period, offset = settings.integer("expert_layer_period", default=2), settings.take("expert_layer_offset", default=1)
-    counts = settings.take("layers_num_experts")
+    period, offset = (
+        settings.integer("expert_layer_period", default=2),
+        settings.count("expert_layer_offset", default=1),
+    )
+    counts = settings.indices("layers_num_experts")
     if counts is None:
         one = settings.peek("num_experts", "num_local_experts", default=16) == 1
         counts = [1 if one or i % period != offset else 2 for i in range(n_layer)]

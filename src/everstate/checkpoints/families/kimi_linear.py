@@ -53,7 +53,8 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
 
 def _kinds(settings: Settings, linear: Settings, n_layer: int) -> list[str]:
     """What each layer begins with, from one list of types or from two lists of numbers."""
-    full, delta, types = linear.take("full_attn_layers"), linear.take("kda_layers"), settings.take("layer_types")
+    full, delta = linear.indices("full_attn_layers"), linear.indices("kda_layers")
+    types = settings.words("layer_types")
     if types is not None and full is None and len(types) == n_layer and set(types) <= set(KINDS):
         return [KINDS[kind] for kind in types]
     if full is None or delta is None or sorted([*full, *delta]) != list(range(1, n_layer + 1)):
@@ -65,7 +66,7 @@ def _kinds(settings: Settings, linear: Settings, n_layer: int) -> list[str]:
 
 def _channels(settings: Settings, n_layer: int) -> list[str]:
     """What each layer ends with: the first ones with an MLP, the others with experts."""
-    dense, kinds = settings.take("first_k_dense_replace", default=1), settings.take("mlp_layer_types")
+    dense, kinds = settings.count("first_k_dense_replace", default=1), settings.words("mlp_layer_types")
     if kinds is None:
         kinds = ["dense" if i < dense else "sparse" for i in range(n_layer)]
     if len(kinds) != n_layer or not set(kinds) <= {"dense", "sparse"}:
@@ -74,8 +75,8 @@ def _channels(settings: Settings, n_layer: int) -> list[str]:
 
 
 def _delta(settings: Settings, linear: Settings, eps: float) -> dict[str, Any]:
-    nheads = settings.take("linear_num_heads", default=linear.take("num_heads", default=32))
-    headdim = settings.take("linear_head_dim", default=linear.take("head_dim", default=128))
+    nheads = settings.integer("linear_num_heads", default=linear.integer("num_heads", default=32))
+    headdim = settings.integer("linear_head_dim", default=linear.integer("head_dim", default=128))
     width = linear.take("short_conv_kernel_size", default=4)
     return {
         "type": "gated_delta",
@@ -110,7 +111,7 @@ def _latent(settings: Settings) -> dict[str, Any]:
 
 def _moe(settings: Settings) -> dict[str, Any]:
     d_hidden = settings.integer("moe_intermediate_size")
-    shared = settings.take("num_shared_experts", "n_shared_experts", default=1)
+    shared = settings.count("num_shared_experts", "n_shared_experts", default=1)
     return {
         "type": "moe",
         "nexperts": settings.integer("num_experts", "num_local_experts"),

@@ -56,7 +56,8 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
 def _d_hidden(settings: Settings, shapes: Shapes) -> int:
     """The width of the MLPs: of the tensors, and where there are none as the authors compute it."""
     # Where both are given, the first is the one that the authors read.
-    width = settings.integer("block_ff_dim", default=settings.take("intermediate_size"))
+    given = settings.integer("intermediate_size") if "intermediate_size" in settings else None
+    width = settings.integer("block_ff_dim", default=given)
     multiple = settings.integer("block_multiple_of", default=256)
     multiplier = settings.number("block_ffn_dim_multiplier", default=1.0)
     if settings.flag("block_auto_adjust_ff_dim", default=True):
@@ -67,11 +68,11 @@ def _d_hidden(settings: Settings, shapes: Shapes) -> int:
 def kinds(settings: Settings) -> list[str]:
     """What each layer begins with: from the list of types, or of the indices of attention."""
     n_layer = settings.integer("num_hidden_layers")
-    types, indices = settings.take("layer_types"), settings.take("full_attn_idxs")
+    types, indices = settings.words("layer_types"), settings.indices("full_attn_idxs")
     if types is None and indices is None:
         raise settings.error("layer_types or full_attn_idxs is missing; the config is not complete: download it again")
     if types is None:
-        types = ["full_attention" if i in indices else "conv" for i in range(n_layer)]
+        types = ["full_attention" if i in (indices or ()) else "conv" for i in range(n_layer)]
     unknown = [kind for kind in types if kind not in KINDS]
     if unknown or len(types) != n_layer:
         given = repr(unknown[0]) if unknown else f"{len(types)} layers and not {n_layer}"

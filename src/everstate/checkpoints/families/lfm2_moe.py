@@ -19,7 +19,7 @@ EXPERTS: Names = {
 
 
 def read(settings: Settings, shapes: Shapes) -> ModelConfig:
-    dense = settings.take("num_dense_layers", default=2)
+    dense = settings.count("num_dense_layers", default=2)
     layers = [name for i, kind in enumerate(lfm2.kinds(settings)) for name in (kind, "mlp" if i < dense else "moe")]
     channels = {
         "mlp": {"type": "mlp", "d_hidden": settings.integer("intermediate_size")},

@@ -47,12 +47,12 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
     eps = settings.number("norm_epsilon", default=1e-5)
     mixers: dict[str, dict[str, Any]] = {SSM: _ssm(settings.nested("ssm_cfg"), d_model)}
     n_layer = settings.integer("n_layer")
-    attention = set(settings.take("attn_layer_idx", default=[]))
+    attention = set(settings.indices("attn_layer_idx") or ())
     heads = settings.nested("attn_cfg")
     if attention:
         mixers[ATTENTION] = _attention(heads, d_model)
     heads.closed()
-    d_hidden = settings.take("d_intermediate", default=0)
+    d_hidden = settings.count("d_intermediate", default=0)
     if d_hidden:
         mixers["mlp"] = {"type": "mlp", "d_hidden": -(-d_hidden // MLP_MULTIPLE) * MLP_MULTIPLE}
     kinds = [ATTENTION if i in attention else SSM for i in range(n_layer)]
@@ -132,9 +132,9 @@ def _attention(settings: Settings, d_model: int) -> dict[str, Any]:
     settings.only(causal=True, rotary_interleaved=False, mlp_dim=0)
     nheads = settings.integer("num_heads")
     head_dim = settings.integer("head_dim", default=d_model // nheads)
-    rotary = settings.take("rotary_emb_dim", default=0)
+    rotary = settings.count("rotary_emb_dim", default=0)
     theta = settings.number("rotary_emb_base", default=10_000.0)
-    d_conv = settings.take("d_conv", default=0)
+    d_conv = settings.count("d_conv", default=0)
     return without_none(
         {
             "type": "attention",

@@ -72,7 +72,7 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
 
 def _layers(settings: Settings) -> list[str]:
     """The name of each block, from the pattern or from the list of types."""
-    pattern, types = settings.take("hybrid_override_pattern"), settings.take("layers_block_type", "layer_types")
+    pattern, types = settings.text("hybrid_override_pattern"), settings.words("layers_block_type", "layer_types")
     table, given = (KINDS, types) if pattern is None else (LETTERS, pattern)
     unknown = [kind for kind in given or () if kind not in table]
     if not given or unknown:
@@ -102,9 +102,8 @@ def _mamba(settings: Settings, eps: float) -> dict[str, Any]:
 
 
 def _moe(settings: Settings, activation: str) -> dict[str, Any]:
-    shared = settings.take("n_shared_experts", default=1) * settings.take(
-        "moe_shared_expert_intermediate_size", default=0
-    )
+    experts = settings.count("n_shared_experts", default=1)
+    shared = experts * settings.count("moe_shared_expert_intermediate_size", default=0)
     return {
         "type": "moe",
         "nexperts": settings.take("n_routed_experts", "num_local_experts", default=8),

@@ -13,6 +13,7 @@ from everstate.checkpoints.families.dialect import (
     attention_table,
     attention_written,
     first,
+    rope,
     tied,
     used,
     without_none,
@@ -51,7 +52,7 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
 
 
 def _layers(settings: Settings) -> list[tuple[str, str]]:
-    n_layer, types = settings.integer("num_hidden_layers"), settings.take("layer_types")
+    n_layer, types = settings.integer("num_hidden_layers"), settings.words("layer_types")
     if types is None:
         types = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(n_layer)]
     unknown = [kind for kind in types if kind not in LAYERS]
@@ -65,15 +66,15 @@ def _layers(settings: Settings) -> list[tuple[str, str]]:
 
 
 def _theta(settings: Settings) -> float | None:
-    """The base of the positions; checkpoints for long contexts have none."""
-    table = settings.nested("rope_parameters")
-    kind = table.take("rope_type", default="default")
-    if kind != "default" or settings.take("rope_scaling"):
-        raise settings.error(f"rotary positions of type {kind!r} are not implemented; Everstate has 'default'")
-    theta = settings.take("rope_theta")
-    theta = table.take("rope_theta", default=theta)
-    table.closed()
-    return None if theta is None else float(theta)
+    """The base of the positions; checkpoints for long contexts have none, which the table inside says by a null."""
+    inside = settings.peek("rope_parameters", default={})
+    none = isinstance(inside, dict) and "rope_theta" in inside and inside["rope_theta"] is None
+    if none:
+        settings.ignore("rope_theta")
+    if none or not ("rope_theta" in settings or inside):
+        settings.ignore("rope_parameters", "rope_scaling")
+        return None
+    return float(rope(settings)["rope_theta"])
 
 
 def _delta(settings: Settings, d_model: int, nheads: int) -> dict[str, Any]:

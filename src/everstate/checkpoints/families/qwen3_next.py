@@ -50,8 +50,8 @@ EXPERTS: Names = {
 
 def read(settings: Settings, shapes: Shapes) -> ModelConfig:
     n_layer = settings.integer("num_hidden_layers")
-    experts, step = settings.take("num_experts", default=512), settings.integer("decoder_sparse_step", default=1)
-    dense = settings.take("mlp_only_layers", default=[])
+    experts, step = settings.count("num_experts", default=512), settings.integer("decoder_sparse_step", default=1)
+    dense = settings.indices("mlp_only_layers") or []
     channels = ["mlp" if i in dense or not experts or (i + 1) % step else "moe" for i in range(n_layer)]
     return model_config(settings, shapes, channels, experts)
 
@@ -85,7 +85,7 @@ def model_config(settings: Settings, shapes: Shapes, channels: Sequence[str], ex
 
 def _kinds(settings: Settings, n_layer: int) -> list[str]:
     """What each layer begins with: from the list of types, or attention at the end of every interval."""
-    interval, types = settings.integer("full_attention_interval", default=4), settings.take("layer_types")
+    interval, types = settings.integer("full_attention_interval", default=4), settings.words("layer_types")
     if types is None:
         return [DELTA if (i + 1) % interval else ATTENTION for i in range(n_layer)]
     unknown = [kind for kind in types if kind not in KINDS]

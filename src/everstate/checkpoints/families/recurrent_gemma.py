@@ -80,12 +80,12 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
 
 def _kinds(settings: Settings) -> list[str]:
     """What each layer begins with: the types that are given, over and over."""
-    types = settings.take("block_types", default=CYCLE)
+    types = settings.words("block_types", "_block_types") or CYCLE
     unknown = [kind for kind in types if kind not in KINDS]
     if unknown or not types:
         raise settings.error(f"block_types {types!r} is not implemented; Everstate has {', '.join(map(repr, KINDS))}")
     kinds = [KINDS[kind] for kind in islice(cycle(types), settings.integer("num_hidden_layers"))]
-    said = settings.take("layers_block_type", "layer_types")
+    said = settings.words("layers_block_type", "layer_types")
     if said is not None and [KINDS.get(kind) for kind in said] != kinds:
         raise settings.error("block_types and layers_block_type name different layers; keep one of them")
     return kinds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,58 @@ class Settings:
             raise self.error(f"{keys[0]} = {value!r} is no finite number")
         return float(value)
 
+    def positive(self, *keys: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        value = self.number(*keys, default=default)
+        if value <= 0:
+            raise self.error(f"{keys[0]} = {value!r} is not above zero")
+        return value
+
+    def count(self, *keys: str, default: int) -> int:
+        """A whole number from zero on."""
+        value = self.take(*keys, default=default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error(f"{keys[0]} = {value!r} is no whole number from zero on")
+        return value
+
+    def optional_number(self, key: str) -> float | None:
+        """A finite number, or None where there is none."""
+        return self.number(key) if key in self else None
+
+    def integer_or_auto(self, *keys: str) -> int | None:
+        """A positive whole number; None where the config says "auto" or nothing."""
+        value = self.take(*keys, default="auto")
+        if value == "auto":
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(f"{keys[0]} = {value!r} is neither a positive whole number nor 'auto'")
+        return value
+
+    def numbers(self, *keys: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        """As many numbers as the default has; they may be infinite."""
+        value = self.take(*keys, default=default)
+        numeric = isinstance(value, list | tuple) and all(
+            isinstance(each, int | float) and not isinstance(each, bool) and not math.isnan(each) for each in value
+        )
+        if not numeric or len(value) != len(default):
+            raise self.error(f"{keys[0]} = {value!r} is no list of {len(default)} numbers")
+        return tuple(float(each) for each in value)
+
+    def indices(self, *keys: str) -> list[int] | None:
+        """A list of whole numbers from zero on, or None where there is none."""
+        return self._list(keys, "whole numbers", lambda each: isinstance(each, int) and each >= 0)
+
+    def words(self, *keys: str) -> list[str] | None:
+        """A list of words, or None where there is none."""
+        return self._list(keys, "words", lambda each: isinstance(each, str))
+
+    def text(self, *keys: str) -> str | None:
+        """A word, or None where there is none."""
+        value = self.take(*keys)
+        if value is not None and not isinstance(value, str):
+            raise self.error(f"{keys[0]} = {value!r} is no text")
+        return value
+
     def flag(self, *keys: str, default: bool) -> bool:
         """True or false."""
         value = self.take(*keys, default=default)
@@ -119,9 +171,9 @@ class Settings:
         return Settings(table, f"{self.file}: {key}")
 
     def closed(self) -> None:
-        """Refuse what is left, but for switches that are off."""
+        """Refuse what is left, but for switches that are off and lists and tables that are empty."""
         for key, value in self._left.items():
-            if key not in SILENT and value not in (False, [], {}):
+            if key not in SILENT and value is not False and value not in ([], {}):
                 raise self.error(
                     f"{key} = {value!r} is a setting that Everstate does not know; update everstate, or take the key "
                     "out if it says nothing about the outputs"
@@ -130,6 +182,12 @@ class Settings:
     def error(self, problem: str) -> CheckpointError:
         """An error about this config."""
         return CheckpointError(f"{self.file}: {problem}")
+
+    def _list(self, keys: tuple[str, ...], kind: str, fits: Callable[[Any], bool]) -> list[Any] | None:
+        value = self.take(*keys)
+        if value is not None and not (isinstance(value, list) and all(fits(each) for each in value)):
+            raise self.error(f"{keys[0]} = {value!r} is no list of {kind}")
+        return value
 
     def _required(self, keys: tuple[str, ...], default: Any) -> Any:
         value = self.take(*keys, default=default)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ BLOCK = (128, 128)
 METHODS = ("fp8", "modelopt", "compressed-tensors")
 
 
-def dequantised(reader: TensorReader, quantization: Mapping[str, Any] | None) -> TensorReader:
+def dequantised(reader: TensorReader, quantization: Any) -> TensorReader:
     """The tensors as bfloat16 where they are 8-bit floats with scales; others as they are.
 
     quantization: `quantization_config` of a config, or the content of `hf_quant_config.json`. Raises `CheckpointError`
@@ -34,18 +35,27 @@ def dequantised(reader: TensorReader, quantization: Mapping[str, Any] | None) ->
         if any(info.dtype in FLOAT8 for info in reader.infos.values()):
             return DequantisingReader(reader, BLOCK)
         return reader
-    inner = quantization.get("quantization", quantization)
+    inner = quantization.get("quantization", quantization) if isinstance(quantization, dict) else None
+    if not isinstance(inner, dict):
+        raise CheckpointError(
+            f"{_folder(reader)}: quantization_config = {quantization!r} is no table; download the config again"
+        )
     method = str(quantization.get("quant_method", "modelopt" if "quantization" in quantization else "")).lower()
     algorithm = str(inner.get("quant_algo", inner.get("format", method))).lower()
     eight = "fp8" in algorithm or algorithm in ("float-quantized", "naive-quantized")
     if method not in METHODS or "nvfp4" in algorithm or not eight:
-        file = next(iter(reader.infos.values())).file.parent
         raise CheckpointError(
-            f"{file}: quantisation {method or 'unnamed'!r} ({algorithm!r}) is not implemented; Everstate reads 8-bit "
-            "floats (FP8) and GGUF files: use one of those, or the version of the model that is not quantised"
+            f"{_folder(reader)}: quantisation {method or 'unnamed'!r} ({algorithm!r}) is not implemented; Everstate "
+            "reads 8-bit floats (FP8) and GGUF files: use one of those, or the version that is not quantised"
         )
-    block = inner.get("weight_block_size") or BLOCK
-    return DequantisingReader(reader, (int(block[0]), int(block[1])))
+    block = inner.get("weight_block_size") or list(BLOCK)
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
+        raise CheckpointError(f"{_folder(reader)}: weight_block_size = {block!r} is no list of two sizes")
+    return DequantisingReader(reader, (block[0], block[1]))
+
+
+def _folder(reader: TensorReader) -> Path:
+    return next(iter(reader.infos.values())).file.parent
 
 
 class DequantisingReader(TensorReader):
