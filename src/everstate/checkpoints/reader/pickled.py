@@ -39,11 +39,13 @@ class PickledReader(TensorReader):
         wanted = set(names)
         for path in self._files:
             here = [name for name, info in self.infos.items() if info.file == path and name in wanted]
+            tensors, mapped = tensors_of(path), zipfile.is_zipfile(path)
             for group in groups(self.infos, here):
-                tensors = tensors_of(path)
                 for name, start, end in group:
                     yield Rows(name, start, tensors[name][start:end] if end else tensors[name])
-                del tensors
+                if mapped:  # the pages of a memory map count as memory until it is gone; an old file is read but once
+                    tensors = {}
+                    tensors = tensors_of(path)
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
