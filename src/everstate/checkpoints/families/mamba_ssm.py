@@ -193,7 +193,9 @@ def _ssm_written(ssm: dict[str, Any], d_model: int) -> dict[str, Any]:
                 "dt_limit": limit_written(ssm["dt_limit"]),
             }
             return without_none({"layer": "Mamba2", **same, **own})
-    own = {key: ssm[key] for key in ("expand", "rope_fraction", "A_floor", "is_mimo", "mimo_rank", "A_activation")}
+    own = {key: ssm[key] for key in ("expand", "rope_fraction", "A_floor", "is_mimo", "mimo_rank")}
+    if ssm["A_activation"] != "heavy_tail":  # a key that mamba_ssm itself does not know
+        own["A_activation"] = ssm["A_activation"]
     return {"layer": "Mamba3", **same, **own, "is_outproj_norm": ssm["out_norm"]}
 
 
