@@ -18,7 +18,8 @@ def read(settings: Settings, shapes: Shapes) -> ModelConfig:
 
 
 def write(config: ModelConfig, blocks: Blocks) -> dict[str, Any]:
-    own = {"model_type": "falcon_mamba", "architectures": ["FalconMambaForCausalLM"]}
+    own: dict[str, Any] = {"model_type": "falcon_mamba", "architectures": ["FalconMambaForCausalLM"]}
+    own["expand"] = max(blocks[0]["d_inner"] // config.d_model, 1)  # a whole number there, which nobody obeys
     return {**mamba.write(config, blocks), **own, "mixer_rms_eps": blocks[0]["dt_bc_norm_eps"]}
 
 

@@ -97,7 +97,8 @@ def write(config: ModelConfig, blocks: Blocks) -> dict[str, Any]:
         **(attention_written(attention) if attention else {"num_attention_heads": 1}),
         **({"attention_multiplier": attention["scale"]} if attention else {}),
         **({"rope_theta": attention["rope_theta"]} if attention and rotary else {}),
-        **(mamba2_written(ssm, config.d_model) if ssm else {}),
+        # transformers checks the widths of Mamba layers that are not there.
+        **(mamba2_written(ssm, config.d_model) if ssm else {"mamba_n_heads": 1, "mamba_d_head": 2 * config.d_model}),
     }
 
 
