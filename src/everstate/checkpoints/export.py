@@ -35,8 +35,7 @@ def export(
     folder is not empty, or when the disk refuses.
     """
     folder, chosen = Path(path), FAMILIES[family]
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is there and not empty; give a new folder, so that nothing is lost")
+    check_new(folder)
     config = {**written_config(model, chosen), **_special_tokens(tokenizer)}
     if "architectures" in config:
         config["torch_dtype"] = str(dtype or model.dtype).removeprefix("torch.")
@@ -56,6 +55,12 @@ def export(
             place.rename(folder)
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error}; nothing was written") from None
+
+
+def check_new(folder: Path) -> None:
+    """Raise `CheckpointError` when a folder that is to be written has something in it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is there and not empty; give a new folder, so that nothing is lost")
 
 
 def written_config(model: LM, family: Family) -> dict[str, Any]:

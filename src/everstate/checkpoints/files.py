@@ -54,27 +54,28 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. Raises `CheckpointError` when it is missing or damaged."""
-    with _opened(path, device) as file:
+    with opened(path, device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata alone, without reading a tensor. Raises as `read_tensors` does."""
-    with _opened(path, "cpu") as file:
+    with opened(path) as file:
         return file.metadata() or {}
 
 
 @contextmanager
-def _opened(path: Path, device: torch.device | str) -> Iterator[Any]:
+def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
+    """A safetensors file, without a tensor read. Raises `CheckpointError` when it is missing or damaged."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; check the path") from None
+        raise CheckpointError(f"{path} does not exist; check the path, or download it again") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is damaged or no safetensors file ({error}); it may have been cut off: copy it again or go "
-            "back to an earlier one"
+            f"{path} is damaged or no safetensors file ({error}); it may have been cut off: download or copy it "
+            "again, or go back to an earlier one"
         ) from None
 
 

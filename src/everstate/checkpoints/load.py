@@ -58,12 +58,10 @@ def load(
     """
     path = fetch(model, revision=revision)
     if is_own(path):
-        text = (
-            _own_tokenizer(path, _own_config(path)) if tokenizer is None else load_tokenizer(fetch_tokenizer(tokenizer))
-        )
+        text = _own_tokenizer(path) if tokenizer is None else _tokenizer_at(tokenizer)
         return _load_own(path, device, dtype), text
     published = open_published(path)
-    text = _published_tokenizer(published) if tokenizer is None else load_tokenizer(fetch_tokenizer(tokenizer))
+    text = _published_tokenizer(published) if tokenizer is None else _tokenizer_at(tokenizer)
     return load_published(published, device=device, dtype=dtype, watch=watch), text
 
 
@@ -87,9 +85,9 @@ def load_tokenizer_of(
 ) -> Tokenizer:
     """`load` without the model: the tokenizer that comes with it, that its authors name, or that is given."""
     if tokenizer is not None:
-        return load_tokenizer(fetch_tokenizer(tokenizer))
+        return _tokenizer_at(tokenizer)
     path = fetch(model, revision=revision)
-    return _own_tokenizer(path, _own_config(path)) if is_own(path) else _published_tokenizer(open_published(path))
+    return _own_tokenizer(path) if is_own(path) else _published_tokenizer(open_published(path))
 
 
 class Summary(NamedTuple):
@@ -143,10 +141,10 @@ def _load_own(path: Path, device: torch.device | str, dtype: torch.dtype | None)
     return model.requires_grad_(True)
 
 
-def _own_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+def _own_tokenizer(path: Path) -> Tokenizer:
     tokenizer = load_tokenizer(path)
     saved = read_metadata(path / WEIGHTS).get("tokenizer", "")
-    if saved not in ("", fingerprint(tokenizer)) or tokenizer.vocab_size > config.vocab_size:
+    if saved not in ("", fingerprint(tokenizer)) or tokenizer.vocab_size > _own_config(path).vocab_size:
         raise CheckpointError(
             f"the tokenizer in {path} is not that of the model there, which was saved with another one; "
             "put the original tokenizer back, or save both again"
@@ -164,7 +162,12 @@ def _published_tokenizer(published: Published) -> Tokenizer:
         named = dict(published.family.tokenizers).get(published.config.vocab_size)
         if named is None:
             raise
-    return load_tokenizer(fetch_tokenizer(named))
+    return _tokenizer_at(named)
+
+
+def _tokenizer_at(place: Path | str) -> Tokenizer:
+    """The tokenizer of a folder or of a repository."""
+    return load_tokenizer(fetch_tokenizer(place))
 
 
 def _own_config(path: Path) -> ModelConfig:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from everstate.checkpoints.families import FAMILIES
-from everstate.checkpoints.families.base import Entry, Family, agree, entries, fill_, published_shapes
+from everstate.checkpoints.families.base import Entry, Family, agree, by_tensor, entries, fill_, published_shapes
 from everstate.checkpoints.families.settings import Settings, read_json
 from everstate.checkpoints.reader import TensorReader, dequantised, open_gguf, open_tensors, renamed, unstacked
 from everstate.core.errors import CheckpointError, ConfigError, did_you_mean
@@ -32,6 +32,7 @@ Watch: TypeAlias = Callable[[int, int], None]
 class Published(NamedTuple):
     """A published checkpoint whose weights have not been read.
 
+    table: which of its tensors is which of ours.
     skipped: tensors of it that say nothing to a language model, such as a head that predicts several tokens.
     tokenizer: the fields of a GGUF file's own tokenizer; None where it is a file beside the weights.
     """
@@ -40,6 +41,7 @@ class Published(NamedTuple):
     family: Family
     config: ModelConfig
     reader: TensorReader
+    table: list[Entry]
     skipped: tuple[str, ...]
     tokenizer: Mapping[str, Any] | None
 
@@ -74,9 +76,11 @@ def _published(
     shapes = {name: info.shape for name, info in reader.infos.items()}
     config = read_config(family, table, shapes, file)
     skipped = re.compile("|".join((*SKIPPED, *family.skipped)))
-    published = Published(path, family, config, reader, tuple(n for n in shapes if skipped.fullmatch(n)), fields)
     model = LM(config, device="meta")
-    _check(published, published_shapes(model, entries(model, family.names(config))))
+    table_of = entries(model, family.names(config))
+    unused = tuple(name for name in shapes if skipped.fullmatch(name))
+    published = Published(path, family, config, reader, table_of, unused, fields)
+    _check(published, published_shapes(model, table_of))
     return published
 
 
@@ -121,9 +125,8 @@ def load_published(
     is said to be the embedding and is not.
     """
     model = LM(published.config, device="meta", dtype=stored_dtype(published) if dtype is None else dtype)
-    table = entries(model, published.family.names(published.config))
     allocate_(model, device)
-    _fill(model, published.reader, table, watch)
+    _fill(model, published.reader, published.table, watch)
     copy = _copied_head(published)
     if copy is not None:
         _check_tied(model, published, copy)
@@ -166,9 +169,7 @@ def _check(published: Published, wanted: Mapping[str, tuple[int, ...]]) -> None:
 @torch.no_grad()
 def _fill(model: LM, reader: TensorReader, table: list[Entry], watch: Watch | None) -> None:
     weights = model.state_dict()
-    uses: dict[str, list[Entry]] = {}
-    for entry in table:
-        uses.setdefault(entry.theirs, []).append(entry)
+    uses = by_tensor(table)
     done, total = 0, sum(reader.infos[name].nbytes for name in uses)
     for name, start, values in reader.read(uses):
         for entry in uses[name]:

@@ -31,8 +31,7 @@ def convert(
 
     if to != OWN and to not in FAMILIES:
         raise CheckpointError(f"there is no format {to!r}; {did_you_mean(to, [OWN, *FAMILIES])}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is there and not empty; give a new folder, so that nothing is lost")
+    checkpoints.check_new(out)
     with reading_bar() as watch:
         weights = checkpoints.load_model(model, dtype=dtype_of(dtype), revision=revision, watch=watch)
     text = _tokenizer(model, tokenizer, revision)

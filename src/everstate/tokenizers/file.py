@@ -25,6 +25,7 @@ NO_PREFIX = b"\x1a\x02\x18\x00"
 class FileTokenizer(Tokenizer):
     """A tokenizer file and what lies beside it.
 
+    pattern: the regular expression that cuts a text into words, where the file does not have it.
     special: tokens that stand for no text. added: tokens whose name is their text, and that every text may have.
     rows: those of a model with a padded vocabulary, whose published `eos_ids` may lie beyond that of the tokenizer.
     """
@@ -36,6 +37,7 @@ class FileTokenizer(Tokenizer):
     def __init__(
         self,
         data: bytes,
+        pattern: str | None = None,
         *,
         bos_id: int | None = None,
         eos_ids: Sequence[int] = (),
@@ -45,6 +47,7 @@ class FileTokenizer(Tokenizer):
         rows: int | None = None,
     ) -> None:
         self.chat = chat
+        self.pattern = pattern
         self.special, self.added = dict(special or {}), dict(added or {})
         self._data = data
         self._spelled = {token: utf8_of(name) for name, token in self.added.items()}
@@ -77,7 +80,8 @@ class FileTokenizer(Tokenizer):
 
     def token_id(self, name: str) -> int | None:
         """The id of the token called `name`, or None."""
-        return {**self.special, **self.added}.get(name)
+        found = {**self.special, **self.added}.get(name)
+        return self._named(name) if found is None else found
 
     def safe_cut(self, text: str, *, special: bool = False) -> int:
         return tried_cut(self, text, special)
@@ -85,7 +89,7 @@ class FileTokenizer(Tokenizer):
     def files(self) -> dict[str, str | bytes]:
         table = FileTable(
             type=self.kind,
-            pattern=self._pattern(),
+            pattern=self.pattern,
             bos_id=self.bos_id,
             eos_ids=self.eos_ids,
             tokens=chat_tokens(self.chat),
@@ -105,8 +109,9 @@ class FileTokenizer(Tokenizer):
     @abstractmethod
     def _bytes(self, token: int) -> bytes: ...
 
-    def _pattern(self) -> str | None:
-        return None
+    @abstractmethod
+    def _named(self, name: str) -> int | None:
+        """The token of the file that is called `name`, or None."""
 
 
 class PieceTokenizer(FileTokenizer):
@@ -115,11 +120,9 @@ class PieceTokenizer(FileTokenizer):
     file = "tokenizer.model"
     kind = "sentencepiece"
 
-    def token_id(self, name: str) -> int | None:
-        found = super().token_id(name)
-        if found is None and (token := self._library.piece_to_id(name)) != self._library.unk_id():
-            found = token
-        return found
+    def _named(self, name: str) -> int | None:
+        token: int = self._library.piece_to_id(name)
+        return None if token == self._library.unk_id() else token
 
     def _open(self, data: bytes) -> int:
         _need("sentencepiece")
@@ -152,22 +155,17 @@ class PieceTokenizer(FileTokenizer):
 
 
 class RankTokenizer(FileTokenizer):
-    """A `tiktoken.model`: lines of a token in base64 and its rank. Needs the extra `tiktoken`.
-
-    pattern: the regular expression that cuts a text into words; the file does not have it.
-    """
+    """A `tiktoken.model`: lines of a token in base64 and its rank, with a pattern. Needs the extra `tiktoken`."""
 
     file = "tiktoken.model"
     kind = "tiktoken"
-
-    def __init__(self, data: bytes, pattern: str, **settings: Any) -> None:
-        self.pattern = pattern
-        super().__init__(data, **settings)
 
     def _open(self, data: bytes) -> int:
         _need("tiktoken")
         import tiktoken
 
+        if self.pattern is None:
+            raise TokenizerError(f"{self.file} does not say how it cuts a text into words; give pat_str")
         ranks = _ranks(data)
         self._tokens = {rank: token for token, rank in ranks.items()}
         try:
@@ -184,8 +182,8 @@ class RankTokenizer(FileTokenizer):
     def _bytes(self, token: int) -> bytes:
         return self._tokens.get(token, b"")
 
-    def _pattern(self) -> str | None:
-        return self.pattern
+    def _named(self, name: str) -> int | None:
+        return None
 
 
 def _ranks(data: bytes) -> dict[bytes, int]:

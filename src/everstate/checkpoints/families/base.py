@@ -146,7 +146,7 @@ def _entries_of(ours: str, shape: Shape, parts: Sequence[Part], suffix: str) -> 
 def published_shapes(model: LM, table: Sequence[Entry]) -> dict[str, Shape]:
     """The shape that every published tensor must have to fill a model."""
     weights, shapes = model.state_dict(), {}
-    for theirs, group in _by_tensor(table).items():
+    for theirs, group in by_tensor(table).items():
         parts = [entry.published(tuple(weights[entry.ours][entry.place].shape)) for entry in group]
         shapes[theirs] = parts[0] if group[0].of is None else (sum(part[0] for part in parts), *parts[0][1:])
     return shapes
@@ -164,10 +164,8 @@ def fill_(target: Tensor, entry: Entry, start: int, published: Tensor) -> None:
     """Copy what an entry has of some published rows, the first of which is row `start`, into our tensor."""
     place, end = target[entry.place], start + (len(published) if published.ndim else 1)
     if entry.of is None:
-        whole = place.numel() == published.numel()
-        (place if whole else place[start:end]).copy_(
-            published.reshape(place.shape if whole else place[start:end].shape)
-        )
+        rows = place if place.numel() == published.numel() else place[start:end]
+        rows.copy_(published.reshape(rows.shape))
     elif isinstance(entry.of, slice):
         first, last = max(entry.of.start, start), min(entry.of.stop, end)
         if first < last:
@@ -180,10 +178,10 @@ def fill_(target: Tensor, entry: Entry, start: int, published: Tensor) -> None:
 
 def published_tensors(weights: Mapping[str, Tensor], table: Sequence[Entry]) -> dict[str, Tensor]:
     """Our tensors under their published names and in their published shapes: views of ours where that is possible."""
-    return {name: _assembled(weights, group) for name, group in _by_tensor(table).items()}
+    return {name: _assembled(weights, group) for name, group in by_tensor(table).items()}
 
 
-def _by_tensor(table: Sequence[Entry]) -> dict[str, list[Entry]]:
+def by_tensor(table: Sequence[Entry]) -> dict[str, list[Entry]]:
     """The entries of each published tensor."""
     grouped: dict[str, list[Entry]] = {}
     for entry in table:

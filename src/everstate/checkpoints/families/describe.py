@@ -27,11 +27,6 @@ def described(config: ModelConfig) -> list[dict[str, Any]]:
     return [tables[name] for name in config.blocks]
 
 
-def same_model(one: ModelConfig, other: ModelConfig) -> bool:
-    """Whether two configs mean the same function of the same weights, whatever their blocks are called."""
-    return differences(one, other) == []
-
-
 def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     """What sets two configs apart, each as `setting: this and that`."""
     fields = [name for name in type(one).model_fields if name not in ("layout", "mixers", "post_norm")]

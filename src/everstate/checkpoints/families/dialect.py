@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from everstate.checkpoints.families.base import Blocks, Names, Part, Shapes, convolution, under
 from everstate.checkpoints.families.settings import Settings
 from everstate.models import ModelConfig
+
+K = TypeVar("K")
 
 SSM, ATTENTION = "ssm", "attn"
 LAYER_KINDS = {"mamba": SSM, "linear_attention": SSM, "attention": ATTENTION, "full_attention": ATTENTION}
@@ -147,14 +149,19 @@ def layer_kinds(settings: Settings, n_layer: int) -> list[str]:
     indices = settings.indices("attn_layer_indices")
     if types is None:
         return [ATTENTION if i in (indices or ()) else SSM for i in range(n_layer)]
-    unknown = [kind for kind in types if kind not in LAYER_KINDS]
-    if unknown or len(types) != n_layer:
-        given = f"{unknown[0]!r}" if unknown else f"{len(types)} layers and not {n_layer}"
-        raise settings.error(f"layer_types has {given}; Everstate has {', '.join(map(repr, LAYER_KINDS))}")
-    kinds = [LAYER_KINDS[kind] for kind in types]
+    kinds = kinds_of(settings, types, n_layer, LAYER_KINDS)
     if indices is not None and [i for i, kind in enumerate(kinds) if kind == ATTENTION] != list(indices):
         raise settings.error("layer_types and attn_layer_indices name different layers; keep one of them")
     return kinds
+
+
+def kinds_of(settings: Settings, types: Sequence[str], n_layer: int, among: Mapping[str, K]) -> list[K]:
+    """What `among` has for each of the published layer types, of which there must be one for each layer."""
+    unknown = [kind for kind in types if kind not in among]
+    if unknown or len(types) != n_layer:
+        given = repr(unknown[0]) if unknown else f"{len(types)} layers and not {n_layer}"
+        raise settings.error(f"layer_types has {given}; Everstate has {', '.join(map(repr, among))}")
+    return [among[kind] for kind in types]
 
 
 def first(blocks: Blocks, kind: str) -> dict[str, Any] | None:
@@ -185,4 +192,14 @@ def layer_names(config: ModelConfig, places: Mapping[str, tuple[str, Names]]) ->
         table[f"blocks.{i}.norm"] = f"{layer}.{'pre_ff_layernorm' if i % 2 else 'input_layernorm'}"
         module, inside = places[config.mixer_table(name)["type"]]
         table |= under(f"blocks.{i}.mixer", f"{layer}.{module}", inside)
+    return table
+
+
+def backbone_names(config: ModelConfig, places: Mapping[str, Names]) -> Names:
+    """The names of models of which each layer is one block; `places` has for each mixer type the names inside."""
+    table: Names = {"embedding": "backbone.embeddings", "norm": "backbone.norm_f", "head": "lm_head"}
+    for i, name in enumerate(config.blocks):
+        layer = f"backbone.layers.{i}"
+        table[f"blocks.{i}.norm"] = f"{layer}.norm"
+        table |= under(f"blocks.{i}.mixer", f"{layer}.mixer", places[config.mixer_table(name)["type"]])
     return table

@@ -13,6 +13,7 @@ from everstate.checkpoints.families.dialect import (
     attention_table,
     attention_written,
     first,
+    kinds_of,
     rope,
     tied,
     used,
@@ -73,13 +74,10 @@ def kinds(settings: Settings) -> list[str]:
         raise settings.error("layer_types or full_attn_idxs is missing; the config is not complete: download it again")
     if types is None:
         types = ["full_attention" if i in (indices or ()) else "conv" for i in range(n_layer)]
-    unknown = [kind for kind in types if kind not in KINDS]
-    if unknown or len(types) != n_layer:
-        given = repr(unknown[0]) if unknown else f"{len(types)} layers and not {n_layer}"
-        raise settings.error(f"layer_types has {given}; Everstate has {', '.join(map(repr, KINDS))}")
+    found = kinds_of(settings, types, n_layer, KINDS)
     if indices is not None and [i for i, kind in enumerate(types) if kind == "full_attention"] != sorted(indices):
         raise settings.error("layer_types and full_attn_idxs name different layers; keep one of them")
-    return [KINDS[kind] for kind in types]
+    return found
 
 
 def model_config(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from everstate.checkpoints.families.base import Blocks, Family, Names, Shapes, under
-from everstate.checkpoints.families.dialect import MAMBA1, expand_written, tied
+from everstate.checkpoints.families.base import Blocks, Family, Names, Shapes
+from everstate.checkpoints.families.dialect import MAMBA1, backbone_names, expand_written, tied
 from everstate.checkpoints.families.settings import Settings
 from everstate.models import ModelConfig
 
@@ -62,11 +62,7 @@ def write(config: ModelConfig, blocks: Blocks) -> dict[str, Any]:
 
 
 def names(config: ModelConfig) -> Names:
-    table: Names = {"embedding": "backbone.embeddings", "norm": "backbone.norm_f", "head": "lm_head"}
-    for i in range(len(config.blocks)):
-        table |= under(f"blocks.{i}", f"backbone.layers.{i}", {"norm": "norm"})
-        table |= under(f"blocks.{i}.mixer", f"backbone.layers.{i}.mixer", MAMBA1)
-    return table
+    return backbone_names(config, {"mamba1": MAMBA1})
 
 
 FAMILY = Family("mamba", read, write, names, tokenizers=((50280, "EleutherAI/gpt-neox-20b"),))

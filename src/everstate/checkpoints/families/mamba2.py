@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from everstate.checkpoints.families.base import Blocks, Family, Names, Shapes, under
-from everstate.checkpoints.families.dialect import MAMBA2, dt_limit, expand_written, limit_written, tied, without_none
+from everstate.checkpoints.families.base import Blocks, Family, Names, Shapes
+from everstate.checkpoints.families.dialect import (
+    MAMBA2,
+    backbone_names,
+    dt_limit,
+    expand_written,
+    limit_written,
+    tied,
+    without_none,
+)
 from everstate.checkpoints.families.settings import Settings
 from everstate.models import ModelConfig
 
@@ -71,11 +79,7 @@ def write(config: ModelConfig, blocks: Blocks) -> dict[str, Any]:
 
 
 def names(config: ModelConfig) -> Names:
-    table: Names = {"embedding": "backbone.embeddings", "norm": "backbone.norm_f", "head": "lm_head"}
-    for i in range(len(config.blocks)):
-        table |= under(f"blocks.{i}", f"backbone.layers.{i}", {"norm": "norm"})
-        table |= under(f"blocks.{i}.mixer", f"backbone.layers.{i}.mixer", MAMBA2)
-    return table
+    return backbone_names(config, {"mamba2": MAMBA2})
 
 
 FAMILY = Family("mamba2", read, write, names)

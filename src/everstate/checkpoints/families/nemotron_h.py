@@ -12,10 +12,12 @@ from everstate.checkpoints.families.base import Blocks, Family, Names, Part, Sha
 from everstate.checkpoints.families.dialect import (
     ATTENTION,
     ATTENTION_NAMES,
+    LAYER_KINDS,
     MAMBA2,
     SSM,
     attention_table,
     attention_written,
+    backbone_names,
     first,
     tied,
     used,
@@ -26,14 +28,7 @@ from everstate.models import ModelConfig
 from everstate.models.layout import write_layout
 
 LETTERS = {"M": SSM, "*": ATTENTION, "-": "mlp", "E": "moe"}
-KINDS = {
-    "mamba": SSM,
-    "linear_attention": SSM,
-    "attention": ATTENTION,
-    "full_attention": ATTENTION,
-    "mlp": "mlp",
-    "moe": "moe",
-}
+KINDS = {**LAYER_KINDS, "mlp": "mlp", "moe": "moe"}
 SILENT = (
     "expand", "mamba_expand", "rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters",
     "moe_shared_expert_overlap", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "num_nextn_predict_layers",
@@ -194,12 +189,7 @@ BLOCK_NAMES: dict[str, Names] = {"mamba2": MAMBA2, "attention": ATTENTION_NAMES,
 
 
 def names(config: ModelConfig) -> Names:
-    table: Names = {"embedding": "backbone.embeddings", "norm": "backbone.norm_f", "head": "lm_head"}
-    for i, name in enumerate(config.blocks):
-        table[f"blocks.{i}.norm"] = f"backbone.layers.{i}.norm"
-        kind = config.mixer_table(name)["type"]
-        table |= under(f"blocks.{i}.mixer", f"backbone.layers.{i}.mixer", BLOCK_NAMES[kind])
-    return table
+    return backbone_names(config, BLOCK_NAMES)
 
 
 FAMILY = Family("nemotron_h", read, write, names, skipped=(r"mtp\..*",))

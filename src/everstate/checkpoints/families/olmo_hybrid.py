@@ -13,6 +13,7 @@ from everstate.checkpoints.families.dialect import (
     attention_table,
     attention_written,
     first,
+    kinds_of,
     rope,
     tied,
     used,
@@ -55,14 +56,11 @@ def _layers(settings: Settings) -> list[tuple[str, str]]:
     n_layer, types = settings.integer("num_hidden_layers"), settings.words("layer_types")
     if types is None:
         types = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(n_layer)]
-    unknown = [kind for kind in types if kind not in LAYERS]
-    if unknown or len(types) != n_layer:
-        given = f"{unknown[0]!r}" if unknown else f"{len(types)} layers and not {n_layer}"
-        raise settings.error(f"layer_types has {given}; Everstate has {', '.join(map(repr, LAYERS))}")
+    pairs = kinds_of(settings, types, n_layer, LAYERS)
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
     if settings.take("fla_hybrid_attention_indices", default=full) != full:
         raise settings.error("fla_hybrid_attention_indices and layer_types name different layers; keep one of them")
-    return [LAYERS[kind] for kind in types]
+    return pairs
 
 
 def _theta(settings: Settings) -> float | None:

@@ -30,7 +30,6 @@ ARCHITECTURES = {
 def read_text(settings: Settings, shapes: Shapes) -> ModelConfig:
     """The config of the text model alone."""
     experts = settings.count("num_experts", default=0)
-    settings.ignore("full_attention_interval" if "layer_types" in settings else "mtp_num_hidden_layers")
     settings.ignore("mtp_num_hidden_layers")
     channels = ["moe" if experts else "mlp"] * settings.integer("num_hidden_layers")
     return model_config(settings, shapes, channels, experts)

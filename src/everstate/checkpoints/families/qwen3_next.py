@@ -20,6 +20,7 @@ from everstate.checkpoints.families.dialect import (
     attention_table,
     attention_written,
     first,
+    kinds_of,
     rope,
     tied,
     used,
@@ -88,11 +89,7 @@ def _kinds(settings: Settings, n_layer: int) -> list[str]:
     interval, types = settings.integer("full_attention_interval", default=4), settings.words("layer_types")
     if types is None:
         return [DELTA if (i + 1) % interval else ATTENTION for i in range(n_layer)]
-    unknown = [kind for kind in types if kind not in KINDS]
-    if unknown or len(types) != n_layer:
-        given = f"{unknown[0]!r}" if unknown else f"{len(types)} layers and not {n_layer}"
-        raise settings.error(f"layer_types has {given}; Everstate has {', '.join(map(repr, KINDS))}")
-    return [KINDS[kind] for kind in types]
+    return kinds_of(settings, types, n_layer, KINDS)
 
 
 def _delta(settings: Settings, eps: float) -> dict[str, Any]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from everstate.checkpoints.files import opened
 from everstate.checkpoints.reader.base import Rows, TensorInfo, TensorReader, groups
 from everstate.core.errors import CheckpointError
 
@@ -56,17 +54,3 @@ class SafetensorsReader(TensorReader):
                         values = file.get_slice(name)[start:end] if end else file.get_tensor(name)
                         yield Rows(name, start, values)
                         del values
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file. Raises `CheckpointError` when it is missing or damaged."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; the download is not complete: download it again") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or no safetensors file ({error}); it may have been cut off: download it again"
-        ) from None
