@@ -95,8 +95,10 @@ class GGUFFile:
     def values(self, name: str, rows: int | slice | None) -> Tensor:
         """The numbers of a tensor, of some rows of it, or of one expert of a stack, in float32."""
         tensor, shape = self.tensors[name], self.shape(name)
-        data = tensor.data if rows is None else tensor.data[rows]
+        # A map of its own for each read: its pages count as memory of the process as long as it lives.
+        offset, like = int(tensor.data_offset), tensor.data
+        stored = np.memmap(self.path, like.dtype, mode="c", offset=offset, shape=like.shape)
         if rows is not None:
             shape = shape[1:] if isinstance(rows, int) else (-1, *shape[1:])
-        numbers = self._gguf.quants.dequantize(data, tensor.tensor_type)
-        return torch.from_numpy(np.array(numbers, dtype=np.float32).reshape(shape))
+        numbers = self._gguf.quants.dequantize(stored if rows is None else stored[rows], tensor.tensor_type)
+        return torch.from_numpy(numbers.astype(np.float32, copy=False).reshape(shape))
