@@ -24,7 +24,7 @@ CONFIG_FIELDS = 15
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= (TRITON_FILE_LINES if path.name == "triton.py" else FILE_LINES)
+    assert len(text.splitlines()) <= (TRITON_FILE_LINES if path.stem.startswith("triton") else FILE_LINES)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
@@ -43,12 +43,12 @@ def test_the_model_config_stays_small() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_special_imports_have_one_home(path: Path) -> None:
-    """triton only in triton.py, os.environ only in core/env.py, names that say nothing nowhere."""
+    """triton only in triton*.py, os.environ only in core/env.py, names that say nothing nowhere."""
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
     imported = {alias.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     imported |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert "triton" not in imported or path.name == "triton.py"
+    assert "triton" not in imported or path.stem.startswith("triton")
     assert "transformers" not in imported or path.parent.name == "bench"
     if path != SOURCE / "core" / "env.py":
         assert re.search(r"\b(environ|getenv)\b", text) is None

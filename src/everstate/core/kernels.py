@@ -1,0 +1,62 @@
+"""Whether a Triton kernel can run here. Triton itself is imported only by the files that hold kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# A plain global, because torch.compile traces through it.
+_interpreting = False
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Let kernels accept CPU tensors inside the `with` block, for tests of their logic where there is no GPU.
+
+    The environment must have said TRITON_INTERPRET=1 before the first kernel was imported.
+    """
+    global _interpreting
+    before, _interpreting = _interpreting, True
+    try:
+        yield
+    finally:
+        _interpreting = before
+
+
+def refusal(*inputs: Tensor | None) -> str | None:
+    """Why kernels cannot take these tensors (their device, their dtype), or None where they can."""
+    given = [tensor for tensor in inputs if tensor is not None]
+    device = given[0].device
+    if device.type != "cuda" and not (_interpreting and device.type == "cpu"):
+        return f"runs on a GPU, the input is on {device.type}"
+    wrong = next((t.dtype for t in given if t.is_floating_point() and t.dtype not in DTYPES), None)
+    if wrong is not None or any(t.is_complex() for t in given):
+        return f"takes float32, bfloat16 and float16, not {str(wrong or 'complex').removeprefix('torch.')}"
+    if not _installed():
+        return "needs the package triton, which comes with PyTorch for GPUs"
+    if device.type == "cuda" and _capability(device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, which is how many programs it takes to fill it."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
