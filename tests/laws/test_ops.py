@@ -1,4 +1,7 @@
-"""The laws of ops, over every op and variant in `EXAMPLES`: a new op inherits all of them without a line of test."""
+"""The laws of ops, over every op and variant in `EXAMPLES`: a new op inherits all of them without a line of test.
+
+Everything runs in float64 on the CPU but Triton kernels, which take float32, on the GPU or in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from everstate.core.kernels import interpreting
 from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.core.state import clone, concat, gather, map_state, tensors
@@ -15,19 +19,40 @@ from everstate.ops import OPS, use
 from everstate.ops.example import EXAMPLES, Draw, Example
 
 CASES = [(name, variant) for name in EXAMPLES for variant in EXAMPLES[name]]
+KERNELS = "triton"
+KERNEL_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUNDING = 3e-5
+"""What float32 may lose."""
+
+
+def draw(
+    name: str, variant: str, batch: int, length: int, sequences: int | None = None, backend: str = REFERENCE
+) -> Example:
+    """Arguments in the dtype and on the device where the laws run this backend."""
+    return EXAMPLES[name][variant](
+        Draw(dtype=torch.float32, device=KERNEL_DEVICE) if backend == KERNELS else Draw(),
+        batch, length, sequences or batch,
+    )  # fmt: skip
 
 
 def accepting(op: Any, example: Example, timed: dict[str, Tensor]) -> list[str]:
     """Backends that serve an example: one that refuses it is not asked."""
     state = {} if example.state is None else {"state": example.state}
-    verdicts = op.explain(**timed, **example.fixed, **state)
+    with interpreting():
+        verdicts = op.explain(**timed, **example.fixed, **state)
     return [backend for backend, verdict in verdicts.items() if verdict == "accepts"]
 
 
-DRAWN = {(name, variant): EXAMPLES[name][variant](Draw(), 1, 2, 1) for name, variant in CASES}
-BACKENDS = [(*case, backend) for case, one in DRAWN.items() for backend in accepting(OPS[case[0]], one, one.timed)]
+def served(name: str, variant: str) -> list[str]:
+    """Backends that serve what the laws draw for them."""
+    op, wide, narrow = OPS[name], draw(name, variant, 1, 2), draw(name, variant, 1, 2, backend=KERNELS)
+    kernels = [b for b in accepting(op, narrow, narrow.timed) if b == KERNELS]
+    return kernels + accepting(op, wide, wide.timed)
+
+
+BACKENDS = [(*case, backend) for case in CASES for backend in served(*case)]
 FAST = [case for case in BACKENDS if case[2] != REFERENCE]
-TIMED = [case for case in BACKENDS if DRAWN[case[:2]].timed]
+TIMED = [case for case in BACKENDS if draw(*case[:2], 1, 2).timed]
 LENGTHS = [1, 2, 7, 63, 64, 65, 131]
 CUTS = [1, 2, 31, 64, 68]
 PACKED = Packing.of_lengths([1, 5, 40, 3, 66])
@@ -45,8 +70,18 @@ CAUSAL_TO_ROUNDING = {
 }
 
 
-def draw(name: str, variant: str, batch: int, length: int, sequences: int | None = None) -> Example:
-    return EXAMPLES[name][variant](Draw(), batch, length, sequences or batch)
+def exact(example: Example) -> Example:
+    """The same numbers in float64, for the reference."""
+    widen = lambda v: v.to(torch.promote_types(v.dtype, torch.float64)) if _is_real_or_complex(v) else v
+    return example._replace(
+        timed={key: widen(value) for key, value in example.timed.items()},
+        fixed={key: widen(value) for key, value in example.fixed.items()},
+        state=None if example.state is None else map_state(widen, example.state),
+    )
+
+
+def _is_real_or_complex(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def run(
@@ -54,7 +89,7 @@ def run(
 ) -> tuple[Tensor, Any]:
     """Outputs and final state (an empty tuple where the op has none)."""
     arguments = {**(timed or example.timed), **example.fixed, **more}
-    with use(backend):
+    with use(backend), interpreting():
         if example.state is None:
             return OPS[name](**arguments), ()
         return OPS[name](**arguments, state=example.state if state is None else state)
@@ -71,22 +106,23 @@ def cut(example: Example, where: slice) -> dict[str, Tensor]:
 
 def close(got: Any, expected: Any, tolerance: float = 1e-10) -> None:
     for one, other in zip(tensors(got), tensors(expected), strict=True):
+        allowed = max(tolerance, ROUNDING) if one.dtype in (torch.float32, torch.complex64) else tolerance
         scale = max(other.abs().max().item(), 1.0)
-        assert (one - other).abs().max().item() <= tolerance * scale
+        assert (one.to(other.dtype) - other).abs().max().item() <= allowed * scale
 
 
 def gradients(name: str, backend: str, example: Example, **more: Any) -> list[Tensor]:
     """Gradients of a random projection of the outputs and the final state, for every tensor that is not an index."""
-    leaf = lambda t: t.detach().clone().requires_grad_(t.is_floating_point() or t.is_complex())
+    leaf = lambda t: t.detach().clone().requires_grad_(_is_real_or_complex(t))
     fresh = lambda v: leaf(v) if isinstance(v, Tensor) else v
     timed = {key: leaf(value) for key, value in example.timed.items()}
     fixed = {key: fresh(value) for key, value in example.fixed.items()}
     state = () if example.state is None else map_state(leaf, example.state)
     y, after = run(name, backend, example._replace(fixed=fixed), timed, state, **more)
     generator = torch.Generator().manual_seed(1)
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=y.device)
     for out in (y, *tensors(after)):
-        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
         total = total + ((out.real + 0.5 * out.imag if out.is_complex() else out) * weight).sum()
     leaves = [*timed.values(), *(v for v in fixed.values() if isinstance(v, Tensor)), *tensors(state)]
     wanted = [t for t in leaves if t.requires_grad]
@@ -103,24 +139,25 @@ def test_every_op_has_an_example() -> None:
 
 def test_every_implementation_accepts_some_example() -> None:
     accepted = {(name, backend) for name, _, backend in BACKENDS}
-    for example in DRAWN.values():
-        if example.step is not None:
-            accepted |= {(example.step.name, b) for b in accepting(example.step, example, token(example))}
+    for case in CASES:
+        for example in (draw(*case, 1, 2), draw(*case, 1, 2, backend=KERNELS)):
+            if example.step is not None:
+                accepted |= {(example.step.name, b) for b in accepting(example.step, example, token(example))}
     assert accepted == {(name, backend) for name, op in OPS.items() for backend in op.backends()}
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("name", "variant", "backend"), FAST)
 def test_agrees_with_the_reference(name: str, variant: str, backend: str, length: int) -> None:
-    example = draw(name, variant, 2, length)
-    close(run(name, backend, example), run(name, REFERENCE, example))
+    example = draw(name, variant, 2, length, backend=backend)
+    close(run(name, backend, example), run(name, REFERENCE, exact(example)))
 
 
 @pytest.mark.parametrize("length", [1, 65])
 @pytest.mark.parametrize(("name", "variant", "backend"), FAST)
 def test_gradients_agree_with_the_reference(name: str, variant: str, backend: str, length: int) -> None:
-    example = draw(name, variant, 2, length)
-    got, expected = gradients(name, backend, example), gradients(name, REFERENCE, example)
+    example = draw(name, variant, 2, length, backend=backend)
+    got, expected = gradients(name, backend, example), gradients(name, REFERENCE, exact(example))
     close(tuple(got), tuple(expected), 1e-8)
 
 
@@ -148,7 +185,7 @@ def test_gradcheck_of_the_reference(name: str, variant: str) -> None:
 @pytest.mark.parametrize("where", CUTS)
 @pytest.mark.parametrize(("name", "variant", "backend"), TIMED)
 def test_a_split_changes_nothing(name: str, variant: str, backend: str, where: int) -> None:
-    example = draw(name, variant, 2, 69)
+    example = draw(name, variant, 2, 69, backend=backend)
     whole, final = run(name, backend, example)
     first, middle = run(name, backend, example, cut(example, slice(0, where)))
     second, last = run(name, backend, example, cut(example, slice(where, None)), middle)
@@ -157,11 +194,12 @@ def test_a_split_changes_nothing(name: str, variant: str, backend: str, where: i
 
 @pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
 def test_packed_sequences_are_separate_sequences(name: str, variant: str, backend: str) -> None:
-    example = draw(name, variant, 1, PACKED.total, len(PACKED))
+    example = draw(name, variant, 1, PACKED.total, len(PACKED), backend)
     if not example.packs:
         pytest.skip("this op looks at one token at a time and needs no packing")
     packed, after = run(name, backend, example, packing=PACKED)
-    rows = [torch.tensor([i]) for i in range(len(PACKED))]
+    device = packed.device
+    rows = [torch.tensor([i], device=device) for i in range(len(PACKED))]
     alone = [
         run(
             name,
@@ -175,23 +213,23 @@ def test_packed_sequences_are_separate_sequences(name: str, variant: str, backen
     close((packed, after), (torch.cat([y for y, _ in alone], 1), concat([s for _, s in alone])))
     close(
         tuple(gradients(name, backend, example, packing=PACKED)),
-        tuple(gradients(name, REFERENCE, example, packing=PACKED)),
+        tuple(gradients(name, REFERENCE, exact(example), packing=PACKED)),
         1e-8,
     )
 
 
 @pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
 def test_packed_sequences_do_not_meet(name: str, variant: str, backend: str) -> None:
-    example = draw(name, variant, 1, PACKED.total, len(PACKED))
+    example = draw(name, variant, 1, PACKED.total, len(PACKED), backend)
     if not example.packs:
         pytest.skip("this op looks at one token at a time and needs no packing")
     touched = PACKED.slices()[2]
     timed = disturb(example.timed, touched)
     before, after = run(name, backend, example, packing=PACKED), run(name, backend, example, timed, packing=PACKED)
-    keep = torch.ones(PACKED.total, dtype=torch.bool)
+    keep = torch.ones(PACKED.total, dtype=torch.bool, device=before[0].device)
     keep[touched] = False
     assert torch.equal(before[0][:, keep], after[0][:, keep])
-    others = torch.tensor([0, 1, 3, 4])
+    others = torch.tensor([0, 1, 3, 4], device=before[0].device)
     assert all(torch.equal(a[others], b[others]) for a, b in zip(tensors(before[1]), tensors(after[1]), strict=True))
 
 
@@ -207,7 +245,7 @@ def disturb(timed: dict[str, Tensor], where: slice) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("name", "variant", "backend"), TIMED)
 def test_an_output_does_not_see_what_comes_later(name: str, variant: str, backend: str) -> None:
-    example = draw(name, variant, 2, 90)
+    example = draw(name, variant, 2, 90, backend=backend)
     before, _ = run(name, backend, example)
     after, _ = run(name, backend, example, disturb(example.timed, slice(50, 90)))
     assert not torch.equal(before[:, 50:], after[:, 50:])
@@ -217,31 +255,36 @@ def test_an_output_does_not_see_what_comes_later(name: str, variant: str, backen
         assert torch.equal(before[:, :50], after[:, :50])
 
 
-@pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
-def test_a_step_is_one_token(name: str, variant: str, backend: str) -> None:
-    example = draw(name, variant, 3, 1)
+@pytest.mark.parametrize("drawn_for", [REFERENCE, KERNELS])
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_a_step_is_one_token(name: str, variant: str, drawn_for: str) -> None:
+    example = draw(name, variant, 3, 1, backend=drawn_for)
     if example.step is None:
         pytest.skip("this op carries no state, or its step belongs to another variant")
-    y, after = run(name, REFERENCE, example)
-    pool, slots = map_state(lambda t: torch.cat([t, t]), clone(example.state)), torch.tensor([4, 0, 2])
-    map_state(lambda into, rows: into.index_copy_(0, slots, rows), pool, example.state)
-    untouched = gather(pool, torch.tensor([1, 3, 5]))
     now = token(example)
-    for step_backend in accepting(example.step, example, now):
+    backends = [b for b in accepting(example.step, example, now) if (b == KERNELS) == (drawn_for == KERNELS)]
+    if not backends:
+        pytest.skip("no kernel serves this step")
+    y, after = run(name, REFERENCE, exact(example))
+    place = lambda *at: torch.tensor(at, device=y.device)
+    pool, slots = map_state(lambda t: torch.cat([t, t]), clone(example.state)), place(4, 0, 2)
+    map_state(lambda into, rows: into.index_copy_(0, slots, rows), pool, example.state)
+    untouched = gather(pool, place(1, 3, 5))
+    for backend in backends:
         here = clone(pool)
-        with use(step_backend):
+        with use(backend), interpreting():
             got = example.step(**now, state=here, slots=slots, **example.fixed)
         close((got, gather(here, slots)), (y[:, 0], after))
-        close(gather(here, torch.tensor([1, 3, 5])), untouched, 0.0)
+        close(gather(here, place(1, 3, 5)), untouched, 0.0)
         rows = clone(example.state)
-        with use(step_backend):
+        with use(backend), interpreting():
             got = example.step(**now, state=rows, **example.fixed)
         close((got, rows), (y[:, 0], after))
 
 
 @pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
 def test_inputs_may_lie_anyhow_in_memory(name: str, variant: str, backend: str) -> None:
-    example = draw(name, variant, 2, 13)
+    example = draw(name, variant, 2, 13, backend=backend)
     spread = {
         key: torch.stack([v, v], -1)[..., 0].transpose(0, 1).clone().transpose(0, 1) for key, v in example.timed.items()
     }
@@ -250,7 +293,7 @@ def test_inputs_may_lie_anyhow_in_memory(name: str, variant: str, backend: str) 
 
 @pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
 def test_inputs_and_state_are_left_as_they_were(name: str, variant: str, backend: str) -> None:
-    example = draw(name, variant, 2, 13)
+    example = draw(name, variant, 2, 13, backend=backend)
     before = clone((tuple(example.timed.values()), example.state if example.state is not None else ()))
     run(name, backend, example)
     close((tuple(example.timed.values()), example.state if example.state is not None else ()), before, 0.0)
@@ -258,7 +301,7 @@ def test_inputs_and_state_are_left_as_they_were(name: str, variant: str, backend
 
 @pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
 def test_no_memory_is_read_before_it_is_written(name: str, variant: str, backend: str, poisoned_empty: None) -> None:
-    example = draw(name, variant, 2, 67)
+    example = draw(name, variant, 2, 67, backend=backend)
     y, after = run(name, backend, example)
     assert all(bool(torch.isfinite(torch.view_as_real(t) if t.is_complex() else t).all()) for t in (y, *tensors(after)))
 
@@ -266,7 +309,8 @@ def test_no_memory_is_read_before_it_is_written(name: str, variant: str, backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "variant", "backend"), FAST)
 def test_low_precision_agrees_with_its_reference(name: str, variant: str, backend: str, dtype: torch.dtype) -> None:
-    example = EXAMPLES[name][variant](Draw(dtype=torch.float32), 2, 65, 2)
+    device = KERNEL_DEVICE if backend == KERNELS else "cpu"
+    example = EXAMPLES[name][variant](Draw(dtype=torch.float32, device=device), 2, 65, 2)
     if dtype is torch.bfloat16:
         lower = lambda t: t.to(dtype) if t.dtype is torch.float32 else t
         example = example._replace(timed={key: lower(value) for key, value in example.timed.items()})
