@@ -10,6 +10,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
+from everstate.ops.ssd.limits import accepts_scan
 
 
 @op
@@ -75,5 +76,6 @@ def ssd_step_(
     return y[:, 0]
 
 
+ssd_scan.add("triton", "everstate.ops.ssd.triton:ssd_scan", accepts_scan)
 ssd_scan.add("torch", "everstate.ops.ssd.chunked:ssd_scan", anywhere)
 ssd_step_.add("torch", "everstate.ops.ssd.step:ssd_step_", anywhere)
