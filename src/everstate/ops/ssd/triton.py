@@ -66,9 +66,10 @@ def _scan(
     entering = call.entering(call.x, call.B, state, reverse=False)
     grid = (len(call.plan.segments) * call.heads * triton.cdiv(call.headdim, TILE_P),)
     _scan_kernel[grid](
-        call.x, call.a, call.s, call.B, call.C, gram, call.diagonal, D, entering, y, final,
-        call.plan.chunks, call.plan.segments, *call.strides, **call.sizes, **call.skip,
-        BLOCK_P=min(call.block_p, TILE_P), SHARED=gram is not None, num_warps=_warps(call), num_stages=2,
+        call.x, call.decays, call.scales, call.B, call.C, gram, call.diagonal, D, entering, y, final,
+        call.plan.chunks, call.plan.segments, *call.strides, **call.sizes,
+        SKIP=call.skip, BLOCK_P=min(call.block_p, TILE_P), SHARED=gram is not None,
+        num_warps=_warps(call), num_stages=2,
     )  # fmt: skip
     return y, final
 
@@ -91,24 +92,12 @@ def _backward(
     dy = _rows_of(dy)
     entering, _ = call.boundaries(call.x, call.B, state, reverse=False)
     leaving, dstate = call.boundaries(dy, call.C, dfinal.contiguous(), reverse=True)
-    fresh = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)
-    dx, da, ds = fresh(x), fresh(a), fresh(s)
-    splits = call.head_splits()
-    parts = (splits, *B.shape) if splits > 1 else tuple(B.shape)
-    dB, dC = (torch.empty(parts, dtype=torch.float32 if splits > 1 else B.dtype, device=B.device) for _ in "BC")
-    ddiagonal = None if call.diagonal is None else fresh(call.diagonal)
-    dD = None if D is None else x.new_empty(len(call.plan.chunks), call.heads, call.headdim, dtype=torch.float32)
-    _gradients_kernel[(len(call.plan.chunks) * call.groups * splits,)](
-        call.x, dy, call.a, call.s, call.B, call.C, call.diagonal, D, entering, leaving,
-        dx, da, ds, dB, dC, ddiagonal, dD, call.plan.chunks, *call.strides, *dy.stride()[1:3], x.shape[0] * x.shape[1],
-        **call.sizes, **call.skip, BLOCK_P=call.block_p, SPLITS=splits, num_warps=8, num_stages=1,
-    )  # fmt: skip
-    if splits > 1:
-        dB, dC = dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
+    dx, da, ds, ddiagonal, dD = call.input_gradients(dy, entering, leaving)
+    dB, dC = call.key_gradients(dy, entering, leaving)
     given = [] if ddiagonal is None else [ddiagonal]
     if D is not None and dD is not None:
         given.append(dD.sum(0) if D.ndim == 2 else dD.sum((0, 2)))
-    return [dx, da, ds, dB, dC, dstate, *given]
+    return [dx, da.to(a.dtype), ds.to(s.dtype), dB.to(B.dtype), dC.to(C.dtype), dstate, *given]
 
 
 @_backward.register_fake
@@ -174,6 +163,9 @@ def _rows_of(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+BLOCK_H = 16
+"""Heads whose decays one program sums."""
+
 TILE_P = 64
 """Rows of the state that one program of a sweep holds."""
 
@@ -185,23 +177,40 @@ class _Call:
         self, x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor,
         diagonal: Tensor | None, D: Tensor | None, ends: Sequence[int],
     ) -> None:  # fmt: skip
-        batch, length, self.heads, self.headdim = x.shape
+        self.shape = batch, length = x.shape[:2]
+        self.heads, self.headdim = x.shape[2:]
         self.groups, d_state = B.shape[2:]
         rank = 0 if diagonal is None else diagonal.shape[-1]
         chunk = CHUNK // max(rank, 1) * max(rank, 1)
         self.x, self.B, self.C = _rows_of(x), _rows_of(B), _rows_of(C)
-        self.a, self.s = a.flatten(0, 1).unsqueeze(0), s.flatten(0, 1).unsqueeze(0)
-        self.diagonal = None if diagonal is None else diagonal.contiguous()
-        self.block_p = max(triton.next_power_of_2(self.headdim), 16)
+        self.diagonal, self.D = None if diagonal is None else diagonal.contiguous(), D
+        # Triton 3.6 reads beyond its shared memory where a product of float32 has a side of 16.
+        smallest = 32 if x.dtype == torch.float32 else 16
+        self.block_p = max(triton.next_power_of_2(self.headdim), smallest)
         bounds = tuple(ends) or tuple(range(0, (batch + 1) * length, length))
         self.plan = _plan(bounds, chunk, self._pieces(len(bounds) - 1), x.device)
-        self.strides = [n for t in (self.x, self.a, self.s, self.B, self.C) for n in t.stride()[1:3]]
+        self.strides = [n for t in (self.x, self.B, self.C) for n in t.stride()[1:3]]
         self.sizes = {
             "HEADS": self.heads, "GROUPS": self.groups, "P": self.headdim, "N": d_state, "RANK": rank,
-            "CHUNK": chunk, "BLOCK": CHUNK, "BLOCK_N": max(triton.next_power_of_2(d_state), 16),
+            "BLOCK": CHUNK, "BLOCK_N": max(triton.next_power_of_2(d_state), smallest),
             "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
         }  # fmt: skip
-        self.skip = {"SKIP": 0 if D is None else D.ndim}
+        self.decays, self.scales = self._sum_decays(a.flatten(0, 1), s.flatten(0, 1))
+
+    @property
+    def skip(self) -> int:
+        """0 without D, 1 for one number per head, 2 for one per channel."""
+        return 0 if self.D is None else self.D.ndim
+
+    def _sum_decays(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of decays within chunks, and scales, laid out by chunk and head."""
+        count = len(self.plan.chunks)
+        decays, scales = a.new_empty(2, count, self.heads, CHUNK, dtype=torch.float32).unbind(0)
+        _decay_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
+            a, s, decays, scales, self.plan.chunks, *a.stride(), *s.stride(),
+            HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H,
+        )  # fmt: skip
+        return decays, scales
 
     def _pieces(self, sequences: int) -> int:
         """Segments per sequence: one, unless the sequences alone leave multiprocessors idle."""
@@ -209,7 +218,7 @@ class _Call:
         available = processors(self.x.device)
         return 1 if programs >= 2 * available else triton.cdiv(4 * available, programs)
 
-    def head_splits(self) -> int:
+    def _head_splits(self) -> int:
         """Programs among which the heads of a group are divided in the gradients: as few as fill the GPU."""
         each, splits = self.heads // self.groups, 1
         while len(self.plan.chunks) * self.groups * splits < 2 * processors(self.x.device) and each % (2 * splits) == 0:
@@ -220,7 +229,7 @@ class _Call:
         """`C B^T` of every chunk and group."""
         gram = self.x.new_empty(len(self.plan.chunks), self.groups, CHUNK, CHUNK)
         _gram_kernel[(len(self.plan.chunks) * self.groups,)](
-            self.B, self.C, gram, self.plan.chunks, *self.strides[6:], **_only(self.sizes, _GRAM)
+            self.B, self.C, gram, self.plan.chunks, *self.strides[2:], **_only(self.sizes, _GRAM)
         )
         return gram
 
@@ -230,11 +239,11 @@ class _Call:
         if len(segments) == len(sequences):
             return state.contiguous()
         ends = state.new_empty(len(segments), *state.shape[1:])
-        decays = state.new_empty(len(segments), self.heads)
-        self._sweep(x, keys, None, None, ends, decays, reverse=reverse)
+        kept = state.new_empty(len(segments), self.heads)
+        self._sweep(x, keys, None, None, ends, kept, reverse=reverse)
         size = self.headdim * state.shape[3]
         _pass_kernel[(len(sequences) * self.heads, triton.cdiv(size, 1024))](
-            ends, decays, state.contiguous(), sequences, HEADS=self.heads, SIZE=size, REVERSE=reverse, BLOCK=1024
+            ends, kept, state.contiguous(), sequences, HEADS=self.heads, SIZE=size, REVERSE=reverse, BLOCK=1024
         )
         return ends
 
@@ -248,14 +257,44 @@ class _Call:
 
     def _sweep(
         self, x: Tensor, keys: Tensor, entering: Tensor | None, chunks: Tensor | None, ends: Tensor,
-        decays: Tensor | None, *, reverse: bool,
+        kept: Tensor | None, *, reverse: bool,
     ) -> None:  # fmt: skip
         grid = (len(self.plan.segments) * self.heads * triton.cdiv(self.headdim, TILE_P),)
         _sweep_kernel[grid](
-            x, self.a, self.s, keys, entering, chunks, ends, decays, self.plan.chunks, self.plan.segments,
-            *x.stride()[1:3], *self.strides[2:6], *keys.stride()[1:3], **_only(self.sizes, _SWEEP),
+            x, self.decays, self.scales, keys, entering, chunks, ends, kept, self.plan.chunks, self.plan.segments,
+            *x.stride()[1:3], *keys.stride()[1:3], **_only(self.sizes, _SWEEP),
             BLOCK_P=min(self.block_p, TILE_P), REVERSE=reverse, num_warps=_warps(self), num_stages=2,
         )  # fmt: skip
+
+    def input_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, a, s, the diagonal, and D (still to be summed over chunks)."""
+        count, (batch, length) = len(self.plan.chunks), self.shape
+        dx = self.x.new_empty(batch, length, self.heads, self.headdim)
+        ddecays, dscales = torch.empty_like(self.decays), torch.empty_like(self.scales)
+        ddiagonal = None if self.diagonal is None else torch.empty_like(self.diagonal)
+        dD = None if self.D is None else self.decays.new_empty(count, self.heads, self.headdim)
+        _inputs_kernel[(count * self.heads,)](
+            self.x, dy, self.decays, self.scales, self.B, self.C, self.diagonal, self.D, entering, leaving,
+            dx, ddecays, dscales, ddiagonal, dD, self.plan.chunks, *self.strides, *dy.stride()[1:3], **self.sizes,
+            SKIP=self.skip, BLOCK_P=self.block_p, num_warps=4 if self.block_p <= 64 else 8, num_stages=1,
+        )  # fmt: skip
+        da, ds = (self.decays.new_empty(batch, length, self.heads) for _ in "as")
+        _decay_gradients_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
+            ddecays, dscales, da, ds, self.plan.chunks, HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H
+        )
+        return dx, da, ds, ddiagonal, dD
+
+    def key_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of B and C."""
+        splits, (batch, length) = self._head_splits(), self.shape
+        shape = (splits, batch, length, *self.B.shape[2:])
+        dB, dC = (t.new_empty(shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
+        _keys_kernel[(len(self.plan.chunks) * self.groups * splits,)](
+            self.x, dy, self.decays, self.scales, self.B, self.C, entering, leaving, dB, dC, self.plan.chunks,
+            *self.strides, *dy.stride()[1:3], batch * length, **self.sizes,
+            BLOCK_P=self.block_p, SPLITS=splits, num_warps=8, num_stages=2 if self.x.dtype.itemsize == 2 else 1,
+        )  # fmt: skip
+        return dB.sum(0) if splits > 1 else dB[0], dC.sum(0) if splits > 1 else dC[0]
 
 
 _GRAM = ("GROUPS", "N", "BLOCK", "BLOCK_N", "PRECISION")
@@ -272,34 +311,53 @@ def _warps(call: _Call) -> int:
 
 
 @triton.jit
-def _load_rows(base, tokens, inside, columns, width, token_stride):
-    """Rows `tokens` of a matrix, zeros where there is none."""
-    at = tokens.to(tl.int64)[:, None] * token_stride + columns[None, :]
-    return tl.load(base + at, mask=inside[:, None] & (columns < width)[None, :], other=0.0)
+def _load_rows(base, start, at, inside, columns, stride, WIDTH: tl.constexpr):
+    """Rows `start + at` of a matrix, zeros where there is none. Only the base is 64 bits wide: registers are scarce."""
+    mask = inside[:, None]
+    if columns.shape[0] != WIDTH:
+        mask = mask & (columns < WIDTH)[None, :]
+    return tl.load(base + start.to(tl.int64) * stride + (at[:, None] * stride + columns[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
-def _load_scalars(base, tokens, inside, token_stride):
-    return tl.load(base + tokens.to(tl.int64) * token_stride, mask=inside, other=0.0).to(tl.float32)
+def _store_rows(base, start, at, inside, columns, stride, value, WIDTH: tl.constexpr):
+    mask = inside[:, None]
+    if columns.shape[0] != WIDTH:
+        mask = mask & (columns < WIDTH)[None, :]
+    out = base + start.to(tl.int64) * stride + (at[:, None] * stride + columns[None, :])
+    tl.store(out, value.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _decays(cs, RANK: tl.constexpr, BLOCK: tl.constexpr):
+def _load_state(base, p, n, P: tl.constexpr, N: tl.constexpr):
+    """Rows p and columns n of the state of a head."""
+    place = p[:, None] * N + n[None, :]
+    if p.shape[0] == P and n.shape[0] == N:
+        return tl.load(base + place)
+    return tl.load(base + place, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_state(base, p, n, value, P: tl.constexpr, N: tl.constexpr):
+    place = p[:, None] * N + n[None, :]
+    tl.store(base + place, value.to(base.dtype.element_ty), mask=(p < P)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _decays(cs_later, cs_earlier, later, earlier, RANK: tl.constexpr):
     """`exp(cs_i - cs_j)` for the entries j that entry i receives, and zero elsewhere."""
-    at = tl.arange(0, BLOCK)
-    received = at[:, None] >= at[None, :]
+    received = later >= earlier
     if RANK > 0:
-        received = (at // RANK)[:, None] > (at // RANK)[None, :]
-    return tl.where(received, tl.exp2((cs[:, None] - cs[None, :]) * LOG2E), 0.0)
+        received = later // RANK > earlier // RANK
+    return tl.where(received, tl.exp2((cs_later - cs_earlier) * LOG2E), 0.0)
 
 
 @triton.jit
-def _own(diagonal, tokens, inside, head, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr):
+def _own(diagonal, start, later, earlier, head, end, HEADS: tl.constexpr, RANK: tl.constexpr):
     """The given diagonal, as blocks of the matrix of all entries of the chunk."""
-    at = tl.arange(0, BLOCK)
-    same = (at // RANK)[:, None] == (at // RANK)[None, :]
-    row = (tokens.to(tl.int64) * HEADS + head)[:, None] * RANK
-    return tl.load(diagonal + row + (at % RANK)[None, :], mask=same & inside[:, None], other=0.0).to(tl.float32)
+    mine = (later // RANK == earlier // RANK) & (start + later < end)
+    at = diagonal + (start.to(tl.int64) * HEADS + head) * RANK + (later * HEADS * RANK + earlier % RANK)
+    return tl.load(at, mask=mine, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -311,226 +369,280 @@ def _load_skip(D, head, columns, P: tl.constexpr, SKIP: tl.constexpr):
 
 
 @triton.jit
+def _decay_kernel(
+    a, s, decays, scales, chunks, a_token, a_head, s_token, s_head,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk and some heads: sums of `a` since the start of the chunk, and `s`, as (chunk, head, entry).
+
+    Entries that a short chunk does not have keep the last sum and a scale of zero, so nobody has to ask for them.
+    """
+    chunk, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    tokens = tl.load(chunks + 2 * chunk) + at
+    exists = (tokens < tl.load(chunks + 2 * chunk + 1))[:, None] & (heads < HEADS)[None, :]
+    rows = tokens.to(tl.int64)[:, None]
+    decay = tl.load(a + rows * a_token + (heads * a_head)[None, :], mask=exists, other=0.0).to(tl.float32)
+    scale = tl.load(s + rows * s_token + (heads * s_head)[None, :], mask=exists, other=0.0).to(tl.float32)
+    out = chunk * HEADS * BLOCK + heads[None, :] * BLOCK + at[:, None]
+    tl.store(decays + out, tl.cumsum(decay, 0), mask=(heads < HEADS)[None, :])
+    tl.store(scales + out, scale, mask=(heads < HEADS)[None, :])
+
+
+@triton.jit
+def _decay_gradients_kernel(
+    ddecays, dscales, da, ds, chunks, HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """The reverse of `_decay_kernel`."""
+    chunk, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    tokens = tl.load(chunks + 2 * chunk) + at
+    exists = (tokens < tl.load(chunks + 2 * chunk + 1))[:, None] & (heads < HEADS)[None, :]
+    place = chunk * HEADS * BLOCK + heads[None, :] * BLOCK + at[:, None]
+    out = tokens.to(tl.int64)[:, None] * HEADS + heads[None, :]
+    ddecay = tl.load(ddecays + place, mask=(heads < HEADS)[None, :], other=0.0)
+    tl.store(da + out, tl.cumsum(ddecay, 0, reverse=True), mask=exists)
+    tl.store(ds + out, tl.load(dscales + place, mask=(heads < HEADS)[None, :], other=0.0), mask=exists)
+
+
+@triton.jit
+def _load_decays(decays, scales, chunk, head, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of decays, the last of them, and scales."""
+    at = (chunk.to(tl.int64) * HEADS + head) * BLOCK + tl.arange(0, BLOCK)
+    last = tl.load(decays + (chunk.to(tl.int64) * HEADS + head) * BLOCK + (BLOCK - 1))
+    return tl.load(decays + at), last, tl.load(scales + at)
+
+
+@triton.jit
 def _gram_kernel(
     B, C, gram, chunks, B_token, B_group, C_token, C_group,
     GROUPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and group: `C B^T`."""
     chunk, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
-    at, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_N)
-    tokens = tl.load(chunks + 2 * chunk) + at
-    inside = tokens < tl.load(chunks + 2 * chunk + 1)
+    at, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK_N)
+    start = tl.load(chunks + 2 * chunk)
+    inside = start + at < tl.load(chunks + 2 * chunk + 1)
     dtype = gram.dtype.element_ty
-    k = _load_rows(B + group * B_group, tokens, inside, columns, N, B_token).to(dtype)
-    q = _load_rows(C + group * C_group, tokens, inside, columns, N, C_token).to(dtype)
-    product = dot(q, tl.trans(k), None, PRECISION)
+    k = _load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
+    q = _load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
     out = gram + tl.program_id(0).to(tl.int64) * BLOCK * BLOCK
-    tl.store(out + at[:, None] * BLOCK + at[None, :], product.to(dtype))
+    tl.store(out + at[:, None] * BLOCK + at[None, :], dot(q, tl.trans(k), None, PRECISION).to(dtype))
 
 
 @triton.jit
 def _scan_kernel(
-    x, a, s, B, C, gram, diagonal, D, entering, y, final, chunks, segments,
-    x_token, x_head, a_token, a_head, s_token, s_head, B_token, B_group, C_token, C_group,
+    x, decays, scales, B, C, gram, diagonal, D, entering, y, final, chunks, segments,
+    x_token, x_head, B_token, B_group, C_token, C_group,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SKIP: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SKIP: tl.constexpr,
     BLOCK_P: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """One program per segment, head and tile of p: walk along the segment with the state in registers."""
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     head, tile = tl.program_id(0) // TILES % HEADS, tl.program_id(0) % TILES
-    segment = tl.program_id(0) // TILES // HEADS
-    group, dtype = head // (HEADS // GROUPS), x.dtype.element_ty
+    segment = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
+    group = head // (HEADS // GROUPS)
+    dtype = x.dtype.element_ty
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
     at, p, n = tl.arange(0, BLOCK), tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    place, in_state = p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
-    h = tl.load(entering + (segment * HEADS + head).to(tl.int64) * P * N + place, mask=in_state, other=0.0)
-    for chunk in range(first, first + count):
-        tokens = tl.load(chunks + 2 * chunk) + at
-        inside = tokens < tl.load(chunks + 2 * chunk + 1)
-        scale = _load_scalars(s + head * s_head, tokens, inside, s_token)
-        decay = _load_scalars(a + head * a_head, tokens, inside, a_token)
-        cs, last = tl.cumsum(decay, 0), tl.sum(decay, 0)
-        k = _load_rows(B + group * B_group, tokens, inside, n, N, B_token).to(dtype)
-        q = _load_rows(C + group * C_group, tokens, inside, n, N, C_token).to(dtype)
-        u = _load_rows(x + head * x_head, tokens, inside, p, P, x_token)
+    h = _load_state(entering + (segment * HEADS + head) * P * N, p, n, P, N)
+    for step in range(count):
+        chunk = first + step
+        start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+        inside = start + at < end
+        cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
+        k = _load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
+        q = _load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
+        u = _load_rows(x + head * x_head, start, at, inside, p, x_token, P)
         if SHARED:
-            out = gram + (chunk * GROUPS + group).to(tl.int64) * BLOCK * BLOCK
-            product = tl.load(out + at[:, None] * BLOCK + at[None, :]).to(tl.float32)
+            product = tl.load(
+                gram + (chunk.to(tl.int64) * GROUPS + group) * BLOCK * BLOCK + (at[:, None] * BLOCK + at[None, :])
+            ).to(tl.float32)
         else:
             product = dot(q, tl.trans(k), None, PRECISION)
-        weights = product * _decays(cs, RANK, BLOCK) * scale[None, :]
-        if RANK > 0:
-            weights += _own(diagonal, tokens, inside, head, HEADS, RANK, BLOCK)
+        weights = product * _decays(cs[:, None], cs[None, :], at[:, None], at[None, :], RANK) * scale[None, :]
+        if RANK > 1:
+            weights += _own(diagonal, start, at[:, None], at[None, :], head, end, HEADS, RANK)
         out = dot(q, tl.trans(h.to(dtype)), None, PRECISION) * tl.exp2(cs * LOG2E)[:, None]
         out = dot(weights.to(dtype), u, out, PRECISION)
-        if SKIP > 0:
-            out += _load_skip(D, head, p, P, SKIP)[None, :] * u.to(tl.float32)
-        row = (tokens.to(tl.int64) * HEADS + head) * P
-        tl.store(y + row[:, None] + p[None, :], out.to(dtype), mask=inside[:, None] & (p < P)[None, :])
+        out += _own_inputs(u, diagonal, D, start, at, inside, head, p, HEADS, P, RANK, SKIP)
+        _store_rows(y + head * P, start, at, inside, p, HEADS * P, out, P)
         added = (u * (scale * tl.exp2((last - cs) * LOG2E))[:, None]).to(dtype)
         h = dot(tl.trans(added), k, h * tl.exp2(last * LOG2E), PRECISION)
     if tl.load(segments + 5 * segment + 4) == 1:
         sequence = tl.load(segments + 5 * segment + 2).to(tl.int64)
-        tl.store(final + (sequence * HEADS + head) * P * N + place, h, mask=in_state)
+        _store_state(final + (sequence * HEADS + head) * P * N, p, n, h, P, N)
+
+
+@triton.jit
+def _own_inputs(
+    u, diagonal, D, start, at, inside, head, p,
+    HEADS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """What an entry receives from itself: through D, and through a given diagonal where a group is one entry."""
+    factor = tl.zeros(u.shape, tl.float32)
+    if SKIP > 0:
+        factor += _load_skip(D, head, p, P, SKIP)[None, :]
+    if RANK == 1:
+        own = diagonal + start.to(tl.int64) * HEADS + head
+        factor += tl.load(own + at * HEADS, mask=inside, other=0.0).to(tl.float32)[:, None]
+    return factor * u.to(tl.float32)
 
 
 @triton.jit
 def _sweep_kernel(
-    x, a, s, B, entering, boundaries, ends, decays, chunks, segments,
-    x_token, x_head, a_token, a_head, s_token, s_head, B_token, B_group,
+    x, decays, scales, B, entering, boundaries, ends, kept, chunks, segments, x_token, x_head, B_token, B_group,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Only the state, forwards; or only its gradient, backwards, with dy for x and C for B.
 
-    Without `boundaries` it starts from zero and leaves in `ends` what each segment adds, in `decays` how much of an
-    older state it keeps. With it, the state before each chunk goes there, and that after the last segment to `ends`.
+    Without `boundaries` it starts from zero and leaves in `ends` what each segment adds, in `kept` the log of how much
+    of an older state it keeps. With it, the state before each chunk goes there, and that after the last segment to
+    `ends`.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     head, tile = tl.program_id(0) // TILES % HEADS, tl.program_id(0) % TILES
-    segment = tl.program_id(0) // TILES // HEADS
-    group, dtype = head // (HEADS // GROUPS), x.dtype.element_ty
+    segment = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
+    group = head // (HEADS // GROUPS)
+    dtype = x.dtype.element_ty
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
     at, p, n = tl.arange(0, BLOCK), tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    place, in_state = p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
-    h, kept = tl.zeros((BLOCK_P, BLOCK_N), tl.float32), 0.0
+    h = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    decayed = 0.0
     if entering is not None:
-        h = tl.load(entering + (segment * HEADS + head).to(tl.int64) * P * N + place, mask=in_state, other=0.0)
+        h = _load_state(entering + (segment * HEADS + head) * P * N, p, n, P, N)
     for step in range(count):
         chunk = first + (count - 1 - step if REVERSE else step)
         if boundaries is not None:
-            out = boundaries + (chunk * HEADS + head).to(tl.int64) * P * N
-            tl.store(out + place, h.to(dtype), mask=in_state)
-        tokens = tl.load(chunks + 2 * chunk) + at
-        inside = tokens < tl.load(chunks + 2 * chunk + 1)
-        decay = _load_scalars(a + head * a_head, tokens, inside, a_token)
-        cs, last = tl.cumsum(decay, 0), tl.sum(decay, 0)
-        if REVERSE:
-            weight = tl.exp2(cs * LOG2E)
-        else:
-            weight = tl.exp2((last - cs) * LOG2E) * _load_scalars(s + head * s_head, tokens, inside, s_token)
-        k = _load_rows(B + group * B_group, tokens, inside, n, N, B_token).to(dtype)
-        u = _load_rows(x + head * x_head, tokens, inside, p, P, x_token)
+            _store_state(boundaries + (chunk.to(tl.int64) * HEADS + head) * P * N, p, n, h, P, N)
+        start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+        inside = start + at < end
+        cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
+        weight = tl.exp2(cs * LOG2E) if REVERSE else scale * tl.exp2((last - cs) * LOG2E)
+        k = _load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
+        u = _load_rows(x + head * x_head, start, at, inside, p, x_token, P)
         added = tl.trans((u * weight[:, None]).to(dtype))
         h = dot(added, k, h * tl.exp2(last * LOG2E), PRECISION)
-        kept += last
+        decayed += last
     if boundaries is None:
-        tl.store(ends + (segment * HEADS + head).to(tl.int64) * P * N + place, h, mask=in_state)
-        tl.store(decays + segment * HEADS + head, kept)
+        _store_state(ends + (segment * HEADS + head) * P * N, p, n, h, P, N)
+        tl.store(kept + segment * HEADS + head, decayed)
     elif tl.load(segments + 5 * segment + (3 if REVERSE else 4)) == 1:
         sequence = tl.load(segments + 5 * segment + 2).to(tl.int64)
-        tl.store(ends + (sequence * HEADS + head) * P * N + place, h, mask=in_state)
+        _store_state(ends + (sequence * HEADS + head) * P * N, p, n, h, P, N)
 
 
 @triton.jit
 def _pass_kernel(
-    ends, decays, state, sequences, HEADS: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr
+    ends, kept, state, sequences, HEADS: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program per sequence, head and part of a state: from what the segments add to what enters each, in place."""
-    sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     first, count = tl.load(sequences + 2 * sequence), tl.load(sequences + 2 * sequence + 1)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    h = tl.load(state + (sequence * HEADS + head).to(tl.int64) * SIZE + at, mask=at < SIZE, other=0.0)
+    h = tl.load(state + (sequence * HEADS + head) * SIZE + at, mask=at < SIZE, other=0.0)
     for step in range(count):
-        segment = first + (count - 1 - step if REVERSE else step)
-        own = ends + (segment * HEADS + head).to(tl.int64) * SIZE + at
+        segment = (first + (count - 1 - step if REVERSE else step)).to(tl.int64)
+        own = ends + (segment * HEADS + head) * SIZE + at
         added = tl.load(own, mask=at < SIZE, other=0.0)
         tl.store(own, h, mask=at < SIZE)
-        h = h * tl.exp2(tl.load(decays + segment * HEADS + head) * LOG2E) + added
+        h = h * tl.exp2(tl.load(kept + segment * HEADS + head) * LOG2E) + added
 
 
 @triton.jit
-def _store_own(out, received, inside, RANK: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of the given diagonal: what lies in the blocks of the groups."""
-    at = tl.arange(0, BLOCK)
-    for rank in tl.static_range(RANK):
-        mine = at[None, :] == (at // RANK * RANK + rank)[:, None]
-        tl.store(out + rank, tl.sum(tl.where(mine, received, 0.0), 1), mask=inside)
-
-
-@triton.jit
-def _inside_chunk(
-    received, du, gram, own, scale, decay, RANK: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Gradients of what entries of a chunk receive from each other: of the gram matrix, x, s and the summed decay."""
-    decays = _decays(tl.cumsum(decay, 0), RANK, BLOCK)
-    weights = gram * decays * scale[None, :] + own
-    dx = dot(tl.trans(weights.to(du.dtype)), du, None, PRECISION)
-    product = received * gram * decays
-    ds = tl.sum(product, 0)
-    dcs = tl.sum(product * scale[None, :], 1) - scale * ds
-    return received * decays * scale[None, :], dx, ds, dcs
-
-
-@triton.jit
-def _across_chunks(u, du, k, q, h, dh, scale, decay, dcs, PRECISION: tl.constexpr):
-    """Gradients of what goes through the state: of C, B, x and s, and with `dcs` of inside the chunk that of a."""
-    cs, last = tl.cumsum(decay, 0), tl.sum(decay, 0)
-    since, until = tl.exp2(cs * LOG2E), tl.exp2((last - cs) * LOG2E)
-    dq = dot(du, h, None, PRECISION) * since[:, None]
-    dk = dot(u, dh, None, PRECISION) * until[:, None]
-    ds = tl.sum(dk * k.to(tl.float32), 1)
-    dcs += tl.sum(dq * q.to(tl.float32), 1) - scale * ds
-    # The last sum of the chunk decays the state, and all that its entries add to it.
-    dlast = tl.exp2(last * LOG2E) * tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1), 0) + tl.sum(scale * ds, 0)
-    dx = dot(k, tl.trans(dh), None, PRECISION) * (scale * until)[:, None]
-    return dq, dk * scale[:, None], dx, ds, tl.cumsum(dcs, 0, reverse=True) + dlast
-
-
-@triton.jit
-def _gradients_kernel(
-    x, dy, a, s, B, C, diagonal, D, entering, leaving, dx, da, ds, dB, dC, ddiagonal, dD, chunks,
-    x_token, x_head, a_token, a_head, s_token, s_head, B_token, B_group, C_token, C_group, dy_token, dy_head, total,
+def _inputs_kernel(
+    x, dy, decays, scales, B, C, diagonal, D, entering, leaving, dx, ddecays, dscales, ddiagonal, dD, chunks,
+    x_token, x_head, B_token, B_group, C_token, C_group, dy_token, dy_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SKIP: tl.constexpr,
-    BLOCK_P: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SKIP: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk, group and part of its heads: all gradients of the chunk, those of B and C summed."""
-    EACH: tl.constexpr = HEADS // GROUPS // SPLITS
-    chunk, part = tl.program_id(0) // (GROUPS * SPLITS), tl.program_id(0) % (GROUPS * SPLITS)
-    group, split, dtype = part // SPLITS, part % SPLITS, x.dtype.element_ty
+    """One program per chunk and head: the gradients of x, s, a, D and the diagonal.
+
+    Matrices over pairs of entries are transposed, `[j, i]` for what i receives from j: so they come out of one product
+    in the registers where the next one needs them.
+    """
+    chunk, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    group = head // (HEADS // GROUPS)
+    dtype = x.dtype.element_ty
     at, p, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    tokens = tl.load(chunks + 2 * chunk) + at
-    inside = tokens < tl.load(chunks + 2 * chunk + 1)
-    k = _load_rows(B + group * B_group, tokens, inside, n, N, B_token).to(dtype)
-    q = _load_rows(C + group * C_group, tokens, inside, n, N, C_token).to(dtype)
-    gram = dot(q, tl.trans(k), None, PRECISION)
+    start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    inside = start + at < end
+    k = _load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
+    q = _load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
+    u = _load_rows(x + head * x_head, start, at, inside, p, x_token, P)
+    du = _load_rows(dy + head * dy_head, start, at, inside, p, dy_token, P)
+    h = _load_state(entering + (chunk * HEADS + head) * P * N, p, n, P, N)
+    dh = _load_state(leaving + (chunk * HEADS + head) * P * N, p, n, P, N)
+    cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
+    # The gradient of s x: first what went through the state, then what entries of the chunk received.
+    dadded = dot(k, tl.trans(dh), None, PRECISION) * tl.exp2((last - cs) * LOG2E)[:, None]
+    dlast = tl.sum(scale * tl.sum(dadded * u.to(tl.float32), 1), 0)
+    dlast += tl.exp2(last * LOG2E) * tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1), 0)
+    weights = _decays(cs[None, :], cs[:, None], at[None, :], at[:, None], RANK) * dot(k, tl.trans(q), None, PRECISION)
+    dadded = dot(weights.to(dtype), du, dadded, PRECISION)
+    dscale = tl.sum(dadded * u.to(tl.float32), 1)
+    # How much a larger sum of decays would change: all that an entry received, less all that it gave.
+    received = dot(u, tl.trans(du), None, PRECISION)
+    ddecay = tl.sum(dot(q, tl.trans(h), None, PRECISION) * du.to(tl.float32), 1) * tl.exp2(cs * LOG2E)
+    ddecay += tl.sum(received * weights * scale[:, None], 0) - scale * dscale
+    place = (chunk * HEADS + head) * BLOCK + at
+    tl.store(ddecays + place, ddecay + tl.where(at == BLOCK - 1, dlast, 0.0))
+    tl.store(dscales + place, dscale)
+    dinput = dadded * scale[:, None] + _own_inputs(du, diagonal, D, start, at, inside, head, p, HEADS, P, RANK, SKIP)
+    if RANK > 1:
+        own = _own(diagonal, start, at[None, :], at[:, None], head, end, HEADS, RANK)
+        dinput = dot(own.to(dtype), du, dinput, PRECISION)
+    if RANK > 0:
+        _store_own(ddiagonal + head * RANK, received, start, at, inside, HEADS * RANK, RANK)
+    if SKIP > 0:
+        products = tl.sum(du.to(tl.float32) * u.to(tl.float32), 0)
+        tl.store(dD + (chunk * HEADS + head) * P + p, products, mask=p < P)
+    _store_rows(dx + head * P, start, at, inside, p, HEADS * P, dinput, P)
+
+
+@triton.jit
+def _keys_kernel(
+    x, dy, decays, scales, B, C, entering, leaving, dB, dC, chunks,
+    x_token, x_head, B_token, B_group, C_token, C_group, dy_token, dy_head, total,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk, group and part of its heads: the gradients of B and C, summed over the heads."""
+    EACH: tl.constexpr = HEADS // GROUPS // SPLITS
+    chunk, part = (tl.program_id(0) // (GROUPS * SPLITS)).to(tl.int64), tl.program_id(0) % (GROUPS * SPLITS)
+    group, split = part // SPLITS, part % SPLITS
+    dtype = x.dtype.element_ty
+    at, p, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    inside = start + at < end
     dk, dq = tl.zeros((BLOCK, BLOCK_N), tl.float32), tl.zeros((BLOCK, BLOCK_N), tl.float32)
-    mixing = tl.zeros((BLOCK, BLOCK), tl.float32)
+    dgram = tl.zeros((BLOCK, BLOCK), tl.float32)
     for i in range(EACH):
         head = group * (HEADS // GROUPS) + split * EACH + i
-        row = tokens.to(tl.int64) * HEADS + head
-        scale = _load_scalars(s + head * s_head, tokens, inside, s_token)
-        decay = _load_scalars(a + head * a_head, tokens, inside, a_token)
-        u = _load_rows(x + head * x_head, tokens, inside, p, P, x_token)
-        du = _load_rows(dy + head * dy_head, tokens, inside, p, P, dy_token)
-        place = (chunk * HEADS + head).to(tl.int64) * P * N + p[:, None] * N + n[None, :]
-        in_state = (p < P)[:, None] & (n < N)[None, :]
-        h = tl.load(entering + place, mask=in_state, other=0.0)
-        dh = tl.load(leaving + place, mask=in_state, other=0.0)
-        own = tl.zeros((BLOCK, BLOCK), tl.float32)
-        if RANK > 0:
-            own = _own(diagonal, tokens, inside, head, HEADS, RANK, BLOCK)
-        received = dot(du, tl.trans(u), None, PRECISION)
-        if RANK > 0:
-            _store_own(ddiagonal + row * RANK, received, inside, RANK, BLOCK)
-        dgram, dout, dscale, dcs = _inside_chunk(received, du, gram, own, scale, decay, RANK, BLOCK, PRECISION)
-        dq_head, dk_head, into, more, dcs = _across_chunks(u, du, k, q, h, dh, scale, decay, dcs, PRECISION)
-        mixing += dgram
-        dq += dq_head
-        dk += dk_head
-        dout += into
-        dscale += more
-        if SKIP > 0:
-            dout += _load_skip(D, head, p, P, SKIP)[None, :] * du.to(tl.float32)
-            tl.store(dD + (chunk * HEADS + head) * P + p, tl.sum(du.to(tl.float32) * u.to(tl.float32), 0), mask=p < P)
-        tl.store(dx + row[:, None] * P + p[None, :], dout.to(dtype), mask=inside[:, None] & (p < P)[None, :])
-        tl.store(ds + row, dscale, mask=inside)
-        tl.store(da + row, dcs, mask=inside)
-    mixing = mixing.to(dtype)
-    dq = dot(mixing, k, dq, PRECISION)
-    dk = dot(tl.trans(mixing), q, dk, PRECISION)
-    row = ((split * total + tokens.to(tl.int64)) * GROUPS + group)[:, None] * N + n[None, :]
-    tl.store(dC + row, dq, mask=inside[:, None] & (n < N)[None, :])
-    tl.store(dB + row, dk, mask=inside[:, None] & (n < N)[None, :])
+        u = _load_rows(x + head * x_head, start, at, inside, p, x_token, P)
+        du = _load_rows(dy + head * dy_head, start, at, inside, p, dy_token, P)
+        h = _load_state(entering + (chunk * HEADS + head) * P * N, p, n, P, N)
+        dh = _load_state(leaving + (chunk * HEADS + head) * P * N, p, n, P, N)
+        cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
+        received = dot(u, tl.trans(du), None, PRECISION) * scale[:, None]
+        dgram += received * _decays(cs[None, :], cs[:, None], at[None, :], at[:, None], RANK)
+        dq = dot((du * tl.exp2(cs * LOG2E)[:, None]).to(dtype), h, dq, PRECISION)
+        dk = dot((u * (scale * tl.exp2((last - cs) * LOG2E))[:, None]).to(dtype), dh, dk, PRECISION)
+    k = _load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
+    q = _load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
+    dk = dot(dgram.to(dtype), q, dk, PRECISION)
+    dq = dot(tl.trans(dgram.to(dtype)), k, dq, PRECISION)
+    base = (split.to(tl.int64) * total * GROUPS + group) * N
+    _store_rows(dB + base, start, at, inside, n, GROUPS * N, dk, N)
+    _store_rows(dC + base, start, at, inside, n, GROUPS * N, dq, N)
+
+
+@triton.jit
+def _store_own(out, received, start, at, inside, stride, RANK: tl.constexpr):
+    """The gradient of the given diagonal: what lies in the blocks of the groups."""
+    for rank in tl.static_range(RANK):
+        mine = at[:, None] == (at // RANK * RANK + rank)[None, :]
+        products = tl.sum(tl.where(mine, received, 0.0), 0)
+        tl.store(out + start.to(tl.int64) * stride + at * stride + rank, products, mask=inside)
