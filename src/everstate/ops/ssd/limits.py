@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from everstate.core.kernels import refusal
 
-LARGEST_STATE = 16384
-"""Numbers in the state of a head, each side filled up to a power of two: what fits into registers and shared memory."""
+LARGEST = 16384
+"""Numbers in the state of a head, each side filled up to a power of two: what fits into shared memory."""
 
 
 def accepts_scan(
@@ -25,15 +26,17 @@ def accepts_scan(
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `ssd_scan` do not serve these arguments, or None."""
-    rank = 1 if diagonal is None else diagonal.shape[-1]
-    return refusal(x, a, s, B, C, state, diagonal, D) or refusal_of_sizes(x.shape[-1], B.shape[-1], rank)
-
-
-def refusal_of_sizes(headdim: int, d_state: int, rank: int) -> str | None:
-    """Why the kernels do not take heads of these sizes, or None."""
+    why = refusal(x, a, s, B, C, state, diagonal, D)
+    if why is not None:
+        return why
+    headdim, d_state = x.shape[-1], B.shape[-1]
     filled = [max(1 << (size - 1).bit_length(), 16) for size in (headdim, d_state)]
-    if filled[0] > 128 or filled[1] > 256 or filled[0] * filled[1] > LARGEST_STATE:
-        return f"takes heads of up to 128 x 128 or 64 x 256 numbers (headdim x d_state), not {headdim} x {d_state}"
-    if rank > 16:
-        return f"takes up to 16 entries per group, not {rank}"
+    widest = 128 if x.dtype == torch.float32 else 256
+    if filled[0] > 128 or filled[1] > widest or filled[0] * filled[1] > LARGEST:
+        return (
+            "takes heads of up to 128 x 128 numbers (headdim x d_state), or up to 64 x 256 unless they are float32, "
+            f"not {headdim} x {d_state} in {str(x.dtype).removeprefix('torch.')}"
+        )
+    if diagonal is not None and diagonal.shape[-1] > 16:
+        return f"takes up to 16 entries per group, not {diagonal.shape[-1]}"
     return None

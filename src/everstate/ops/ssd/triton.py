@@ -292,7 +292,7 @@ class _Call:
         _keys_kernel[(len(self.plan.chunks) * self.groups * splits,)](
             self.x, dy, self.decays, self.scales, self.B, self.C, entering, leaving, dB, dC, self.plan.chunks,
             *self.strides, *dy.stride()[1:3], batch * length, **self.sizes,
-            BLOCK_P=self.block_p, SPLITS=splits, num_warps=8, num_stages=2 if self.x.dtype.itemsize == 2 else 1,
+            BLOCK_P=self.block_p, SPLITS=splits, num_warps=8, num_stages=3 if self.x.dtype.itemsize == 2 else 1,
         )  # fmt: skip
         return dB.sum(0) if splits > 1 else dB[0], dC.sum(0) if splits > 1 else dC[0]
 

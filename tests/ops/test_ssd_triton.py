@@ -1,0 +1,135 @@
+"""The Triton kernels of `ssd_scan` at sizes that the laws do not draw: on the GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from everstate.core.errors import BackendError
+from everstate.core.op import REFERENCE
+from everstate.core.packing import Packing
+from everstate.ops import ssd_scan, use
+
+
+def draw(
+    device: torch.device, batch: int, length: int, heads: int, headdim: int, groups: int, d_state: int,
+    rank: int = 0, dtype: torch.dtype = torch.float32, sequences: int | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator)
+    step = torch.rand(batch, length, heads, generator=generator)
+    drawn = {
+        "x": normal(batch, length, heads, headdim).to(dtype),
+        "a": -step * torch.rand(heads, generator=generator),
+        "s": step,
+        "B": normal(batch, length, groups, d_state).to(dtype) / d_state**0.25,
+        "C": normal(batch, length, groups, d_state).to(dtype) / d_state**0.25,
+        "state": normal(sequences or batch, heads, headdim, d_state),
+        "D": normal(heads, headdim),
+    }
+    if rank:
+        drawn["diagonal"] = normal(batch, length, heads, rank)
+    return {name: value.to(device) for name, value in drawn.items()}
+
+
+def outputs_and_gradients(backend: str, inputs: dict[str, Tensor], **settings: Any) -> dict[str, Tensor]:
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
+    with use(backend):
+        y, final = ssd_scan(**leaves, **settings)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(t.shape, generator=generator).to(t) for t in (y, final)]
+    gradients = torch.autograd.grad((y, final), list(leaves.values()), upstream)
+    return {"y": y, "final": final, **dict(zip(leaves, gradients, strict=True))}
+
+
+def agree(inputs: dict[str, Tensor], tolerance: float, **settings: Any) -> None:
+    """Norm of the difference to the float64 reference, relative to the norm of that."""
+    expected = outputs_and_gradients(REFERENCE, {name: value.double() for name, value in inputs.items()}, **settings)
+    for name, got in outputs_and_gradients("triton", inputs, **settings).items():
+        assert got.dtype == (torch.float32 if name == "final" else inputs["x" if name == "y" else name].dtype)
+        assert (got.double() - expected[name]).norm() <= tolerance * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("heads", "headdim", "groups", "d_state", "rank"),
+    [
+        (4, 64, 1, 128, 0), (2, 64, 2, 128, 1), (2, 128, 1, 64, 0),
+        (2, 80, 1, 96, 0), (2, 32, 1, 16, 4), (2, 16, 2, 64, 3),
+    ],
+)  # fmt: skip
+def test_sizes_of_real_layers(
+    heads: int, headdim: int, groups: int, d_state: int, rank: int,
+    dtype: torch.dtype, tolerance: float, kernel_device: torch.device,
+) -> None:  # fmt: skip
+    agree(draw(kernel_device, 1, 144, heads, headdim, groups, d_state, rank, dtype), tolerance)
+
+
+@pytest.mark.parametrize("lengths", [[700], [1, 64, 300, 65, 2]])
+def test_segments_of_long_sequences(
+    lengths: list[int], kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU of many processors and few heads to fill it: every sequence is cut."""
+    from everstate.ops.ssd import triton as kernels
+
+    monkeypatch.setattr(kernels, "processors", lambda device: 6)
+    packing = Packing.of_lengths(lengths)
+    inputs = draw(kernel_device, 1, packing.total, 2, 16, 1, 16, sequences=len(lengths))
+    agree(inputs, 1e-5, packing=packing)
+    agree({name: v for name, v in inputs.items() if name != "D"}, 1e-5, packing=packing)
+
+
+def test_the_same_call_gives_the_same_bits(kernel_device: torch.device) -> None:
+    inputs = draw(kernel_device, 2, 130, 4, 32, 1, 32, dtype=torch.bfloat16)
+    first, *others = (outputs_and_gradients("triton", inputs) for _ in range(3))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+def test_views_of_one_projection_are_read_where_they_lie(kernel_device: torch.device) -> None:
+    inputs = draw(kernel_device, 2, 70, 2, 16, 1, 16)
+    wide = torch.cat([inputs[name].flatten(2) for name in ("x", "B", "C")], -1)
+    x, B, C = wide.split([32, 16, 16], -1)
+    views = {**inputs, "x": x.unflatten(-1, (2, 16)), "B": B.unsqueeze(2), "C": C.unsqueeze(2)}
+    with use("triton"):
+        for got, expected in zip(ssd_scan(**views), ssd_scan(**inputs), strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiler_can_trace_it(kernel_device: torch.device) -> None:
+    inputs = draw(kernel_device, 1, 70, 2, 16, 1, 16)
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+    ssd_scan.load()
+    with use("triton"):
+        expected = ssd_scan(**leaves)
+        got = torch.compile(ssd_scan, fullgraph=True, backend="aot_eager")(**leaves)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+        gradients = (torch.autograd.grad(t.sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
+                     for t in (one, other))  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"headdim": 256}, r"not 256 x 16"),
+        ({"d_state": 512}, r"not 16 x 512"),
+        ({"d_state": 256, "dtype": torch.float32}, r"float32"),
+        ({"rank": 17}, r"up to 16 entries per group, not 17"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], sentence: str, kernel_device: torch.device) -> None:
+    sizes = {"heads": 1, "headdim": 16, "groups": 1, "d_state": 16, "dtype": torch.bfloat16, **changes}
+    inputs = draw(kernel_device, 1, 17, **sizes)
+    with use("triton"), pytest.raises(BackendError, match=sentence):
+        ssd_scan(**inputs)
+    assert ssd_scan(**inputs)[0].isfinite().all()
+
+
+def test_a_cpu_is_refused() -> None:
+    with use("triton"), pytest.raises(BackendError, match="runs on a GPU, the input is on cpu"):
+        ssd_scan(**draw(torch.device("cpu"), 1, 3, 1, 16, 1, 16))
