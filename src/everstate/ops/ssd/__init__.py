@@ -10,7 +10,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
-from everstate.ops.ssd.limits import accepts_scan
+from everstate.ops.ssd.limits import accepts_scan, accepts_step
 
 
 @op
@@ -78,4 +78,6 @@ def ssd_step_(
 
 ssd_scan.add("triton", "everstate.ops.ssd.triton:ssd_scan", accepts_scan)
 ssd_scan.add("torch", "everstate.ops.ssd.chunked:ssd_scan", anywhere)
+ssd_step_.add("triton", "everstate.ops.ssd.triton_step:ssd_step_", accepts_step)
+ssd_step_.add("triton", "everstate.ops.ssd.triton_step:ssd_step_", accepts_step)
 ssd_step_.add("torch", "everstate.ops.ssd.step:ssd_step_", anywhere)

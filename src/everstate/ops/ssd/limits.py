@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from everstate.core.kernels import refusal
+from everstate.ops.limits import step_refusal
+from everstate.core.state import Slots
 
 LARGEST = 16384
 """Numbers in the state of a head, each side filled up to a power of two: what fits into shared memory."""
@@ -39,4 +41,26 @@ def accepts_scan(
         )
     if diagonal is not None and diagonal.shape[-1] > 16:
         return f"takes up to 16 entries per group, not {diagonal.shape[-1]}"
+    return None
+
+
+def accepts_step(
+    x: Tensor,
+    a: Tensor,
+    s: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    slots: Slots = None,
+    *,
+    D: Tensor | None = None,
+) -> str | None:
+    """Why the kernel of `ssd_step_` does not serve these arguments, or None."""
+    why = refusal(x, a, s, B, C, state, D)
+    if why is not None:
+        return why
+    if B.shape[-1] > 1024:
+        return f"takes states of up to 1024 numbers per channel, not {B.shape[-1]}"
+    if state.stride(-1) != 1:
+        return f"takes a pool whose last dimension is dense, not one of strides {state.stride()}"
     return None

@@ -170,6 +170,14 @@ TILE_P = 64
 """Rows of the state that one program of a sweep holds."""
 
 
+class _InputGradients(NamedTuple):
+    x: Tensor
+    a: Tensor
+    s: Tensor
+    diagonal: Tensor | None
+    D: Tensor | None
+
+
 class _Call:
     """The arguments as the kernels want them, and the launches that forward and backward share."""
 
@@ -266,7 +274,7 @@ class _Call:
             BLOCK_P=min(self.block_p, TILE_P), REVERSE=reverse, num_warps=_warps(self), num_stages=2,
         )  # fmt: skip
 
-    def input_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> tuple[Tensor | None, ...]:
+    def input_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> _InputGradients:
         """Gradients of x, a, s, the diagonal, and D (still to be summed over chunks)."""
         count, (batch, length) = len(self.plan.chunks), self.shape
         dx = self.x.new_empty(batch, length, self.heads, self.headdim)
@@ -282,7 +290,7 @@ class _Call:
         _decay_gradients_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
             ddecays, dscales, da, ds, self.plan.chunks, HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H
         )
-        return dx, da, ds, ddiagonal, dD
+        return _InputGradients(dx, da, ds, ddiagonal, dD)
 
     def key_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of B and C."""

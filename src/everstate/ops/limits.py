@@ -1,0 +1,15 @@
+"""What no step kernel can take. Read without Triton, which need not be there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from everstate.core.kernels import refusal
+
+
+def step_refusal(state: Tensor, *inputs: Tensor | None) -> str | None:
+    """Why kernels of one token cannot serve this pool of states and these inputs, or None."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, *inputs)):
+        return "has no gradient for a single token; call it under torch.no_grad()"
+    return refusal(*inputs, state)

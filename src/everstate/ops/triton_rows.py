@@ -1,0 +1,45 @@
+"""What the kernels of one token share: rows of a pool, sizes of tiles, silu."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from everstate.core.kernels import processors
+
+WAVES = 8
+"""Programs per multiprocessor below which a tile is halved: enough loads in flight to keep the memory busy."""
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself if the entries of its last dimension lie side by side, as in a view cut out of a projection."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def tile_of(size: int, width: int, programs: int, device: torch.device, numbers: int = 4096, least: int = 4) -> int:
+    """How many rows, each `width` numbers long, one program takes of `size`: `numbers` of them, or less to fill the GPU.
+
+    `programs` is how many there are of one tile each.
+    """
+    tile = min(triton.next_power_of_2(size), max(numbers // width, 1))
+    while tile > least and programs * triton.cdiv(size, tile) < WAVES * processors(device):
+        tile //= 2
+    return tile
+
+
+def warps_of(numbers: int) -> int:
+    """Warps of a program whose tile has so many numbers: up to 32 numbers per thread, in loads of 16 bytes."""
+    return min(max(numbers // 1024, 1), 8)
+
+
+@triton.jit
+def slot_of(slots, row):
+    """The row of the pool that belongs to a row of the batch; offsets in a pool can exceed 2^31."""
+    if slots is None:
+        return row.to(tl.int64)
+    return tl.load(slots + row).to(tl.int64)
+
+
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
