@@ -79,5 +79,4 @@ def ssd_step_(
 ssd_scan.add("triton", "everstate.ops.ssd.triton:ssd_scan", accepts_scan)
 ssd_scan.add("torch", "everstate.ops.ssd.chunked:ssd_scan", anywhere)
 ssd_step_.add("triton", "everstate.ops.ssd.triton_step:ssd_step_", accepts_step)
-ssd_step_.add("triton", "everstate.ops.ssd.triton_step:ssd_step_", accepts_step)
 ssd_step_.add("torch", "everstate.ops.ssd.step:ssd_step_", anywhere)
