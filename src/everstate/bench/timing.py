@@ -14,6 +14,9 @@ import torch
 
 from everstate.core.state import tensors
 
+HEAD_START = 10_000_000
+"""Cycles that a GPU waits before it is timed: some milliseconds."""
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -53,24 +56,46 @@ class Timing:
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], object]], gate: Gate, repeats: int, device: torch.device | str = "cpu"
+    candidates: Mapping[str, Callable[[], object]],
+    gate: Gate,
+    repeats: int,
+    device: torch.device | str = "cpu",
+    *,
+    on_device: bool = False,
 ) -> dict[str, Timing]:
     """Time all candidates in turn, `repeats` times over, after a call of each that is not timed.
 
     What else the machine does then disturbs all alike, and ratios hold where absolute times do not. Behind a gate that
-    did not pass nothing is timed, and the result is empty.
+    did not pass nothing is timed, and the result is empty. With `on_device` only the work of the GPU counts, without
+    the time that Python takes to ask for it.
     """
     if not gate.passed:
         return {}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(repeats + 1):
         for name, candidate in candidates.items():
-            start = time.perf_counter()
-            candidate()
-            _wait_for(torch.device(device))
+            taken = _seconds_of_gpu(candidate) if on_device else _seconds(candidate, torch.device(device))
             if turn > 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return {name: Timing(tuple(each)) for name, each in seconds.items()}
+
+
+def _seconds(candidate: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    candidate()
+    _wait_for(device)
+    return time.perf_counter() - start
+
+
+def _seconds_of_gpu(candidate: Callable[[], object]) -> float:
+    """Between two marks in the queue of the GPU, which sleeps until the host has filled it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(HEAD_START)
+    start.record()
+    candidate()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def _wait_for(device: torch.device) -> None:

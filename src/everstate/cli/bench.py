@@ -21,8 +21,14 @@ def ops(
     quick: Annotated[bool, typer.Option(help="Small sizes: seconds instead of minutes.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for the kernels of a GPU.")] = "cpu",
 ) -> None:
-    """Every op against its reference, and Mamba layers against transformers."""
+    """On a CPU every op against its reference and Mamba layers against transformers; on a GPU its kernels."""
+    if device != "cpu":
+        from everstate.bench import kernels
+
+        result = kernels.run(quick=quick, output=output, now=datetime.now(UTC), device=device)
+        raise typer.Exit(0 if result["passed"] else 1)
     from everstate.bench import ops as measure
 
     result = measure.run(quick=quick, threads=threads, output=output, now=datetime.now(UTC))

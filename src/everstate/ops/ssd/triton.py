@@ -577,23 +577,24 @@ def _inputs_kernel(
     at, p, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     inside = start + at < end
-    k = _load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
-    q = _load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
-    u = _load_rows(x + head * x_head, start, at, inside, p, x_token, P)
-    du = _load_rows(dy + head * dy_head, start, at, inside, p, dy_token, P)
-    h = _load_state(entering + (chunk * HEADS + head) * P * N, p, n, P, N)
-    dh = _load_state(leaving + (chunk * HEADS + head) * P * N, p, n, P, N)
     cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
+    # Loaded where they are used: what waits in registers keeps other programs off the processor.
+    k = _load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
+    dh = _load_state(leaving + (chunk * HEADS + head) * P * N, p, n, P, N)
+    u = _load_rows(x + head * x_head, start, at, inside, p, x_token, P)
     # The gradient of s x: first what went through the state, then what entries of the chunk received.
     dadded = dot(k, tl.trans(dh), None, PRECISION) * tl.exp2((last - cs) * LOG2E)[:, None]
     dlast = tl.sum(scale * tl.sum(dadded * u.to(tl.float32), 1), 0)
+    h = _load_state(entering + (chunk * HEADS + head) * P * N, p, n, P, N)
     dlast += tl.exp2(last * LOG2E) * tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1), 0)
+    # How much a larger sum of decays would change: all that an entry received, less all that it gave.
+    q = _load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
+    du = _load_rows(dy + head * dy_head, start, at, inside, p, dy_token, P)
+    ddecay = tl.sum(dot(q, tl.trans(h), None, PRECISION) * du.to(tl.float32), 1) * tl.exp2(cs * LOG2E)
     weights = _decays(cs[None, :], cs[:, None], at[None, :], at[:, None], RANK) * dot(k, tl.trans(q), None, PRECISION)
     dadded = dot(weights.to(dtype), du, dadded, PRECISION)
     dscale = tl.sum(dadded * u.to(tl.float32), 1)
-    # How much a larger sum of decays would change: all that an entry received, less all that it gave.
     received = dot(u, tl.trans(du), None, PRECISION)
-    ddecay = tl.sum(dot(q, tl.trans(h), None, PRECISION) * du.to(tl.float32), 1) * tl.exp2(cs * LOG2E)
     ddecay += tl.sum(received * weights * scale[:, None], 0) - scale * dscale
     place = (chunk * HEADS + head) * BLOCK + at
     tl.store(ddecays + place, ddecay + tl.where(at == BLOCK - 1, dlast, 0.0))

@@ -1,0 +1,206 @@
+"""`everstate bench ops --device cuda`: the kernels of a GPU at the sizes of a 1.3B layer, beside those of `mamba_ssm`.
+
+64k tokens as many short sequences, some, and one long one; and one token of many sequences. bfloat16 activations,
+float32 states. Times are those of the GPU alone, as in a captured graph: what Python adds before is not in them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from everstate.bench.report import Row, machine, publish
+from everstate.bench.shapes import SHAPES
+from everstate.bench.timing import Gate, Timing, interleave
+from everstate.core.state import map_state, tensors
+from everstate.ops import OPS, ssd_step_, use
+from everstate.ops.example import Draw, Example
+
+D_INNER, TOKENS = 4096, 65_536
+QUICK_D_INNER, QUICK_TOKENS = 128, 512
+SPLITS = (32, 8, 1)
+"""Into how many sequences the tokens are cut."""
+STEP_BATCHES = (1, 16, 64, 256, 1024)
+LOW = ("x", "B", "C", "z")
+"""Arguments that a model trained in bfloat16 computes in it."""
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Largest error of an output or a gradient against float64, of norms."""
+GATE_TOKENS, REPEATS = 300, 20
+
+Call = Callable[[], object]
+
+
+def run(*, quick: bool, output: Path | None, now: datetime, device: str) -> dict[str, Any]:
+    """Measure, print a table and a line of JSON, write that to `output`, and return it."""
+    d_inner, total = (QUICK_D_INNER, QUICK_TOKENS) if quick else (D_INNER, TOKENS)
+    first_call_s: dict[str, float] = {}
+    rows: list[Row] = []
+    with Console(stderr=True).status("starting") as status:
+        for op in (op for op in SHAPES if "triton" in OPS[op].backends()):
+            status.update(op)
+            rows += scans(op, d_inner, total, device, first_call_s)
+        rows += steps(d_inner, STEP_BATCHES[:2] if quick else STEP_BATCHES, device)
+    facts = {"quick": quick, "machine": machine(torch.device(device)), "d_inner": d_inner}
+    return publish("kernels", rows, {**facts, "first_call_s": first_call_s}, now, output)
+
+
+def scans(op: str, d_inner: int, total: int, device: str, first_call_s: dict[str, float]) -> Iterator[Row]:
+    """Forward, and forward with backward, of one op on the same tokens cut into more or fewer sequences."""
+    small = lower(SHAPES[op](Draw(dtype=torch.float32, device=device), min(d_inner, 512), GATE_TOKENS))
+    started = time.perf_counter()
+    error = gate_error(op, small)
+    first_call_s[op] = time.perf_counter() - started
+    gate = Gate(error, ALLOWED[torch.bfloat16])
+    long = lower(SHAPES[op](Draw(dtype=torch.float32, device=device), d_inner, total))
+    for batch in SPLITS:
+        example = cut(long, batch)
+        forward, both = calls(partial(run_op, op), example)
+        candidates = {"forward": forward, "both": both}
+        if (peer := peer_of(op, example)) is not None:
+            candidates["peer forward"], candidates["peer both"] = calls(peer, example)
+        timings = interleave(candidates, gate, REPEATS, device, on_device=True)
+        for kind in ("forward", "both"):
+            name = f"{op} {batch} x {total // batch}" + (" + backward" if kind == "both" else "")
+            ours, theirs = timings.get(kind), timings.get(f"peer {kind}")
+            yield Row(name, total, gate, ours, **compared(theirs, ours))
+            if theirs is not None:
+                yield Row("  mamba_ssm", total, gate, theirs)
+
+
+def steps(d_inner: int, batches: tuple[int, ...], device: str) -> Iterator[Row]:
+    """One token for each of many sequences: how fast the states move through memory."""
+    for batch in batches:
+        for dtype in (torch.float32, torch.bfloat16):
+            long = cut(lower(SHAPES["ssd_scan"](Draw(dtype=torch.float32, device=device), d_inner, batch)), batch)
+            token = {name: value[:, 0] for name, value in long.timed.items()}
+            pool = long.state.to(dtype)
+            gate = Gate(step_error(token, pool, long.fixed), ALLOWED[torch.bfloat16])
+            # Several pools in turn, so that none is left in the cache.
+            pools = [pool.clone() for _ in range(max(1, 256_000_000 // (pool.numel() * pool.element_size())))][:64]
+            call = partial(step_each, token, pools, long.fixed)
+            timing = interleave({"step": call}, gate, REPEATS, device, on_device=True).get("step")
+            name = f"ssd_step_ of {batch}, {str(dtype).removeprefix('torch.')} state"
+            moved = 2 * sum(p.numel() * p.element_size() for p in pools)
+            if timing is None:
+                yield Row(name, batch, gate, None)
+                continue
+            each = Timing(tuple(seconds / len(pools) for seconds in timing.seconds))
+            yield Row(name, batch, gate, each, ratio=moved / timing.median / 1e12, ratio_of="TB/s of states")
+
+
+def step_each(token: dict[str, Tensor], pools: list[Tensor], fixed: dict[str, Any]) -> None:
+    """One step of each pool."""
+    with torch.no_grad():
+        for pool in pools:
+            ssd_step_(**token, state=pool, **fixed)
+
+
+def step_error(token: dict[str, Tensor], pool: Tensor, fixed: dict[str, Any]) -> float:
+    """Of the output of a step and of the state after it."""
+    mine, exact = pool.clone(), pool.double()
+    with torch.no_grad():
+        got = ssd_step_(**token, state=mine, **fixed)
+        with use("torch"):
+            widened = {name: value.double() for name, value in (token | fixed).items()}
+            expected = ssd_step_(**widened, state=exact)
+    return max(norm_error(got, expected), norm_error(mine, exact))
+
+
+def lower(example: Example) -> Example:
+    """The example with the activations of a model in bfloat16."""
+    low = lambda name, value: value.to(torch.bfloat16) if name in LOW else value
+    return example._replace(timed={name: low(name, value) for name, value in example.timed.items()})
+
+
+def cut(example: Example, batch: int) -> Example:
+    """One row of tokens as `batch` rows, all from the same state."""
+    timed = {name: value[0].unflatten(0, (batch, -1)) for name, value in example.timed.items()}
+    repeat = lambda t: t.repeat_interleave(batch, 0)
+    return example._replace(timed=timed, state=None if example.state is None else map_state(repeat, example.state))
+
+
+def run_op(op: str, example: Example) -> list[Tensor]:
+    """What the op returns, tensor by tensor."""
+    state = {} if example.state is None else {"state": example.state}
+    return tensors(OPS[op](**example.timed, **state, **example.fixed))
+
+
+def calls(function: Callable[[Example], list[Tensor]], example: Example) -> tuple[Call, Call]:
+    """Forward without gradients, and forward with backward."""
+    leaves = differentiable(example)
+    with torch.no_grad():
+        upstream = [torch.randn_like(output) for output in function(example)]
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(example)
+
+    def both() -> None:
+        torch.autograd.grad(function(example), leaves, upstream, allow_unused=True)
+
+    return forward, both
+
+
+def differentiable(example: Example) -> list[Tensor]:
+    """All tensors of an example, made to want gradients."""
+    state = [] if example.state is None else tensors(example.state)
+    given = [*example.timed.values(), *state, *(v for v in example.fixed.values() if isinstance(v, Tensor))]
+    return [tensor.requires_grad_() for tensor in given]
+
+
+def gate_error(op: str, example: Example) -> float:
+    """The largest error of an output or gradient against the torch form in float64, of norms."""
+
+    def outcome(one: Example) -> list[Tensor]:
+        leaves, outputs = differentiable(one), run_op(op, one)
+        generator = torch.Generator(device=outputs[0].device).manual_seed(0)
+        draw = partial(torch.randn, generator=generator, device=outputs[0].device, dtype=torch.float64)
+        upstream = [draw(output.shape).to(output.dtype) for output in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)]
+
+    widen = lambda v: v.detach().double() if isinstance(v, Tensor) else v
+    exact = Example(
+        timed={name: widen(value) for name, value in example.timed.items()},
+        fixed={name: widen(value) for name, value in example.fixed.items()},
+        state=None if example.state is None else map_state(widen, example.state),
+    )
+    with use("torch"):
+        expected = outcome(exact)
+    return max(norm_error(got, want) for got, want in zip(outcome(example), expected, strict=True))
+
+
+def norm_error(got: Tensor, expected: Tensor) -> float:
+    """Norm of the difference, relative to the norm of what is expected."""
+    return ((got.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def peer_of(op: str, example: Example) -> Callable[[Example], list[Tensor]] | None:
+    """The same op of `mamba_ssm`, where it is installed and has one."""
+    if op != "ssd_scan":
+        return None
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        return None
+    # The peer takes dt and A, and multiplies them itself.
+    A = (example.timed["a"][0, 0] / example.timed["s"][0, 0]).detach().requires_grad_()
+
+    def scan(one: Example) -> list[Tensor]:
+        x, dt, B, C = (one.timed[name] for name in ("x", "s", "B", "C"))
+        settings = {"D": one.fixed["D"], "initial_states": one.state, "return_final_states": True}
+        return list(mamba_chunk_scan_combined(x, dt, A, B, C, 256, **settings))
+
+    return scan
+
+
+def compared(theirs: Timing | None, ours: Timing | None) -> dict[str, Any]:
+    """The fields of a row that say how many times as fast as the peer ours is."""
+    return {} if theirs is None or ours is None else {"ratio": theirs.ratio(ours), "ratio_of": "mamba_ssm's speed"}

@@ -1,0 +1,36 @@
+"""The gates of the benchmark of kernels; what it times needs a GPU."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from everstate.bench import kernels
+from everstate.bench.shapes import SHAPES
+from everstate.ops.example import Draw
+
+
+def test_the_gate_sees_a_kernel_and_its_gradients(kernel_device: torch.device) -> None:
+    example = kernels.lower(SHAPES["ssd_scan"](Draw(dtype=torch.float32, device=kernel_device), 64, 70))
+    assert example.timed["x"].dtype == torch.bfloat16
+    assert 1e-4 < kernels.gate_error("ssd_scan", example) <= 2 * kernels.ALLOWED[torch.bfloat16]
+    token = {name: value[:, 0] for name, value in example.timed.items()}
+    assert kernels.step_error(token, example.state, example.fixed) <= kernels.ALLOWED[torch.bfloat16]
+
+
+def test_tokens_are_cut_into_sequences() -> None:
+    example = kernels.cut(SHAPES["ssd_scan"](Draw(), 128, 12), 4)
+    assert example.timed["x"].shape[:2] == (4, 3)
+    assert example.state.shape[0] == 4
+
+
+@pytest.mark.gpu
+def test_a_quick_run_passes_its_gates(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    result = kernels.run(quick=True, output=tmp_path / "kernels.json", now=datetime.now(UTC), device="cuda")
+    assert result["passed"]
+    assert all("seconds" in row for row in result["rows"])
