@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from everstate.core.errors import RequestError
-from everstate.engine.sampler import Sampling, sample
+from everstate.engine.sampler import Filters, Sampling, choose, greedy, uniforms
 
 # Probabilities 0.4, 0.3, 0.2, 0.1, in another order.
 LOGITS = torch.tensor([0.2, 0.4, 0.1, 0.3]).log()
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
+    u = torch.from_numpy(uniforms([sampling.seed], [position], 1))[:, 0]
+    return int(choose(logits[None], u, Filters.of([sampling])))
 
 
 def support(sampling: Sampling) -> set[int]:
@@ -56,6 +62,25 @@ def test_a_choice_follows_from_seed_and_position() -> None:
     assert text(3) == text(3)
     assert text(3) != text(4)
     assert text(3)[1:] != text(3)[:-1]
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**50))
+def test_the_random_numbers_are_those_of_numpy(seed: int, position: int) -> None:
+    draw = lambda p: np.random.Generator(np.random.Philox(key=seed, counter=p)).random()
+    assert uniforms([3, seed], [0, position], 3)[1].tolist() == [draw(position + i) for i in range(3)]
+
+
+def test_rows_of_a_batch_are_each_chosen_as_if_alone() -> None:
+    samplings = [
+        Sampling(), Sampling(temperature=0.0), Sampling(top_k=5, seed=1), Sampling(top_p=0.5, seed=2),
+        Sampling(temperature=0.5, top_k=9, top_p=0.9, min_p=0.02, seed=3),
+    ]  # fmt: skip
+    logits = torch.randn(len(samplings), 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for position in range(50):
+        u = torch.from_numpy(uniforms([s.seed for s in samplings], [position] * len(samplings), 1))[:, 0]
+        together = choose(logits, u, Filters.of(samplings)).tolist()
+        assert together == [sample(row, s, position) for row, s in zip(logits, samplings, strict=True)]
+        assert together[1] == greedy(logits)[1]
 
 
 @given(

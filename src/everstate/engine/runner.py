@@ -12,12 +12,14 @@ from torch import Tensor
 from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
 from everstate.core.state import gather, scatter_
-from everstate.engine.sampler import Sampling, sample
+from everstate.engine.sampler import Filters, Sampling, choose, greedy, uniforms
 from everstate.mixers import State
 from everstate.models import LM
 
 BLOCK = 512
 """Tokens of each prompt read at once: longer blocks cost more memory and gain no speed."""
+DRAWN = 64
+"""Random numbers of each row that are made at once and copied to the device."""
 
 
 @torch.no_grad()
@@ -69,13 +71,25 @@ def decode_(
     `positions` are the numbers of tokens that the rows have read. Yields after each step, for every row still writing,
     its new token and the logits after it. A row ends at a token in `stop`, which is read and yielded too.
     """
-    ends, rows, last = frozenset(stop), list(range(len(samplings))), dict(enumerate(logits))
+    ends, rows, device = frozenset(stop), list(range(len(samplings))), model.device
+    filters, draws = Filters.of(samplings, device), torch.empty(0)
+    random, seeds = any(s.temperature > 0 for s in samplings), [s.seed for s in samplings]
+    slots: Tensor | None = None
     for written in range(max_tokens):
-        tokens = [sample(last[row], samplings[row], positions[row] + written) for row in rows]
-        slots = torch.tensor(rows, device=model.device) if len(rows) < len(samplings) else None
-        after = model.step_(torch.tensor(tokens, device=model.device), state, slots)
-        last = dict(zip(rows, after, strict=True))
-        yield {row: (token, last[row]) for row, token in zip(rows, tokens, strict=True)}
-        rows = [row for row, token in zip(rows, tokens, strict=True) if token not in ends]
-        if not rows:
+        if not random:
+            chosen = greedy(logits)
+        else:
+            if written % DRAWN == 0:
+                starts = [position + written for position in positions]
+                draws = torch.from_numpy(uniforms(seeds, starts, min(DRAWN, max_tokens - written))).to(device)
+            chosen = choose(logits, gather(draws[:, written % DRAWN], slots), gather(filters, slots))
+        logits = model.step_(chosen, state, slots)
+        # The one place where a device is waited for.
+        tokens = chosen.tolist()
+        yield {row: (token, after) for row, token, after in zip(rows, tokens, logits, strict=True)}
+        kept = [i for i, token in enumerate(tokens) if token not in ends]
+        if not kept:
             return
+        if len(kept) < len(rows):
+            rows = [rows[i] for i in kept]
+            slots, logits = torch.tensor(rows, device=device), logits[torch.tensor(kept, device=device)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
@@ -35,23 +37,81 @@ class Sampling(Config):
     """The same seed gives the same text, whatever else runs in the batch and wherever a session was saved."""
 
 
-def sample(logits: Float[Tensor, " v"], sampling: Sampling, position: int) -> int:
-    """Choose the token at `position` of its sequence.
+class Filters(NamedTuple):
+    """The settings of several rows as tensors; a `top_k` of 0 keeps all."""
 
-    The choice follows from logits, settings, seed and position alone: there is no generator whose place would have to
-    be saved with a session.
+    temperature: Float[Tensor, " b"]
+    top_k: Int[Tensor, " b"]
+    top_p: Float[Tensor, " b"]
+    min_p: Float[Tensor, " b"]
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling], device: torch.device | str = "cpu") -> Filters:
+        """Those of each row."""
+        real = [[s.temperature, s.top_p, s.min_p] for s in samplings]
+        temperature, top_p, min_p = torch.tensor(real, dtype=torch.float64, device=device).unbind(1)
+        # No vocabulary is that large, and a tensor of int64 does not hold every int of Python.
+        top_k = torch.tensor([min(s.top_k, 2**62) for s in samplings], device=device)
+        return cls(temperature, top_k, top_p, min_p)
+
+
+def greedy(logits: Float[Tensor, "b v"]) -> Int[Tensor, " b"]:
+    """The most likely token of each row: what `choose` gives at temperature 0, without a sort."""
+    return logits.argmax(-1)
+
+
+def choose(logits: Float[Tensor, "b v"], u: Float[Tensor, " b"], filters: Filters) -> Int[Tensor, " b"]:
+    """The token of each row at the point u in [0, 1) of the distribution that the filters leave, likeliest first.
+
+    On any device, without making it wait. Rows do not meet.
     """
-    u = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position)).random()
-    scores = logits.to("cpu", torch.float64)
-    if sampling.temperature == 0.0:
-        return int(scores.argmax())
-    values, order = torch.sort(scores / sampling.temperature, descending=True, stable=True)
-    p = torch.softmax(values, 0)
-    if sampling.top_k:
-        p = p[: sampling.top_k] / p[: sampling.top_k].sum()
-    kept = (p.cumsum(0) - p < sampling.top_p) & (p >= sampling.min_p * p[0])
-    kept[0] = True
-    p = p * kept
+    temperature = filters.temperature.unsqueeze(1)
+    values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    p = torch.softmax(values.double() / torch.where(temperature > 0, temperature, 1.0), -1)
+    rank = torch.arange(p.shape[1], device=p.device).expand_as(p)
+    top_k = filters.top_k.unsqueeze(1)
+    p = p.masked_fill((top_k > 0) & (rank >= top_k), 0.0)
+    p = p / p.sum(-1, keepdim=True)
+    kept = (p.cumsum(-1) - p < filters.top_p.unsqueeze(1)) & (p >= filters.min_p.unsqueeze(1) * p[:, :1]) & (p > 0)
+    kept = kept | (rank == 0)
+    reached = (p * kept).cumsum(-1)
+    found = torch.searchsorted(reached, u.unsqueeze(1) * reached[:, -1:], right=True)
     # The last kept token takes what rounding leaves of the sum.
-    chosen = min(int(torch.searchsorted(p.cumsum(0), u * p.sum(), right=True)), int(kept.nonzero()[-1]))
-    return int(order[chosen])
+    chosen = torch.minimum(found, (rank * kept).amax(-1, keepdim=True))
+    return torch.where(filters.temperature > 0, order.gather(1, chosen).squeeze(1), greedy(logits))
+
+
+_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+_ROUNDS = 10
+_Words = NDArray[np.uint64]
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int], count: int) -> NDArray[np.float64]:
+    """The number in [0, 1) that decides each of `count` tokens of each row, the first at the row's position.
+
+    It follows from seed and position alone: there is no generator whose place would have to be saved with a session.
+    Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), many counters at once; it equals
+    `numpy.random.Generator(numpy.random.Philox(key=seed, counter=position)).random()`.
+    """
+    # numpy counts up before it draws.
+    first = np.array([[position + 1] for position in positions], dtype=np.uint64)
+    c0 = first + np.arange(count, dtype=np.uint64)
+    c1, c2, c3 = (np.zeros_like(c0) for _ in range(3))
+    key = np.array([[seed] for seed in seeds], dtype=np.uint64)
+    for i in range(_ROUNDS):
+        k0 = key + np.uint64(i * _KEY_STEPS[0] % 2**64)
+        k1 = np.uint64(i * _KEY_STEPS[1] % 2**64)
+        (high0, low0), (high1, low1) = _product(c0, _MULTIPLIERS[0]), _product(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+    return (c0 >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _product(x: _Words, factor: int) -> tuple[_Words, _Words]:
+    """The upper and the lower 64 bits of a product of 128."""
+    half, mask = np.uint64(32), np.uint64(2**32 - 1)
+    a, b = np.uint64(factor >> 32), np.uint64(factor % 2**32)
+    upper, lower = x >> half, x & mask
+    middle = (lower * b >> half) + (upper * b & mask) + (lower * a & mask)
+    high = upper * a + (upper * b >> half) + (lower * a >> half) + (middle >> half)
+    return high, x * np.uint64(factor)

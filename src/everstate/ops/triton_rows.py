@@ -17,7 +17,7 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def tile_of(size: int, width: int, programs: int, device: torch.device, numbers: int = 4096, least: int = 4) -> int:
-    """How many rows, each `width` numbers long, one program takes of `size`: `numbers` of them, or less to fill the GPU.
+    """How many rows, each `width` numbers long, one program takes of `size`: enough for `numbers`, or to fill the GPU.
 
     `programs` is how many there are of one tile each.
     """
@@ -35,9 +35,10 @@ def warps_of(numbers: int) -> int:
 @triton.jit
 def slot_of(slots, row):
     """The row of the pool that belongs to a row of the batch; offsets in a pool can exceed 2^31."""
-    if slots is None:
-        return row.to(tl.int64)
-    return tl.load(slots + row).to(tl.int64)
+    slot = row.to(tl.int64)
+    if slots is not None:
+        slot = tl.load(slots + row).to(tl.int64)
+    return slot
 
 
 @triton.jit

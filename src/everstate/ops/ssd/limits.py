@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from everstate.core.kernels import refusal
-from everstate.ops.limits import step_refusal
 from everstate.core.state import Slots
+from everstate.ops.limits import step_refusal
 
 LARGEST = 16384
 """Numbers in the state of a head, each side filled up to a power of two: what fits into shared memory."""
@@ -56,7 +56,7 @@ def accepts_step(
     D: Tensor | None = None,
 ) -> str | None:
     """Why the kernel of `ssd_step_` does not serve these arguments, or None."""
-    why = refusal(x, a, s, B, C, state, D)
+    why = step_refusal(state, x, a, s, B, C, D)
     if why is not None:
         return why
     if B.shape[-1] > 1024:

@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.state import Slots
