@@ -12,6 +12,7 @@ from torch import Tensor
 from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
 from everstate.core.state import gather, scatter_
+from everstate.engine.graphs import DecodeGraph, worth_capturing
 from everstate.engine.sampler import Filters, Sampling, choose, greedy, uniforms
 from everstate.mixers import State
 from everstate.models import LM
@@ -20,6 +21,10 @@ BLOCK = 512
 """Tokens of each prompt read at once: longer blocks cost more memory and gain no speed."""
 DRAWN = 64
 """Random numbers of each row that are made at once and copied to the device."""
+
+
+Written = dict[int, tuple[int, Float[Tensor, " v"]]]
+"""What a step wrote: row -> its new token, and the logits after it."""
 
 
 @torch.no_grad()
@@ -65,24 +70,37 @@ def decode_(
     *,
     stop: Iterable[int] = (),
     max_tokens: int,
-) -> Iterator[dict[int, tuple[int, Float[Tensor, " v"]]]]:
+) -> Iterator[Written]:
     """Write up to `max_tokens` tokens for every row of `state`, which is updated in place.
 
     `positions` are the numbers of tokens that the rows have read. Yields after each step, for every row still writing,
     its new token and the logits after it. A row ends at a token in `stop`, which is read and yielded too.
     """
-    ends, rows, device = frozenset(stop), list(range(len(samplings))), model.device
-    filters, draws = Filters.of(samplings, device), torch.empty(0)
-    random, seeds = any(s.temperature > 0 for s in samplings), [s.seed for s in samplings]
-    slots: Tensor | None = None
-    for written in range(max_tokens):
-        if not random:
-            chosen = greedy(logits)
-        else:
-            if written % DRAWN == 0:
-                starts = [position + written for position in positions]
-                draws = torch.from_numpy(uniforms(seeds, starts, min(DRAWN, max_tokens - written))).to(device)
-            chosen = choose(logits, gather(draws[:, written % DRAWN], slots), gather(filters, slots))
+    ends, device = frozenset(stop), model.device
+    filters = Filters.of(samplings, device) if any(s.temperature > 0 for s in samplings) else None
+    draws = _draws(samplings, positions, max_tokens, device)
+    write = _write_captured if worth_capturing(model, max_tokens) else _write
+    yield from write(model, logits, state, filters, draws, ends)
+
+
+def _draws(
+    samplings: Sequence[Sampling], positions: Sequence[int], count: int, device: torch.device
+) -> Iterator[Float[Tensor, " b"]]:
+    """The random numbers that decide the tokens of each row, token by token, copied to the device in blocks."""
+    seeds = [s.seed for s in samplings]
+    for start in range(0, count, DRAWN):
+        block = uniforms(seeds, [position + start for position in positions], min(DRAWN, count - start))
+        yield from torch.from_numpy(block).to(device).unbind(1)
+
+
+def _write(
+    model: LM, logits: Float[Tensor, "b v"], state: State, filters: Filters | None, draws: Iterator[Tensor],
+    ends: frozenset[int],
+) -> Iterator[Written]:  # fmt: skip
+    """Step by step, without the rows that have ended."""
+    rows, slots, device = list(range(len(logits))), None, model.device
+    for u in draws:
+        chosen = greedy(logits) if filters is None else choose(logits, gather(u, slots), gather(filters, slots))
         logits = model.step_(chosen, state, slots)
         # The one place where a device is waited for.
         tokens = chosen.tolist()
@@ -93,3 +111,24 @@ def decode_(
         if len(kept) < len(rows):
             rows = [rows[i] for i in kept]
             slots, logits = torch.tensor(rows, device=device), logits[torch.tensor(kept, device=device)]
+
+
+def _write_captured(
+    model: LM, logits: Float[Tensor, "b v"], state: State, filters: Filters | None, draws: Iterator[Tensor],
+    ends: frozenset[int],
+) -> Iterator[Written]:  # fmt: skip
+    """Step by step as a graph. It steps rows that have ended too, whose states are put back at the end."""
+    graph, ended = DecodeGraph(model, logits, state, filters), dict[int, State]()
+    slot = [torch.tensor([row], device=model.device) for row in range(len(logits))]
+    try:
+        for u in draws:
+            chosen, after = graph.step(u)
+            tokens, after = chosen.tolist(), after.clone()
+            writing = [row for row in range(len(tokens)) if row not in ended]
+            yield {row: (tokens[row], after[row]) for row in writing}
+            ended |= {row: gather(state, slot[row]) for row in writing if tokens[row] in ends}
+            if len(ended) == len(tokens):
+                return
+    finally:
+        for row, kept in ended.items():
+            scatter_(state, slot[row], kept)

@@ -1,0 +1,102 @@
+"""Decoding as a device graph. The logic around the graph is tested everywhere, with an eager graph in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from everstate.core.state import clone, tensors
+from everstate.engine import Sampling
+from everstate.engine import runner as engine
+from everstate.engine.graphs import DecodeGraph, worth_capturing
+from everstate.models import LM, ModelConfig
+
+LAYOUTS = ["mamba1", "mamba2", "mamba3", "2 * (mamba2 mlp)", "mamba2 attention mlp"]
+SAMPLINGS = {
+    "greedy": [Sampling(temperature=0.0)] * 3,
+    "mixed": [Sampling(temperature=0.0), Sampling(seed=3, top_k=20), Sampling(seed=4, top_p=0.9)],
+}
+
+
+class EagerGraph(DecodeGraph):
+    """The same steps, each asked for anew."""
+
+    def __init__(self, model: LM, logits: Any, state: Any, filters: Any) -> None:
+        self.model, self.filters, self.state = model, filters, state
+        self.logits, self.chosen = logits.clone(), torch.zeros(len(logits), dtype=torch.int64)
+        self.u = torch.zeros(len(logits), dtype=torch.float64)
+
+    def step(self, u: Any) -> Any:
+        self.u.copy_(u)
+        self._step(self.state)
+        return self.chosen, self.logits
+
+
+def decode(model: LM, samplings: list[Sampling], stop: set[int]) -> tuple[list[Any], Any]:
+    state = model.init_state(3, context=64)
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    logits = engine.prefill_(model, prompts, state)
+    steps = engine.decode_(model, logits, state, samplings, [3, 2, 4], stop=stop, max_tokens=30)
+    return [{row: (token, after.float().cpu()) for row, (token, after) in step.items()} for step in steps], state
+
+
+def same(one: tuple[list[Any], Any], other: tuple[list[Any], Any], tolerance: float = 0.0) -> None:
+    for here, there in zip(one[0], other[0], strict=True):
+        assert {row: token for row, (token, _) in here.items()} == {row: token for row, (token, _) in there.items()}
+        assert all((here[row][1] - there[row][1]).abs().max() <= tolerance for row in here)
+    for mine, theirs in zip(tensors(one[1]), tensors(other[1]), strict=True):
+        assert (mine.float() - theirs.float()).abs().max() <= tolerance
+
+
+def frequent(steps: list[Any]) -> set[int]:
+    """A token at which some row ends and others go on."""
+    return {steps[4][0][0]}
+
+
+@pytest.mark.parametrize("samplings", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_rows_that_have_ended_keep_their_state(samplings: list[Sampling], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2 attention"))
+    stop = frequent(decode(model, samplings, set())[0])
+    expected = decode(model, samplings, stop)
+    assert any(len(step) < 3 for step in expected[0])
+    monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: True)
+    monkeypatch.setattr(engine, "DecodeGraph", EagerGraph)
+    same(decode(model, samplings, stop), expected, 1e-5)
+
+
+def test_an_abandoned_loop_has_read_what_it_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2"))
+    monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: True)
+    monkeypatch.setattr(engine, "DecodeGraph", EagerGraph)
+    state = model.init_state(1)
+    logits = engine.prefill_(model, [[1, 2]], state)
+    expected, steps = clone(state), engine.decode_(model, logits, state, [Sampling()], [2], max_tokens=20)
+    for _ in range(3):
+        token, _ = next(steps)[0]
+        model.step_(torch.tensor([token]), expected)
+    steps.close()
+    same(([], state), ([], expected), 1e-6)
+
+
+def test_a_cpu_captures_nothing() -> None:
+    assert not worth_capturing(LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2")), 1000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("samplings", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_graph_writes_what_steps_write(
+    layout: str, samplings: list[Sampling], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model = LM(ModelConfig(d_model=64, vocab_size=200, layout=layout), device="cuda")
+    assert worth_capturing(model, 30)
+    captured = decode(model, samplings, set())
+    stop = frequent(captured[0])
+    stopped = decode(model, samplings, stop)
+    monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: False)
+    same(captured, decode(model, samplings, set()), 1e-4)
+    same(stopped, decode(model, samplings, stop), 1e-4)
