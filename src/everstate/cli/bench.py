@@ -36,6 +36,22 @@ def ops(
 
 
 @app.command()
+def decode(
+    model: Annotated[str, typer.Option("--model", "-m", help="Kind and size of published shapes.")] = "mamba2-1.3b",
+    batch: Annotated[list[int] | None, typer.Option("--batch", "-b", min=1, help="Sequences at once; repeat.")] = None,
+    quick: Annotated[bool, typer.Option(help="A tiny model: seconds instead of minutes.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+) -> None:
+    """Tokens per second of a whole model with random weights, and whether an old stream is slower than a young one."""
+    from everstate.bench import decode as measure
+
+    batches = tuple(batch or (1, 16, 64))
+    result = measure.run(model=model, batches=batches, quick=quick, device=device, output=output, now=datetime.now(UTC))
+    raise typer.Exit(0 if result["passed"] else 1)
+
+
+@app.command()
 def load(
     gigabytes: Annotated[float, typer.Option(min=1.0, help="Size of the checkpoint, on disk and in memory.")] = 2.0,
     repeats: Annotated[int, typer.Option(min=1, help="Turns that are counted.")] = 5,

@@ -1,0 +1,143 @@
+"""`everstate bench decode`: tokens per second of whole models, by size and batch, and whether old streams slow down.
+
+Random weights of published shapes: speed does not depend on their values. A step is timed as a user sees it, from one
+token in the host's hands to the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from rich.console import Console
+from torch import Tensor
+
+from everstate.bench.report import Row, machine, publish
+from everstate.bench.timing import Gate, Timing, relative_error, with_threads
+from everstate.core.env import cpu_threads
+from everstate.core.errors import ConfigError
+from everstate.core.state import nbytes
+from everstate.engine.runner import decode_, prefill_
+from everstate.engine.sampler import Sampling
+from everstate.mixers import State
+from everstate.models import LM, ModelConfig
+
+WIDTHS = {"130m": (768, 24), "370m": (1024, 48), "780m": (1536, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}
+"""Width and layers of the published sizes."""
+TINY = (64, 2)
+KINDS = ("mamba1", "mamba2", "mamba3")
+VOCABULARY, PROMPT, WARM = 50_288, 128, 8
+SEGMENT = 8192
+"""Tokens read at once to make a stream old."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model, and how much it writes: `steps` tokens per measurement, `old` tokens read by the old stream."""
+
+    kind: str
+    width: int
+    layers: int
+    batches: tuple[int, ...]
+    steps: int
+    old: int
+    device: str
+
+
+def run(
+    *, model: str, batches: tuple[int, ...], quick: bool, device: str, output: Path | None, now: datetime
+) -> dict[str, Any]:
+    """Measure, print a table and a line of JSON, write that to `output`, and return it.
+
+    `model` is a kind and a size, such as `mamba2-1.3b`. `quick` takes a tiny model, which proves only that everything
+    works. Raises `ConfigError` for a model that has no published shape.
+    """
+    kind, _, size = model.partition("-")
+    if kind not in KINDS or size not in WIDTHS:
+        raise ConfigError(f"bench decode: {model!r} is not one of {', '.join(KINDS)}, a dash, and {', '.join(WIDTHS)}")
+    width, layers = TINY if quick else WIDTHS[size]
+    plan = Plan(kind, width, layers, batches, 32 if quick else 128, 512 if quick else 131_072, device)
+    with with_threads(cpu_threads()), Console(stderr=True).status(f"making {model}") as status:
+        lm = build(plan)
+        weights = sum(p.numel() * p.element_size() for p in lm.parameters())
+        rows: list[Row] = []
+        for batch in batches:
+            status.update(f"{batch} sequences")
+            rows += speed(lm, plan, batch, weights)
+        status.update(f"a stream of {plan.old:,} tokens")
+        rows += ageing(lm, plan)
+    facts = {"model": model, "quick": quick, "machine": machine(torch.device(device)), "weight_bytes": weights}
+    return publish("decode", rows, facts, now, output)
+
+
+def build(plan: Plan) -> LM:
+    """The model, in the precision that its device prefers."""
+    config = ModelConfig(d_model=plan.width, vocab_size=VOCABULARY, layout=f"{plan.layers} * ({plan.kind})")
+    dtype = torch.float32 if plan.device == "cpu" else torch.bfloat16
+    return LM(config, device=plan.device, dtype=dtype)
+
+
+def speed(lm: LM, plan: Plan, batch: int, weights: int) -> Iterator[Row]:
+    """Greedy tokens of several sequences at once."""
+    prompts = prompt_tokens(plan, batch, PROMPT).tolist()
+    state = lm.init_state(batch)
+    gate = step_gate(lm, plan, batch)
+    if not gate.passed:
+        yield Row(f"{batch} sequences", batch, gate, None)
+        return
+    timing = time_steps(lm, prefill_(lm, prompts, state), state, batch, plan.steps)
+    moved = (weights + 2 * nbytes(state)) / timing.median / 1e12
+    yield Row(
+        f"{batch} sequences", batch, gate, timing, ratio=moved, ratio_of="TB/s", state_bytes=nbytes(state) // batch
+    )
+
+
+def ageing(lm: LM, plan: Plan) -> Iterator[Row]:
+    """The same step of a stream that has read little, and of one that has read much."""
+    young, old = lm.init_state(1), lm.init_state(1)
+    tokens = prompt_tokens(plan, 1, plan.old)
+    first = prefill_(lm, tokens[:, :PROMPT].tolist(), young)
+    with torch.no_grad():
+        for segment in tokens.split(SEGMENT, 1):
+            hidden, old = lm.hidden(segment, old)
+        last = lm.logits(hidden[:, -1])
+    gate = Gate(float(nbytes(young) != nbytes(old)), 0.0)
+    timings = [time_steps(lm, logits, state, 1, plan.steps) for logits, state in ((first, young), (last, old))]
+    yield Row(f"after {PROMPT} tokens", 1, gate, timings[0], state_bytes=nbytes(young))
+    ratio = timings[1].median / timings[0].median
+    yield Row(
+        f"after {plan.old:,} tokens", 1, gate, timings[1],
+        ratio=ratio, ratio_of=f"time after {PROMPT}", state_bytes=nbytes(old),
+    )  # fmt: skip
+
+
+def time_steps(lm: LM, logits: Tensor, state: State, batch: int, steps: int) -> Timing:
+    """Seconds of each step but the first few, in which a graph is captured and caches are cold."""
+    marks = []
+    greedy = [Sampling(temperature=0.0)] * batch
+    for _ in decode_(lm, logits, state, greedy, [PROMPT] * batch, max_tokens=steps + WARM):
+        marks.append(time.perf_counter())
+    kept = marks[WARM - 1 :]
+    return Timing(tuple(after - before for before, after in pairwise(kept)))
+
+
+@torch.no_grad()
+def step_gate(lm: LM, plan: Plan, batch: int) -> Gate:
+    """The logits of a decoding step against those of reading the same tokens in one pass."""
+    tokens = prompt_tokens(plan, batch, PROMPT)
+    expected = lm(tokens, lm.init_state(batch))[0][:, -1]
+    state = lm.hidden(tokens[:, :-1], lm.init_state(batch))[1]
+    got = lm.step_(tokens[:, -1], state)
+    return Gate(relative_error(got.float(), expected.float()), 1e-4 if lm.dtype == torch.float32 else 5e-2)
+
+
+def prompt_tokens(plan: Plan, batch: int, length: int) -> Int[Tensor, "b l"]:
+    """Random tokens."""
+    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0)).to(plan.device)

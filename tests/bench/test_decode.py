@@ -1,0 +1,37 @@
+"""The benchmark of decoding, at a size that takes seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from everstate.bench import decode
+from everstate.cli import build
+
+RUNNER = CliRunner()
+
+
+def test_a_quick_run_measures_every_batch_and_an_old_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "VOCABULARY", 64)
+    output = tmp_path / "decode.json"
+    arguments = ["bench", "decode", "--quick", "--model", "mamba2-130m", "-b", "1", "-b", "2", "--output", str(output)]
+    ran = RUNNER.invoke(build(), arguments)
+    assert ran.exit_code == 0, ran.output
+    result = json.loads(output.read_text())
+    assert [row["name"] for row in result["rows"]] == [
+        "1 sequences",
+        "2 sequences",
+        "after 128 tokens",
+        "after 512 tokens",
+    ]
+    assert all(row["passed"] and row["seconds"] > 0 for row in result["rows"])
+    assert result["rows"][2]["state_bytes"] == result["rows"][3]["state_bytes"]
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
+    ran = RUNNER.invoke(build(), ["bench", "decode", "--quick", "--model", "mamba2-7b"])
+    assert ran.exit_code != 0
+    assert "'mamba2-7b' is not one of" in str(ran.exception or ran.output)
