@@ -9,6 +9,7 @@ from torch.nn.functional import silu
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
+from everstate.ops.norm.limits import accepts_gated, accepts_norm
 
 
 @op
@@ -47,5 +48,7 @@ def gated_rms_norm(
     return y.to(x.dtype)
 
 
+rms_norm.add("triton", "everstate.ops.norm.triton:rms_norm", accepts_norm)
 rms_norm.add("torch", "everstate.ops.norm.lean:rms_norm", anywhere)
+gated_rms_norm.add("triton", "everstate.ops.norm.triton:gated_rms_norm", accepts_gated)
 gated_rms_norm.add("torch", "everstate.ops.norm.lean:gated_rms_norm", anywhere)

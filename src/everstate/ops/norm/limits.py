@@ -1,0 +1,29 @@
+"""What the Triton kernels of the norms cannot take. Read without Triton, which need not be there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from everstate.core.kernels import refusal
+
+WIDEST = 16_384
+"""Numbers of a row that a program holds in registers."""
+
+
+def accepts_norm(x: Tensor, weight: Tensor | None, *, groups: int = 1, **settings: Any) -> str | None:
+    """Why the kernel of `rms_norm` does not serve these arguments, or None."""
+    return refusal(x, weight) or _refusal_of_width(x, groups)
+
+
+def accepts_gated(x: Tensor, z: Tensor, weight: Tensor | None, *, groups: int = 1, **settings: Any) -> str | None:
+    """Why the kernel of `gated_rms_norm` does not serve these arguments, or None."""
+    return refusal(x, z, weight) or _refusal_of_width(x, groups)
+
+
+def _refusal_of_width(x: Tensor, groups: int) -> str | None:
+    width = x.shape[-1] // groups
+    if x.numel() == 0:
+        return "was given no rows"
+    return f"takes groups of up to {WIDEST} numbers, not {width}" if width > WIDEST else None

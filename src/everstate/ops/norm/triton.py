@@ -1,0 +1,178 @@
+"""The norms on a GPU: one pass over memory forward, one backward, gate and weight included.
+
+A program takes the rows of one group one after the other. Backward, it sums the gradient of the weight over its rows;
+the sums of the programs are added at the end, always in the same order.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from everstate.core.kernels import processors
+
+PLAIN, GATE_FIRST, GATE_LAST = 0, 1, 2
+"""No gate; `norm(x silu(z))`; `norm(x) silu(z)`."""
+
+
+def rms_norm(
+    x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"] | None, *, eps: float = 1e-5, groups: int = 1
+) -> Float[Tensor, "*b d"]:
+    """See `everstate.ops.rms_norm`."""
+    return _norm(x, None, weight, eps, groups, PLAIN)
+
+
+def gated_rms_norm(
+    x: Float[Tensor, "*b d"],
+    z: Float[Tensor, "*b d"],
+    weight: Float[Tensor, " d"] | None,
+    *,
+    eps: float = 1e-5,
+    groups: int = 1,
+    norm_before_gate: bool = False,
+) -> Float[Tensor, "*b d"]:
+    """See `everstate.ops.gated_rms_norm`."""
+    return _norm(x, z, weight, eps, groups, GATE_LAST if norm_before_gate else GATE_FIRST)
+
+
+@torch.library.custom_op("everstate::rms_norm", mutates_args=())
+def _norm(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows, gate = _rows(x), None if z is None else _rows(z)
+    grid, sizes = _launch(rows, groups, len(rows))
+    _norm_kernel[grid](
+        rows, gate, weight, y, len(rows), rows.stride(0), 0 if gate is None else gate.stride(0), eps,
+        GROUPS=groups, MODE=mode, **sizes,
+    )  # fmt: skip
+    return y
+
+
+@_norm.register_fake
+def _(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("everstate::rms_norm_backward", mutates_args=())
+def _norm_backward(
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int
+) -> list[Tensor]:
+    """Gradients of x, and of z and weight where they are given."""
+    rows, gate, upstream = _rows(x), None if z is None else _rows(z), _rows(dy)
+    programs = min(len(rows), 4 * processors(x.device))
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+    sums = None if weight is None else x.new_empty(programs, len(weight), dtype=torch.float32)
+    grid, sizes = _launch(rows, groups, programs)
+    _norm_backward_kernel[grid](
+        upstream, rows, gate, weight, dx, dz, sums, len(rows), upstream.stride(0), rows.stride(0),
+        0 if gate is None else gate.stride(0), eps, GROUPS=groups, MODE=mode, **sizes,
+    )  # fmt: skip
+    given = [dx] if dz is None else [dx, dz]
+    return given if sums is None or weight is None else [*given, sums.sum(0).to(weight.dtype)]
+
+
+@_norm_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int
+) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, z, weight) if t is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    _, z, weight = saved = ctx.saved_tensors
+    gradients = iter(_norm_backward(dy, *saved, *ctx.settings))
+    dx = next(gradients)
+    return dx, None if z is None else next(gradients), None if weight is None else next(gradients), None, None, None
+
+
+_norm.register_autograd(_differentiate, setup_context=_save)
+
+
+def _rows(t: Tensor) -> Float[Tensor, "rows d"]:
+    """A view where it can be one, as of a part of a wider projection."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _launch(rows: Float[Tensor, "rows d"], groups: int, programs: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid, and what the width decides."""
+    width = rows.shape[1] // groups
+    block = triton.next_power_of_2(width)
+    return (programs, groups), {"WIDTH": width, "BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+@triton.jit
+def _load(base, row, stride, columns, inside):
+    return tl.load(base + row.to(tl.int64) * stride + columns, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _norm_kernel(
+    x, z, weight, y, rows, x_row, z_row, eps,
+    GROUPS: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row and group."""
+    row, at = tl.program_id(0), tl.arange(0, BLOCK)
+    inside, columns = at < WIDTH, tl.program_id(1) * WIDTH + at
+    u = _load(x, row, x_row, columns, inside)
+    gate = u
+    if MODE != 0:
+        gate = _load(z, row, z_row, columns, inside)
+        gate = gate * tl.sigmoid(gate)
+    if MODE == 1:
+        u = u * gate
+    out = u * tl.rsqrt(tl.sum(u * u, 0) / WIDTH + eps)
+    if weight is not None:
+        out = out * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if MODE == 2:
+        out = out * gate
+    tl.store(y + row.to(tl.int64) * GROUPS * WIDTH + columns, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_backward_kernel(
+    dy, x, z, weight, dx, dz, sums, rows, dy_row, x_row, z_row, eps,
+    GROUPS: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per group and every so many rows."""
+    at = tl.arange(0, BLOCK)
+    inside, columns = at < WIDTH, tl.program_id(1) * WIDTH + at
+    scale = tl.full((BLOCK,), 1.0, tl.float32)
+    if weight is not None:
+        scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    summed = tl.zeros((BLOCK,), tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at_row = row + tl.program_id(1) * 0
+        given, upstream = _load(x, at_row, x_row, columns, inside), _load(dy, at_row, dy_row, columns, inside)
+        u, gate, slope = given, given, given
+        if MODE != 0:
+            logit = _load(z, at_row, z_row, columns, inside)
+            open_part = tl.sigmoid(logit)
+            gate = logit * open_part
+            slope = open_part * (1.0 + logit * (1.0 - open_part))
+        if MODE == 1:
+            u = given * gate
+        rstd = tl.rsqrt(tl.sum(u * u, 0) / WIDTH + eps)
+        dgate = upstream * u * rstd * scale
+        if MODE == 2:
+            upstream = upstream * gate
+        summed += upstream * u * rstd
+        scaled = upstream * scale
+        du = rstd * (scaled - u * (rstd * rstd * (tl.sum(scaled * u, 0) / WIDTH)))
+        out = at_row.to(tl.int64) * GROUPS * WIDTH + columns
+        if MODE == 1:
+            dgate = du * given
+            du = du * gate
+        tl.store(dx + out, du.to(dx.dtype.element_ty), mask=inside)
+        if MODE != 0:
+            tl.store(dz + out, (dgate * slope).to(dz.dtype.element_ty), mask=inside)
+    if weight is not None:
+        tl.store(sums + tl.program_id(0) * GROUPS * WIDTH + columns, summed, mask=inside)
