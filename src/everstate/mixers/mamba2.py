@@ -177,7 +177,9 @@ class Mamba2(Mixer):
 
     def _decay(self, dt: Float[Tensor, "*b h"], delta_t: Float[Tensor, "*b"] | None) -> tuple[Tensor, Tensor]:
         """The log decay `dt A` and the step `dt` of each head."""
-        dt = softplus(dt.to(state_dtype(dt.dtype)) + self.dt_bias).clamp(*self.config.dt_limit)
+        dt = softplus(dt.to(state_dtype(dt.dtype)) + self.dt_bias)
+        if self.config.dt_limit != (0.0, math.inf):
+            dt = dt.clamp(*self.config.dt_limit)
         if delta_t is not None:
             dt = dt * delta_t.unsqueeze(-1)
         return dt * -torch.exp(self.A_log), dt

@@ -1,0 +1,26 @@
+"""What the Triton kernels of the short convolution cannot take. Read without Triton, which need not be there."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from everstate.core.state import Slots
+from everstate.ops.limits import step_refusal
+
+WIDEST = 16
+"""Taps that a program holds for each channel."""
+
+
+def accepts_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    slots: Slots = None,
+    *,
+    activation: str | None = None,
+) -> str | None:
+    """Why the kernel of `causal_conv1d_step_` does not serve these arguments, or None."""
+    if weight.shape[1] > WIDEST:
+        return f"takes up to {WIDEST} taps, not {weight.shape[1]}"
+    return step_refusal(state, x, weight, bias)
