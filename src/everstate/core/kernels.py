@@ -46,13 +46,24 @@ def refusal(*inputs: Tensor | None) -> str | None:
     return None
 
 
-@cache
+# What a compiler cannot look into, and need not: the answers never change.
+@torch.compiler.assume_constant_result
 def _installed() -> bool:
+    return _find_triton()
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return _ask_capability(device)
+
+
+@cache
+def _find_triton() -> bool:
     return find_spec("triton") is not None
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def _ask_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
