@@ -47,12 +47,12 @@ def refusal(*inputs: Tensor | None) -> str | None:
 
 
 # What a compiler cannot look into, and need not: the answers never change.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _installed() -> bool:
     return _find_triton()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability(device: torch.device) -> tuple[int, int]:
     return _ask_capability(device)
 
