@@ -12,6 +12,7 @@ from everstate.core.errors import BackendError
 from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.ops import ssd_scan, use
+from everstate.ops.ssd import limits
 
 
 def draw(
@@ -128,6 +129,14 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], sentence: str, ke
     with use("triton"), pytest.raises(BackendError, match=sentence):
         ssd_scan(**inputs)
     assert ssd_scan(**inputs)[0].isfinite().all()
+
+
+def test_a_gpu_with_little_shared_memory_is_refused(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "shared_memory", lambda device: 101_376)
+    with use("triton"), pytest.raises(BackendError, match="needs a GPU with 232,448 bytes .* this one has 101,376"):
+        ssd_scan(**draw(kernel_device, 1, 3, 1, 16, 1, 16))
 
 
 def test_a_cpu_is_refused() -> None:

@@ -57,6 +57,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return _ask_capability(device)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def shared_memory(device: torch.device) -> int:
+    """Bytes that the programs of one multiprocessor share, all of which one program may take."""
+    return _ask_shared_memory(device)
+
+
 @cache
 def _find_triton() -> bool:
     return find_spec("triton") is not None
@@ -65,6 +71,15 @@ def _find_triton() -> bool:
 @cache
 def _ask_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _ask_shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2**62  # the interpreter has no such limit
+    properties = torch.cuda.get_device_properties(device)
+    # What a program has to ask for; the stubs of PyTorch do not know it.
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 @cache

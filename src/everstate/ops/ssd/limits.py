@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everstate.core.kernels import refusal
+from everstate.core.kernels import refusal, shared_memory
 from everstate.core.state import Slots
 from everstate.ops.limits import step_refusal
 
 LARGEST = 16384
 """Numbers in the state of a head, each side filled up to a power of two: what fits into shared memory."""
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that the largest of these heads take backwards."""
 
 
 def accepts_scan(
@@ -31,6 +34,8 @@ def accepts_scan(
     why = refusal(x, a, s, B, C, state, diagonal, D)
     if why is not None:
         return why
+    if shared_memory(x.device) < SHARED_MEMORY:
+        return f"needs a GPU with {SHARED_MEMORY:,} bytes of shared memory, this one has {shared_memory(x.device):,}"
     headdim, d_state = x.shape[-1], B.shape[-1]
     filled = [max(1 << (size - 1).bit_length(), 16) for size in (headdim, d_state)]
     widest = 128 if x.dtype == torch.float32 else 256
