@@ -2,9 +2,7 @@
 
 The formulas are those of `everstate.ops.ssd.chunked`. What is different here:
 
-- A sequence is cut into *segments* when there are too few (sequence, head) pairs to fill the GPU. A first sweep finds
-  what each segment adds to a state of zeros, a small kernel passes states from segment to segment, and then all
-  segments run at once. Packed sequences are segments too.
+- Few long sequences are cut into segments, as `everstate.ops.triton_segments` says.
 - `C B^T` of a chunk is the same for all heads of a group. A kernel of its own computes it once.
 - Backward keeps no activations but the inputs. Two sweeps write the state that enters each chunk and the gradient of
   the state that leaves it; then every chunk is independent, and one program loops over the heads of a group, so that
@@ -14,22 +12,28 @@ Everything is summed in a fixed order: the same call gives the same bits.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.kernels import processors
 from everstate.core.packing import Packing
 from everstate.ops.triton_common import LOG2E, dot
-
-CHUNK = 64
-"""Entries of a chunk: the side of the smallest matrix product that keeps the tensor cores busy."""
+from everstate.ops.triton_segments import (
+    CHUNK,
+    load_rows,
+    load_state,
+    pass_kernel,
+    pieces_for,
+    plan,
+    rows_of,
+    store_rows,
+    store_state,
+)
 
 
 def ssd_scan(
@@ -89,7 +93,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, a, s, B, C, state, and of diagonal and D where they are given."""
     call = _Call(x, a, s, B, C, diagonal, D, ends)
-    dy = _rows_of(dy)
+    dy = rows_of(dy)
     entering, _ = call.boundaries(call.x, call.B, state, reverse=False)
     leaving, dstate = call.boundaries(dy, call.C, dfinal.contiguous(), reverse=True)
     dx, da, ds, ddiagonal, dD = call.input_gradients(dy, entering, leaving)
@@ -126,43 +130,6 @@ def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None,
 _scan.register_autograd(_differentiate, setup_context=_save)
 
 
-class _Plan(NamedTuple):
-    """Where the programs find their entries.
-
-    chunks: first entry and end. segments: first chunk, number of chunks, sequence, whether its first and last segment.
-    sequences: first segment and number of segments.
-    """
-
-    chunks: Int[Tensor, "chunks 2"]
-    segments: Int[Tensor, "segments 5"]
-    sequences: Int[Tensor, "seqs 2"]
-
-
-# Cached by value: every layer of a model asks for the same tables, which a captured graph could not copy to the GPU.
-@lru_cache(maxsize=64)
-def _plan(ends: tuple[int, ...], chunk: int, pieces: int, device: torch.device) -> _Plan:
-    """The tables for sequences that end at `ends`, each cut into up to `pieces` segments of whole chunks."""
-    chunks: list[tuple[int, int]] = []
-    segments: list[tuple[int, int, int, int, int]] = []
-    sequences: list[tuple[int, int]] = []
-    for sequence, (start, end) in enumerate(pairwise(ends)):
-        mine = [(at, min(at + chunk, end)) for at in range(start, end, chunk)]
-        each = triton.cdiv(len(mine), pieces)
-        cuts = range(0, len(mine), each)
-        sequences.append((len(segments), len(cuts)))
-        for at in cuts:
-            count = min(each, len(mine) - at)
-            segments.append((len(chunks) + at, count, sequence, at == 0, at + count == len(mine)))
-        chunks += mine
-    return _Plan(*(torch.tensor(t, dtype=torch.int32, device=device) for t in (chunks, segments, sequences)))
-
-
-def _rows_of(t: Tensor) -> Tensor:
-    """`t` with b and l as one dimension (kept as l of b = 1), the last dimension dense: a view where it can be one."""
-    t = t.flatten(0, 1).unsqueeze(0)
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 BLOCK_H = 16
 """Heads whose decays one program sums."""
 
@@ -190,13 +157,14 @@ class _Call:
         self.groups, d_state = B.shape[2:]
         rank = 0 if diagonal is None else diagonal.shape[-1]
         chunk = CHUNK // max(rank, 1) * max(rank, 1)
-        self.x, self.B, self.C = _rows_of(x), _rows_of(B), _rows_of(C)
+        self.x, self.B, self.C = rows_of(x), rows_of(B), rows_of(C)
         self.diagonal, self.D = None if diagonal is None else diagonal.contiguous(), D
         # Triton 3.6 reads beyond its shared memory where a product of float32 has a side of 16.
         smallest = 32 if x.dtype == torch.float32 else 16
         self.block_p = max(triton.next_power_of_2(self.headdim), smallest)
         bounds = tuple(ends) or tuple(range(0, (batch + 1) * length, length))
-        self.plan = _plan(bounds, chunk, self._pieces(len(bounds) - 1), x.device)
+        programs = (len(bounds) - 1) * self.heads * triton.cdiv(self.headdim, TILE_P)
+        self.plan = plan(bounds, chunk, pieces_for(programs, x.device), x.device)
         self.strides = [n for t in (self.x, self.B, self.C) for n in t.stride()[1:3]]
         self.sizes = {
             "HEADS": self.heads, "GROUPS": self.groups, "P": self.headdim, "N": d_state, "RANK": rank,
@@ -219,12 +187,6 @@ class _Call:
             HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H,
         )  # fmt: skip
         return decays, scales
-
-    def _pieces(self, sequences: int) -> int:
-        """Segments per sequence: one, unless the sequences alone leave multiprocessors idle."""
-        programs = sequences * self.heads * triton.cdiv(self.headdim, TILE_P)
-        available = processors(self.x.device)
-        return 1 if programs >= 2 * available else triton.cdiv(4 * available, programs)
 
     def _head_splits(self) -> int:
         """Programs among which the heads of a group are divided in the gradients: as few as fill the GPU."""
@@ -250,7 +212,7 @@ class _Call:
         kept = state.new_empty(len(segments), self.heads)
         self._sweep(x, keys, None, None, ends, kept, reverse=reverse)
         size = self.headdim * state.shape[3]
-        _pass_kernel[(len(sequences) * self.heads, triton.cdiv(size, 1024))](
+        pass_kernel[(len(sequences) * self.heads, triton.cdiv(size, 1024))](
             ends, kept, state.contiguous(), sequences, HEADS=self.heads, SIZE=size, REVERSE=reverse, BLOCK=1024
         )
         return ends
@@ -316,39 +278,6 @@ def _only(sizes: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 def _warps(call: _Call) -> int:
     """A state of 64 x 128 in float32 takes half of the registers of four warps."""
     return 4 if min(call.block_p, TILE_P) * call.sizes["BLOCK_N"] <= 64 * 128 else 8
-
-
-@triton.jit
-def _load_rows(base, start, at, inside, columns, stride, WIDTH: tl.constexpr):
-    """Rows `start + at` of a matrix, zeros where there is none. Only the base is 64 bits wide: registers are scarce."""
-    mask = inside[:, None]
-    if columns.shape[0] != WIDTH:
-        mask = mask & (columns < WIDTH)[None, :]
-    return tl.load(base + start.to(tl.int64) * stride + (at[:, None] * stride + columns[None, :]), mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_rows(base, start, at, inside, columns, stride, value, WIDTH: tl.constexpr):
-    mask = inside[:, None]
-    if columns.shape[0] != WIDTH:
-        mask = mask & (columns < WIDTH)[None, :]
-    out = base + start.to(tl.int64) * stride + (at[:, None] * stride + columns[None, :])
-    tl.store(out, value.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_state(base, p, n, P: tl.constexpr, N: tl.constexpr):
-    """Rows p and columns n of the state of a head."""
-    place = p[:, None] * N + n[None, :]
-    if p.shape[0] == P and n.shape[0] == N:
-        return tl.load(base + place)
-    return tl.load(base + place, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)
-
-
-@triton.jit
-def _store_state(base, p, n, value, P: tl.constexpr, N: tl.constexpr):
-    place = p[:, None] * N + n[None, :]
-    tl.store(base + place, value.to(base.dtype.element_ty), mask=(p < P)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -432,8 +361,8 @@ def _gram_kernel(
     start = tl.load(chunks + 2 * chunk)
     inside = start + at < tl.load(chunks + 2 * chunk + 1)
     dtype = gram.dtype.element_ty
-    k = _load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
-    q = _load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
+    k = load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
+    q = load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
     out = gram + tl.program_id(0).to(tl.int64) * BLOCK * BLOCK
     tl.store(out + at[:, None] * BLOCK + at[None, :], dot(q, tl.trans(k), None, PRECISION).to(dtype))
 
@@ -454,15 +383,15 @@ def _scan_kernel(
     dtype = x.dtype.element_ty
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
     at, p, n = tl.arange(0, BLOCK), tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    h = _load_state(entering + (segment * HEADS + head) * P * N, p, n, P, N)
+    h = load_state(entering + (segment * HEADS + head) * P * N, p, n, P, N)
     for step in range(count):
         chunk = first + step
         start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
         inside = start + at < end
         cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
-        k = _load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
-        q = _load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
-        u = _load_rows(x + head * x_head, start, at, inside, p, x_token, P)
+        k = load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
+        q = load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
+        u = load_rows(x + head * x_head, start, at, inside, p, x_token, P)
         if SHARED:
             product = tl.load(
                 gram + (chunk.to(tl.int64) * GROUPS + group) * BLOCK * BLOCK + (at[:, None] * BLOCK + at[None, :])
@@ -475,12 +404,12 @@ def _scan_kernel(
         out = dot(q, tl.trans(h.to(dtype)), None, PRECISION) * tl.exp2(cs * LOG2E)[:, None]
         out = dot(weights.to(dtype), u, out, PRECISION)
         out += _own_inputs(u, diagonal, D, start, at, inside, head, p, HEADS, P, RANK, SKIP)
-        _store_rows(y + head * P, start, at, inside, p, HEADS * P, out, P)
+        store_rows(y + head * P, start, at, inside, p, HEADS * P, out, P)
         added = (u * (scale * tl.exp2((last - cs) * LOG2E))[:, None]).to(dtype)
         h = dot(tl.trans(added), k, h * tl.exp2(last * LOG2E), PRECISION)
     if tl.load(segments + 5 * segment + 4) == 1:
         sequence = tl.load(segments + 5 * segment + 2).to(tl.int64)
-        _store_state(final + (sequence * HEADS + head) * P * N, p, n, h, P, N)
+        store_state(final + (sequence * HEADS + head) * P * N, p, n, h, P, N)
 
 
 @triton.jit
@@ -520,43 +449,26 @@ def _sweep_kernel(
     h = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     decayed = 0.0
     if entering is not None:
-        h = _load_state(entering + (segment * HEADS + head) * P * N, p, n, P, N)
+        h = load_state(entering + (segment * HEADS + head) * P * N, p, n, P, N)
     for step in range(count):
         chunk = first + (count - 1 - step if REVERSE else step)
         if boundaries is not None:
-            _store_state(boundaries + (chunk.to(tl.int64) * HEADS + head) * P * N, p, n, h, P, N)
+            store_state(boundaries + (chunk.to(tl.int64) * HEADS + head) * P * N, p, n, h, P, N)
         start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
         inside = start + at < end
         cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
         weight = tl.exp2(cs * LOG2E) if REVERSE else scale * tl.exp2((last - cs) * LOG2E)
-        k = _load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
-        u = _load_rows(x + head * x_head, start, at, inside, p, x_token, P)
+        k = load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
+        u = load_rows(x + head * x_head, start, at, inside, p, x_token, P)
         added = tl.trans((u * weight[:, None]).to(dtype))
         h = dot(added, k, h * tl.exp2(last * LOG2E), PRECISION)
         decayed += last
     if boundaries is None:
-        _store_state(ends + (segment * HEADS + head) * P * N, p, n, h, P, N)
+        store_state(ends + (segment * HEADS + head) * P * N, p, n, h, P, N)
         tl.store(kept + segment * HEADS + head, decayed)
     elif tl.load(segments + 5 * segment + (3 if REVERSE else 4)) == 1:
         sequence = tl.load(segments + 5 * segment + 2).to(tl.int64)
-        _store_state(ends + (sequence * HEADS + head) * P * N, p, n, h, P, N)
-
-
-@triton.jit
-def _pass_kernel(
-    ends, kept, state, sequences, HEADS: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One program per sequence, head and part of a state: from what the segments add to what enters each, in place."""
-    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
-    first, count = tl.load(sequences + 2 * sequence), tl.load(sequences + 2 * sequence + 1)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    h = tl.load(state + (sequence * HEADS + head) * SIZE + at, mask=at < SIZE, other=0.0)
-    for step in range(count):
-        segment = (first + (count - 1 - step if REVERSE else step)).to(tl.int64)
-        own = ends + (segment * HEADS + head) * SIZE + at
-        added = tl.load(own, mask=at < SIZE, other=0.0)
-        tl.store(own, h, mask=at < SIZE)
-        h = h * tl.exp2(tl.load(kept + segment * HEADS + head) * LOG2E) + added
+        store_state(ends + (sequence * HEADS + head) * P * N, p, n, h, P, N)
 
 
 @triton.jit
@@ -579,17 +491,17 @@ def _inputs_kernel(
     inside = start + at < end
     cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
     # Loaded where they are used: what waits in registers keeps other programs off the processor.
-    k = _load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
-    dh = _load_state(leaving + (chunk * HEADS + head) * P * N, p, n, P, N)
-    u = _load_rows(x + head * x_head, start, at, inside, p, x_token, P)
+    k = load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
+    dh = load_state(leaving + (chunk * HEADS + head) * P * N, p, n, P, N)
+    u = load_rows(x + head * x_head, start, at, inside, p, x_token, P)
     # The gradient of s x: first what went through the state, then what entries of the chunk received.
     dadded = dot(k, tl.trans(dh), None, PRECISION) * tl.exp2((last - cs) * LOG2E)[:, None]
     dlast = tl.sum(scale * tl.sum(dadded * u.to(tl.float32), 1), 0)
-    h = _load_state(entering + (chunk * HEADS + head) * P * N, p, n, P, N)
+    h = load_state(entering + (chunk * HEADS + head) * P * N, p, n, P, N)
     dlast += tl.exp2(last * LOG2E) * tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1), 0)
     # How much a larger sum of decays would change: all that an entry received, less all that it gave.
-    q = _load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
-    du = _load_rows(dy + head * dy_head, start, at, inside, p, dy_token, P)
+    q = load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
+    du = load_rows(dy + head * dy_head, start, at, inside, p, dy_token, P)
     ddecay = tl.sum(dot(q, tl.trans(h), None, PRECISION) * du.to(tl.float32), 1) * tl.exp2(cs * LOG2E)
     weights = _decays(cs[None, :], cs[:, None], at[None, :], at[:, None], RANK) * dot(k, tl.trans(q), None, PRECISION)
     dadded = dot(weights.to(dtype), du, dadded, PRECISION)
@@ -608,7 +520,7 @@ def _inputs_kernel(
     if SKIP > 0:
         products = tl.sum(du.to(tl.float32) * u.to(tl.float32), 0)
         tl.store(dD + (chunk * HEADS + head) * P + p, products, mask=p < P)
-    _store_rows(dx + head * P, start, at, inside, p, HEADS * P, dinput, P)
+    store_rows(dx + head * P, start, at, inside, p, HEADS * P, dinput, P)
 
 
 @triton.jit
@@ -630,22 +542,22 @@ def _keys_kernel(
     dgram = tl.zeros((BLOCK, BLOCK), tl.float32)
     for i in range(EACH):
         head = group * (HEADS // GROUPS) + split * EACH + i
-        u = _load_rows(x + head * x_head, start, at, inside, p, x_token, P)
-        du = _load_rows(dy + head * dy_head, start, at, inside, p, dy_token, P)
-        h = _load_state(entering + (chunk * HEADS + head) * P * N, p, n, P, N)
-        dh = _load_state(leaving + (chunk * HEADS + head) * P * N, p, n, P, N)
+        u = load_rows(x + head * x_head, start, at, inside, p, x_token, P)
+        du = load_rows(dy + head * dy_head, start, at, inside, p, dy_token, P)
+        h = load_state(entering + (chunk * HEADS + head) * P * N, p, n, P, N)
+        dh = load_state(leaving + (chunk * HEADS + head) * P * N, p, n, P, N)
         cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
         received = dot(u, tl.trans(du), None, PRECISION) * scale[:, None]
         dgram += received * _decays(cs[None, :], cs[:, None], at[None, :], at[:, None], RANK)
         dq = dot((du * tl.exp2(cs * LOG2E)[:, None]).to(dtype), h, dq, PRECISION)
         dk = dot((u * (scale * tl.exp2((last - cs) * LOG2E))[:, None]).to(dtype), dh, dk, PRECISION)
-    k = _load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
-    q = _load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
+    k = load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
+    q = load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
     dk = dot(dgram.to(dtype), q, dk, PRECISION)
     dq = dot(tl.trans(dgram.to(dtype)), k, dq, PRECISION)
     base = (split.to(tl.int64) * total * GROUPS + group) * N
-    _store_rows(dB + base, start, at, inside, n, GROUPS * N, dk, N)
-    _store_rows(dC + base, start, at, inside, n, GROUPS * N, dq, N)
+    store_rows(dB + base, start, at, inside, n, GROUPS * N, dk, N)
+    store_rows(dC + base, start, at, inside, n, GROUPS * N, dq, N)
 
 
 @triton.jit

@@ -1,0 +1,115 @@
+"""What scans on a GPU share: chunks of a sequence, segments of chunks, and states that pass from segment to segment.
+
+A sequence is cut into *segments* when there are too few (sequence, head) pairs to fill the GPU: a first pass finds what
+each segment adds to a state of zeros, a small kernel passes states from segment to segment, and then all segments run
+at once. Packed sequences are segments too.
+"""
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Int
+from torch import Tensor
+
+from everstate.core.kernels import processors
+from everstate.ops.triton_common import LOG2E
+
+CHUNK = 64
+"""Entries of a chunk: the side of the smallest matrix product that keeps the tensor cores busy."""
+
+
+class Plan(NamedTuple):
+    """Where the programs find their entries.
+
+    chunks: first entry and end. segments: first chunk, number of chunks, sequence, whether its first and last segment.
+    sequences: first segment and number of segments.
+    """
+
+    chunks: Int[Tensor, "chunks 2"]
+    segments: Int[Tensor, "segments 5"]
+    sequences: Int[Tensor, "seqs 2"]
+
+
+# Cached by value: every layer of a model asks for the same tables, which a captured graph could not copy to the GPU.
+@lru_cache(maxsize=64)
+def plan(ends: tuple[int, ...], chunk: int, pieces: int, device: torch.device) -> Plan:
+    """The tables for sequences that end at `ends`, each cut into up to `pieces` segments of whole chunks."""
+    chunks: list[tuple[int, int]] = []
+    segments: list[tuple[int, int, int, int, int]] = []
+    sequences: list[tuple[int, int]] = []
+    for sequence, (start, end) in enumerate(pairwise(ends)):
+        mine = [(at, min(at + chunk, end)) for at in range(start, end, chunk)]
+        each = triton.cdiv(len(mine), pieces)
+        cuts = range(0, len(mine), each)
+        sequences.append((len(segments), len(cuts)))
+        for at in cuts:
+            count = min(each, len(mine) - at)
+            segments.append((len(chunks) + at, count, sequence, at == 0, at + count == len(mine)))
+        chunks += mine
+    return Plan(*(torch.tensor(t, dtype=torch.int32, device=device) for t in (chunks, segments, sequences)))
+
+
+def pieces_for(programs: int, device: torch.device) -> int:
+    """Segments per sequence, given the programs that one segment for each would start: as many as fill the GPU."""
+    available = processors(device)
+    return 1 if programs >= 2 * available else triton.cdiv(4 * available, programs)
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """`t` with b and l as one dimension (kept as l of b = 1), the last dimension dense: a view where it can be one."""
+    t = t.flatten(0, 1).unsqueeze(0)
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+@triton.jit
+def load_rows(base, start, at, inside, columns, stride, WIDTH: tl.constexpr):
+    """Rows `start + at` of a matrix, zeros where there is none. Only the base is 64 bits wide: registers are scarce."""
+    mask = inside[:, None]
+    if columns.shape[0] != WIDTH:
+        mask = mask & (columns < WIDTH)[None, :]
+    return tl.load(base + start.to(tl.int64) * stride + (at[:, None] * stride + columns[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, start, at, inside, columns, stride, value, WIDTH: tl.constexpr):
+    mask = inside[:, None]
+    if columns.shape[0] != WIDTH:
+        mask = mask & (columns < WIDTH)[None, :]
+    out = base + start.to(tl.int64) * stride + (at[:, None] * stride + columns[None, :])
+    tl.store(out, value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_state(base, p, n, P: tl.constexpr, N: tl.constexpr):
+    """Rows p and columns n of the state of a head."""
+    place = p[:, None] * N + n[None, :]
+    if p.shape[0] == P and n.shape[0] == N:
+        return tl.load(base + place)
+    return tl.load(base + place, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)
+
+
+@triton.jit
+def store_state(base, p, n, value, P: tl.constexpr, N: tl.constexpr):
+    place = p[:, None] * N + n[None, :]
+    tl.store(base + place, value.to(base.dtype.element_ty), mask=(p < P)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def pass_kernel(
+    ends, kept, state, sequences, HEADS: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per sequence, head and part of a state: from what the segments add to what enters each, in place."""
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    first, count = tl.load(sequences + 2 * sequence), tl.load(sequences + 2 * sequence + 1)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    h = tl.load(state + (sequence * HEADS + head) * SIZE + at, mask=at < SIZE, other=0.0)
+    for step in range(count):
+        segment = (first + (count - 1 - step if REVERSE else step)).to(tl.int64)
+        own = ends + (segment * HEADS + head) * SIZE + at
+        added = tl.load(own, mask=at < SIZE, other=0.0)
+        tl.store(own, h, mask=at < SIZE)
+        h = h * tl.exp2(tl.load(kept + segment * HEADS + head) * LOG2E) + added
