@@ -69,14 +69,38 @@ def test_sizes_of_real_layers(
     agree(draw(kernel_device, 1, 144, heads, headdim, groups, d_state, rank, dtype), tolerance)
 
 
+def pretend_to_have_many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And few heads to fill them: every sequence is cut."""
+    from everstate.ops import triton_segments
+    from everstate.ops.ssd import triton as kernels
+
+    for module in (triton_segments, kernels):
+        monkeypatch.setattr(module, "processors", lambda device: 12)
+
+
+@pytest.mark.parametrize(("headdim", "d_state", "rank"), [(16, 32, 0), (64, 16, 4), (128, 16, 1)])
+def test_whole_chunks_are_moved_by_the_copy_engine(
+    headdim: int, d_state: int, rank: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from everstate.ops.ssd import triton as kernels
+
+    pretend_to_have_many_processors(monkeypatch)
+    packing = Packing([0, 64, 256])
+    inputs = draw(kernel_device, 1, 256, 4, headdim, 2, d_state, rank, torch.bfloat16, sequences=2)
+    agree(inputs, 2e-2, packing=packing)
+    names = ("x", "a", "s", "B", "C", "diagonal", "D")
+    call = kernels._Call(*(inputs.get(name) for name in names), list(packing.cu_seqlens))
+    assert call.full and len(call.plan.segments) > len(packing)
+    off = {**inputs, "x": torch.cat([inputs["x"], inputs["x"]], -1)[..., 4 : 4 + headdim]}
+    assert not kernels._Call(*(off.get(name) for name in names), list(packing.cu_seqlens)).full
+    agree(off, 2e-2, packing=packing)
+
+
 @pytest.mark.parametrize("lengths", [[700], [1, 64, 300, 65, 2]])
 def test_segments_of_long_sequences(
     lengths: list[int], kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU of many processors and few heads to fill it: every sequence is cut."""
-    from everstate.ops.ssd import triton as kernels
-
-    monkeypatch.setattr(kernels, "processors", lambda device: 6)
+    pretend_to_have_many_processors(monkeypatch)
     packing = Packing.of_lengths(lengths)
     inputs = draw(kernel_device, 1, packing.total, 2, 16, 1, 16, sequences=len(lengths))
     agree(inputs, 1e-5, packing=packing)
@@ -131,12 +155,15 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], sentence: str, ke
     assert ssd_scan(**inputs)[0].isfinite().all()
 
 
-def test_a_gpu_with_little_shared_memory_is_refused(
+def test_a_gpu_with_too_little_shared_memory_is_refused(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "shared_memory", lambda device: 101_376)
-    with use("triton"), pytest.raises(BackendError, match="needs a GPU with 232,448 bytes .* this one has 101,376"):
-        ssd_scan(**draw(kernel_device, 1, 3, 1, 16, 1, 16))
+    with use("triton"):
+        # A head of 64 x 128 in bfloat16 fits; of 128 x 128 it does not.
+        assert ssd_scan(**draw(kernel_device, 1, 3, 1, 64, 1, 128, dtype=torch.bfloat16))[0].isfinite().all()
+        with pytest.raises(BackendError, match="needs 131,072 bytes .* this GPU has 101,376"):
+            ssd_scan(**draw(kernel_device, 1, 3, 1, 128, 1, 128, dtype=torch.bfloat16))
 
 
 def test_a_cpu_is_refused() -> None:

@@ -41,7 +41,7 @@ def refusal(*inputs: Tensor | None) -> str | None:
         return f"takes float32, bfloat16 and float16, not {str(wrong or 'complex').removeprefix('torch.')}"
     if not _installed():
         return "needs the package triton, which comes with PyTorch for GPUs"
-    if device.type == "cuda" and _capability(device) < (8, 0):
+    if capability(device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
     return None
 
@@ -53,7 +53,8 @@ def _installed() -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Generation of a GPU: (9, 0) is Hopper. The interpreter can do what that can."""
     return _ask_capability(device)
 
 
@@ -70,7 +71,7 @@ def _find_triton() -> bool:
 
 @cache
 def _ask_capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @cache

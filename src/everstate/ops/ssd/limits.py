@@ -12,10 +12,10 @@ from everstate.core.state import Slots
 from everstate.ops.limits import step_refusal
 
 LARGEST = 16384
-"""Numbers in the state of a head, each side filled up to a power of two: what fits into shared memory."""
+"""Numbers in the state of a head, each side filled up to a power of two: what fits into registers."""
 
-SHARED_MEMORY = 227 * 1024
-"""Bytes of shared memory that the largest of these heads take backwards."""
+CHUNK = 64
+"""Entries that are worked on at once."""
 
 
 def accepts_scan(
@@ -34,8 +34,6 @@ def accepts_scan(
     why = refusal(x, a, s, B, C, state, diagonal, D)
     if why is not None:
         return why
-    if shared_memory(x.device) < SHARED_MEMORY:
-        return f"needs a GPU with {SHARED_MEMORY:,} bytes of shared memory, this one has {shared_memory(x.device):,}"
     headdim, d_state = x.shape[-1], B.shape[-1]
     filled = [max(1 << (size - 1).bit_length(), 16) for size in (headdim, d_state)]
     widest = 128 if x.dtype == torch.float32 else 256
@@ -44,6 +42,9 @@ def accepts_scan(
             "takes heads of up to 128 x 128 numbers (headdim x d_state), or up to 64 x 256 unless they are float32, "
             f"not {headdim} x {d_state} in {str(x.dtype).removeprefix('torch.')}"
         )
+    needed = 2 * x.dtype.itemsize * (CHUNK * filled[0] + CHUNK * filled[1] + filled[0] * filled[1])
+    if shared_memory(x.device) < needed:
+        return f"needs {needed:,} bytes of shared memory for such heads, this GPU has {shared_memory(x.device):,}"
     if diagonal is not None and diagonal.shape[-1] > 16:
         return f"takes up to 16 entries per group, not {diagonal.shape[-1]}"
     return None

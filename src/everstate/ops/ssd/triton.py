@@ -5,8 +5,10 @@ The formulas are those of `everstate.ops.ssd.chunked`. What is different here:
 - Few long sequences are cut into segments, as `everstate.ops.triton_segments` says.
 - `C B^T` of a chunk is the same for all heads of a group. A kernel of its own computes it once.
 - Backward keeps no activations but the inputs. Two sweeps write the state that enters each chunk and the gradient of
-  the state that leaves it; then every chunk is independent, and one program loops over the heads of a group, so that
-  the gradients of B and C are sums in registers.
+  the state that leaves it; then every chunk is independent, and programs loop over heads: so B and C are loaded once,
+  and their gradients are sums in registers.
+- Chunks that are whole are moved by the copy engine of the GPU (`_Call.full`); its instructions take no registers for
+  addresses and masks.
 
 Everything is summed in a fixed order: the same call gives the same bits.
 """
@@ -19,8 +21,9 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from everstate.core.kernels import processors
+from everstate.core.kernels import capability, processors, shared_memory
 from everstate.core.packing import Packing
 from everstate.ops.triton_common import LOG2E, dot
 from everstate.ops.triton_segments import (
@@ -66,14 +69,12 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _Call(x, a, s, B, C, diagonal, D, ends)
     y, final = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
-    gram = call.gram() if call.heads > call.groups else None
-    entering = call.entering(call.x, call.B, state, reverse=False)
-    grid = (len(call.plan.segments) * call.heads * triton.cdiv(call.headdim, TILE_P),)
-    _scan_kernel[grid](
-        call.x, call.decays, call.scales, call.B, call.C, gram, call.diagonal, D, entering, y, final,
+    tile = min(call.block_p, TILE_P)
+    _scan_kernel[call.walkers](
+        call.rows(call.x, tile), call.decays, call.scales, call.rows(call.B), call.rows(call.C), call.gram(),
+        call.diagonal, D, call.entering(call.x, call.B, state, reverse=False), call.rows(rows_of(y), tile), final,
         call.plan.chunks, call.plan.segments, *call.strides, **call.sizes,
-        SKIP=call.skip, BLOCK_P=min(call.block_p, TILE_P), SHARED=gram is not None,
-        num_warps=_warps(call), num_stages=2,
+        SKIP=call.skip, BLOCK_P=tile, num_warps=call.warps, num_stages=call.stages(2),
     )  # fmt: skip
     return y, final
 
@@ -93,7 +94,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, a, s, B, C, state, and of diagonal and D where they are given."""
     call = _Call(x, a, s, B, C, diagonal, D, ends)
-    dy = rows_of(dy)
+    dy = rows_of(dy) if call.can_copy(rows_of(dy)) else rows_of(dy.contiguous())
     entering, _ = call.boundaries(call.x, call.B, state, reverse=False)
     leaving, dstate = call.boundaries(dy, call.C, dfinal.contiguous(), reverse=True)
     dx, da, ds, ddiagonal, dD = call.input_gradients(dy, entering, leaving)
@@ -133,6 +134,12 @@ _scan.register_autograd(_differentiate, setup_context=_save)
 BLOCK_H = 16
 """Heads whose decays one program sums."""
 
+DEEP = 227 * 1024
+"""Bytes of shared memory from which on there is room for tiles that are loaded ahead."""
+
+HEADS_EACH = 16
+"""Heads whose inputs get their gradients from one program, which loads B and C once and each head early."""
+
 TILE_P = 64
 """Rows of the state that one program of a sweep holds."""
 
@@ -162,16 +169,45 @@ class _Call:
         # Triton 3.6 reads beyond its shared memory where a product of float32 has a side of 16.
         smallest = 32 if x.dtype == torch.float32 else 16
         self.block_p = max(triton.next_power_of_2(self.headdim), smallest)
+        block_n = max(triton.next_power_of_2(d_state), smallest)
         bounds = tuple(ends) or tuple(range(0, (batch + 1) * length, length))
-        programs = (len(bounds) - 1) * self.heads * triton.cdiv(self.headdim, TILE_P)
-        self.plan = plan(bounds, chunk, pieces_for(programs, x.device), x.device)
+        self.tiles = triton.cdiv(self.headdim, TILE_P)
+        self.plan = plan(bounds, chunk, pieces_for((len(bounds) - 1) * self.heads * self.tiles, x.device), x.device)
+        whole = self.block_p == self.headdim and block_n == d_state and all(end % CHUNK == 0 for end in bounds)
+        self.full = whole and chunk == CHUNK and all(self.can_copy(t) for t in (self.x, self.B, self.C))
         self.strides = [n for t in (self.x, self.B, self.C) for n in t.stride()[1:3]]
         self.sizes = {
             "HEADS": self.heads, "GROUPS": self.groups, "P": self.headdim, "N": d_state, "RANK": rank,
-            "BLOCK": CHUNK, "BLOCK_N": max(triton.next_power_of_2(d_state), smallest),
-            "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
+            "BLOCK": CHUNK, "BLOCK_N": block_n, "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
+            "FULL": self.full,
         }  # fmt: skip
+        # A state of 64 x 128 in float32 takes half of the registers of four warps.
+        self.warps = 4 if min(self.block_p, TILE_P) * block_n <= 64 * 128 else 8
+        self.walkers = (len(self.plan.segments) * self.heads * self.tiles,)
         self.decays, self.scales = self._sum_decays(a.flatten(0, 1), s.flatten(0, 1))
+
+    def stages(self, wanted: int) -> int:
+        """How many tiles kernels load ahead: on a GPU with less shared memory than Hopper, and in float32, none."""
+        return wanted if self.x.dtype.itemsize == 2 and shared_memory(self.x.device) >= DEEP else 1
+
+    def can_copy(self, t: Tensor) -> bool:
+        """Whether the copy engine can move tiles of such rows: 2 bytes a number, dense, on multiples of 16 bytes."""
+        dense = t.stride(2) == t.shape[3] and t.stride(1) % 8 == 0 and t.data_ptr() % 16 == 0
+        return t.dtype.itemsize == 2 and dense and capability(t.device) >= (9, 0)
+
+    def rows(self, t: Tensor, width: int | None = None) -> Tensor | TensorDescriptor:
+        """Rows for a kernel: what the copy engine wants to know of them where chunks are `full`."""
+        if not self.full:
+            return t
+        flat = t[0].flatten(1)
+        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [CHUNK, width or t.shape[3]])
+
+    def states(self, t: Float[Tensor, "chunks h p n"]) -> Tensor | TensorDescriptor:
+        """States of all heads for a kernel, likewise."""
+        if not self.full:
+            return t
+        flat = t.flatten(0, 2)
+        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), list(t.shape[2:]))
 
     @property
     def skip(self) -> int:
@@ -179,7 +215,7 @@ class _Call:
         return 0 if self.D is None else self.D.ndim
 
     def _sum_decays(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of decays within chunks, and scales, laid out by chunk and head."""
+        """Sums of decays within chunks, in powers of two, and scales, laid out by chunk and head."""
         count = len(self.plan.chunks)
         decays, scales = a.new_empty(2, count, self.heads, CHUNK, dtype=torch.float32).unbind(0)
         _decay_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
@@ -188,15 +224,17 @@ class _Call:
         )  # fmt: skip
         return decays, scales
 
-    def _head_splits(self) -> int:
-        """Programs among which the heads of a group are divided in the gradients: as few as fill the GPU."""
-        each, splits = self.heads // self.groups, 1
-        while len(self.plan.chunks) * self.groups * splits < 2 * processors(self.x.device) and each % (2 * splits) == 0:
+    def _head_splits(self, most: int) -> int:
+        """Programs among which the heads of a group are divided: each gets at most `most`, and they fill the GPU."""
+        each, splits, wanted = self.heads // self.groups, 1, 2 * processors(self.x.device)
+        while each % (2 * splits) == 0 and (
+            each > most * splits or len(self.plan.chunks) * self.groups * splits < wanted
+        ):
             splits *= 2
         return splits
 
     def gram(self) -> Float[Tensor, "chunks g q q"]:
-        """`C B^T` of every chunk and group."""
+        """What of `C B^T` entries of a chunk receive from each other, for every chunk and group."""
         gram = self.x.new_empty(len(self.plan.chunks), self.groups, CHUNK, CHUNK)
         _gram_kernel[(len(self.plan.chunks) * self.groups,)](
             self.B, self.C, gram, self.plan.chunks, *self.strides[2:], **_only(self.sizes, _GRAM)
@@ -208,9 +246,8 @@ class _Call:
         segments, sequences = self.plan.segments, self.plan.sequences
         if len(segments) == len(sequences):
             return state.contiguous()
-        ends = state.new_empty(len(segments), *state.shape[1:])
-        kept = state.new_empty(len(segments), self.heads)
-        self._sweep(x, keys, None, None, ends, kept, reverse=reverse)
+        ends, kept = state.new_empty(len(segments), *state.shape[1:]), state.new_empty(len(segments), self.heads)
+        self._sweep(x, keys, ends, kept=kept, reverse=reverse)
         size = self.headdim * state.shape[3]
         pass_kernel[(len(sequences) * self.heads, triton.cdiv(size, 1024))](
             ends, kept, state.contiguous(), sequences, HEADS=self.heads, SIZE=size, REVERSE=reverse, BLOCK=1024
@@ -222,31 +259,33 @@ class _Call:
         entering = self.entering(x, keys, state, reverse=reverse)
         chunks = x.new_empty(len(self.plan.chunks), *state.shape[1:])
         last = torch.empty_like(state, memory_format=torch.contiguous_format)
-        self._sweep(x, keys, entering, chunks, last, None, reverse=reverse)
+        self._sweep(x, keys, last, entering=entering, chunks=chunks, reverse=reverse)
         return chunks, last
 
     def _sweep(
-        self, x: Tensor, keys: Tensor, entering: Tensor | None, chunks: Tensor | None, ends: Tensor,
-        kept: Tensor | None, *, reverse: bool,
+        self, x: Tensor, keys: Tensor, ends: Tensor, *, entering: Tensor | None = None, chunks: Tensor | None = None,
+        kept: Tensor | None = None, reverse: bool,
     ) -> None:  # fmt: skip
-        grid = (len(self.plan.segments) * self.heads * triton.cdiv(self.headdim, TILE_P),)
-        _sweep_kernel[grid](
-            x, self.decays, self.scales, keys, entering, chunks, ends, kept, self.plan.chunks, self.plan.segments,
-            *x.stride()[1:3], *keys.stride()[1:3], **_only(self.sizes, _SWEEP),
-            BLOCK_P=min(self.block_p, TILE_P), REVERSE=reverse, num_warps=_warps(self), num_stages=2,
+        tile = min(self.block_p, TILE_P)
+        _sweep_kernel[self.walkers](
+            self.rows(x, tile), self.decays, self.scales, self.rows(keys), entering, chunks, ends, kept,
+            self.plan.chunks, self.plan.segments, *x.stride()[1:3], *keys.stride()[1:3], **_only(self.sizes, _SWEEP),
+            BLOCK_P=tile, REVERSE=reverse, num_warps=self.warps, num_stages=self.stages(2 if reverse else 3),
         )  # fmt: skip
 
     def input_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> _InputGradients:
         """Gradients of x, a, s, the diagonal, and D (still to be summed over chunks)."""
-        count, (batch, length) = len(self.plan.chunks), self.shape
+        count, (batch, length), splits = len(self.plan.chunks), self.shape, self._head_splits(HEADS_EACH)
         dx = self.x.new_empty(batch, length, self.heads, self.headdim)
         ddecays, dscales = torch.empty_like(self.decays), torch.empty_like(self.scales)
         ddiagonal = None if self.diagonal is None else torch.empty_like(self.diagonal)
         dD = None if self.D is None else self.decays.new_empty(count, self.heads, self.headdim)
-        _inputs_kernel[(count * self.heads,)](
-            self.x, dy, self.decays, self.scales, self.B, self.C, self.diagonal, self.D, entering, leaving,
-            dx, ddecays, dscales, ddiagonal, dD, self.plan.chunks, *self.strides, *dy.stride()[1:3], **self.sizes,
-            SKIP=self.skip, BLOCK_P=self.block_p, num_warps=4 if self.block_p <= 64 else 8, num_stages=1,
+        _inputs_kernel[(count * self.groups * splits,)](
+            self.rows(self.x), self.rows(dy), self.decays, self.scales, self.rows(self.B), self.rows(self.C),
+            self.diagonal, self.D, self.states(entering), self.states(leaving), self.rows(rows_of(dx)),
+            ddecays, dscales, ddiagonal, dD, self.plan.chunks, *self.strides, *dy.stride()[1:3], **self.sizes,
+            SKIP=self.skip, BLOCK_P=self.block_p, SPLITS=splits,
+            num_warps=4 if self.block_p <= 64 else 8, num_stages=self.stages(2 if self.full else 1),
         )  # fmt: skip
         da, ds = (self.decays.new_empty(batch, length, self.heads) for _ in "as")
         _decay_gradients_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
@@ -256,37 +295,62 @@ class _Call:
 
     def key_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of B and C."""
-        splits, (batch, length) = self._head_splits(), self.shape
+        splits, (batch, length) = self._head_splits(self.heads), self.shape
+        # Accumulators of 64 x 128 leave room for the next two heads, larger ones for one.
+        stages = self.stages(3 if self.warps == 4 and self.block_p <= TILE_P else 2)
         shape = (splits, batch, length, *self.B.shape[2:])
         dB, dC = (t.new_empty(shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
         _keys_kernel[(len(self.plan.chunks) * self.groups * splits,)](
             self.x, dy, self.decays, self.scales, self.B, self.C, entering, leaving, dB, dC, self.plan.chunks,
-            *self.strides, *dy.stride()[1:3], batch * length, **self.sizes,
-            BLOCK_P=self.block_p, SPLITS=splits, num_warps=8, num_stages=3 if self.x.dtype.itemsize == 2 else 1,
+            *self.strides, *dy.stride()[1:3], batch * length, **_only(self.sizes, _KEYS),
+            BLOCK_P=self.block_p, SPLITS=splits, num_warps=8, num_stages=stages,
         )  # fmt: skip
         return dB.sum(0) if splits > 1 else dB[0], dC.sum(0) if splits > 1 else dC[0]
 
 
-_GRAM = ("GROUPS", "N", "BLOCK", "BLOCK_N", "PRECISION")
-_SWEEP = ("HEADS", "GROUPS", "P", "N", "BLOCK", "BLOCK_N", "PRECISION")
+_GRAM = ("GROUPS", "N", "RANK", "BLOCK", "BLOCK_N", "PRECISION")
+_SWEEP = ("HEADS", "GROUPS", "P", "N", "RANK", "BLOCK", "BLOCK_N", "PRECISION", "FULL")
+_KEYS = ("HEADS", "GROUPS", "P", "N", "RANK", "BLOCK", "BLOCK_N", "PRECISION")
 
 
 def _only(sizes: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: sizes[name] for name in names}
 
 
-def _warps(call: _Call) -> int:
-    """A state of 64 x 128 in float32 takes half of the registers of four warps."""
-    return 4 if min(call.block_p, TILE_P) * call.sizes["BLOCK_N"] <= 64 * 128 else 8
+@triton.jit
+def _load_tile(
+    source, start, at, inside, offset, columns, first, stride, WIDTH: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    """Rows `start + at` of the matrix that begins at column `offset`, from its column `first` on: `columns`."""
+    if FULL:
+        tile = source.load([start, offset + first])
+    else:
+        tile = load_rows(source + offset, start, at, inside, columns, stride, WIDTH)
+    return tile
 
 
 @triton.jit
-def _decays(cs_later, cs_earlier, later, earlier, RANK: tl.constexpr):
-    """`exp(cs_i - cs_j)` for the entries j that entry i receives, and zero elsewhere."""
-    received = later >= earlier
+def _store_tile(
+    target, start, at, inside, offset, columns, first, stride, value, WIDTH: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    if FULL:
+        target.store([start, offset + first], value.to(target.dtype))
+    else:
+        store_rows(target + offset, start, at, inside, columns, stride, value, WIDTH)
+
+
+@triton.jit
+def _place(p, n, P: tl.constexpr, N: tl.constexpr):
+    """Offsets of a transposed state (n, p) in memory that holds it as (p, n), and which of them exist."""
+    return p[None, :] * N + n[:, None], (n < N)[:, None] & (p < P)[None, :]
+
+
+@triton.jit
+def _receives(later, earlier, RANK: tl.constexpr):
+    """Whether entry `later` receives from `earlier` through the recurrence."""
     if RANK > 0:
-        received = later // RANK > earlier // RANK
-    return tl.where(received, tl.exp2((cs_later - cs_earlier) * LOG2E), 0.0)
+        return later // RANK > earlier // RANK
+    return later >= earlier
 
 
 @triton.jit
@@ -299,7 +363,9 @@ def _own(diagonal, start, later, earlier, head, end, HEADS: tl.constexpr, RANK: 
 
 @triton.jit
 def _load_skip(D, head, columns, P: tl.constexpr, SKIP: tl.constexpr):
-    """D of a head: one number for all columns (SKIP 1), or one for each (SKIP 2)."""
+    """D of a head: none (SKIP 0), one number for all columns (SKIP 1), or one for each (SKIP 2)."""
+    if SKIP == 0:
+        return tl.zeros(columns.shape, tl.float32)
     if SKIP == 2:
         return tl.load(D + head * P + columns, mask=columns < P, other=0.0).to(tl.float32)
     return tl.load(D + head + columns * 0).to(tl.float32)
@@ -310,7 +376,9 @@ def _decay_kernel(
     a, s, decays, scales, chunks, a_token, a_head, s_token, s_head,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk and some heads: sums of `a` since the start of the chunk, and `s`, as (chunk, head, entry).
+    """One program per chunk and some heads: sums of `a` since the start of the chunk, as powers of two, and `s`.
+
+    Both are laid out as (chunk, head, entry).
 
     Entries that a short chunk does not have keep the last sum and a scale of zero, so nobody has to ask for them.
     """
@@ -322,7 +390,7 @@ def _decay_kernel(
     decay = tl.load(a + rows * a_token + (heads * a_head)[None, :], mask=exists, other=0.0).to(tl.float32)
     scale = tl.load(s + rows * s_token + (heads * s_head)[None, :], mask=exists, other=0.0).to(tl.float32)
     out = chunk * HEADS * BLOCK + heads[None, :] * BLOCK + at[:, None]
-    tl.store(decays + out, tl.cumsum(decay, 0), mask=(heads < HEADS)[None, :])
+    tl.store(decays + out, tl.cumsum(decay, 0) * LOG2E, mask=(heads < HEADS)[None, :])
     tl.store(scales + out, scale, mask=(heads < HEADS)[None, :])
 
 
@@ -353,9 +421,10 @@ def _load_decays(decays, scales, chunk, head, HEADS: tl.constexpr, BLOCK: tl.con
 @triton.jit
 def _gram_kernel(
     B, C, gram, chunks, B_token, B_group, C_token, C_group,
-    GROUPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk and group: `C B^T`."""
+    """One program per chunk and group: `C B^T`, zero where an entry receives nothing."""
     chunk, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
     at, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK_N)
     start = tl.load(chunks + 2 * chunk)
@@ -363,8 +432,9 @@ def _gram_kernel(
     dtype = gram.dtype.element_ty
     k = load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
     q = load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
+    product = tl.where(_receives(at[:, None], at[None, :], RANK), dot(q, tl.trans(k), None, PRECISION), 0.0)
     out = gram + tl.program_id(0).to(tl.int64) * BLOCK * BLOCK
-    tl.store(out + at[:, None] * BLOCK + at[None, :], dot(q, tl.trans(k), None, PRECISION).to(dtype))
+    tl.store(out + at[:, None] * BLOCK + at[None, :], product.to(dtype))
 
 
 @triton.jit
@@ -372,55 +442,54 @@ def _scan_kernel(
     x, decays, scales, B, C, gram, diagonal, D, entering, y, final, chunks, segments,
     x_token, x_head, B_token, B_group, C_token, C_group,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SKIP: tl.constexpr,
-    BLOCK_P: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, SKIP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program per segment, head and tile of p: walk along the segment with the state in registers."""
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    EACH: tl.constexpr = BLOCK if RANK == 0 else BLOCK // RANK * RANK
     head, tile = tl.program_id(0) // TILES % HEADS, tl.program_id(0) % TILES
     segment = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
-    group = head // (HEADS // GROUPS)
-    dtype = x.dtype.element_ty
+    group, p0 = head // (HEADS // GROUPS), tile * BLOCK_P
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
-    at, p, n = tl.arange(0, BLOCK), tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    h = load_state(entering + (segment * HEADS + head) * P * N, p, n, P, N)
+    start, end = tl.load(chunks + 2 * first), tl.load(chunks + 2 * (first + count) - 1)
+    at, p, n = tl.arange(0, BLOCK), p0 + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    place, exists = _place(p, n, P, N)
+    h = tl.load(entering + (segment * HEADS + head) * P * N + place, mask=exists, other=0.0)
+    skip = _load_skip(D, head, p, P, SKIP)
+    grams = gram + group * BLOCK * BLOCK + (at[:, None] * BLOCK + at[None, :])
     for step in range(count):
-        chunk = first + step
-        start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-        inside = start + at < end
-        cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
-        k = load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
-        q = load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
-        u = load_rows(x + head * x_head, start, at, inside, p, x_token, P)
-        if SHARED:
-            product = tl.load(
-                gram + (chunk.to(tl.int64) * GROUPS + group) * BLOCK * BLOCK + (at[:, None] * BLOCK + at[None, :])
-            ).to(tl.float32)
-        else:
-            product = dot(q, tl.trans(k), None, PRECISION)
-        weights = product * _decays(cs[:, None], cs[None, :], at[:, None], at[None, :], RANK) * scale[None, :]
+        inside = (at < EACH) & (start + at < end)
+        cs, last, scale = _load_decays(decays, scales, first + step, head, HEADS, BLOCK)
+        u = _load_tile(x, start, at, inside, head * x_head, p, p0, x_token, P, FULL)
+        k = _load_tile(B, start, at, inside, group * B_group, n, 0, B_token, N, FULL).to(u.dtype)
+        q = _load_tile(C, start, at, inside, group * C_group, n, 0, C_token, N, FULL).to(u.dtype)
+        product = tl.load(grams + (first + step).to(tl.int64) * (GROUPS * BLOCK * BLOCK)).to(tl.float32)
+        # Where nothing is received, product is zero, and the bound keeps the power finite.
+        weights = product * tl.exp2(tl.minimum(cs[:, None] - cs[None, :], 126.0)) * scale[None, :]
         if RANK > 1:
             weights += _own(diagonal, start, at[:, None], at[None, :], head, end, HEADS, RANK)
-        out = dot(q, tl.trans(h.to(dtype)), None, PRECISION) * tl.exp2(cs * LOG2E)[:, None]
-        out = dot(weights.to(dtype), u, out, PRECISION)
-        out += _own_inputs(u, diagonal, D, start, at, inside, head, p, HEADS, P, RANK, SKIP)
-        store_rows(y + head * P, start, at, inside, p, HEADS * P, out, P)
-        added = (u * (scale * tl.exp2((last - cs) * LOG2E))[:, None]).to(dtype)
-        h = dot(tl.trans(added), k, h * tl.exp2(last * LOG2E), PRECISION)
+        out = dot(q, h.to(u.dtype), None, PRECISION) * tl.exp2(cs)[:, None]
+        out = dot(weights.to(u.dtype), u, out, PRECISION)
+        if SKIP > 0 or RANK == 1:
+            out += _own_inputs(u, diagonal, skip, start, at, inside, head, HEADS, RANK, SKIP)
+        _store_tile(y, start, at, inside, head * P, p, p0, HEADS * P, out, P, FULL)
+        added = (u * (scale * tl.exp2(last - cs))[:, None]).to(u.dtype)
+        h = dot(tl.trans(k), added, h * tl.exp2(last), PRECISION)
+        start += EACH
     if tl.load(segments + 5 * segment + 4) == 1:
         sequence = tl.load(segments + 5 * segment + 2).to(tl.int64)
-        store_state(final + (sequence * HEADS + head) * P * N, p, n, h, P, N)
+        tl.store(final + (sequence * HEADS + head) * P * N + place, h, mask=exists)
 
 
 @triton.jit
 def _own_inputs(
-    u, diagonal, D, start, at, inside, head, p,
-    HEADS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, SKIP: tl.constexpr,
-):  # fmt: skip
+    u, diagonal, skip, start, at, inside, head, HEADS: tl.constexpr, RANK: tl.constexpr, SKIP: tl.constexpr
+):
     """What an entry receives from itself: through D, and through a given diagonal where a group is one entry."""
     factor = tl.zeros(u.shape, tl.float32)
     if SKIP > 0:
-        factor += _load_skip(D, head, p, P, SKIP)[None, :]
+        factor += skip[None, :]
     if RANK == 1:
         own = diagonal + start.to(tl.int64) * HEADS + head
         factor += tl.load(own + at * HEADS, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -430,8 +499,9 @@ def _own_inputs(
 @triton.jit
 def _sweep_kernel(
     x, decays, scales, B, entering, boundaries, ends, kept, chunks, segments, x_token, x_head, B_token, B_group,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, REVERSE: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BLOCK_P: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Only the state, forwards; or only its gradient, backwards, with dy for x and C for B.
 
@@ -440,32 +510,33 @@ def _sweep_kernel(
     `ends`.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    EACH: tl.constexpr = BLOCK if RANK == 0 else BLOCK // RANK * RANK
     head, tile = tl.program_id(0) // TILES % HEADS, tl.program_id(0) % TILES
     segment = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
-    group = head // (HEADS // GROUPS)
-    dtype = x.dtype.element_ty
+    group, p0 = head // (HEADS // GROUPS), tile * BLOCK_P
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
-    at, p, n = tl.arange(0, BLOCK), tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    h = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    decayed = 0.0
+    start, end = tl.load(chunks + 2 * first), tl.load(chunks + 2 * (first + count) - 1)
+    at, p, n = tl.arange(0, BLOCK), p0 + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    h, decayed = tl.zeros((BLOCK_P, BLOCK_N), tl.float32), 0.0
     if entering is not None:
         h = load_state(entering + (segment * HEADS + head) * P * N, p, n, P, N)
+    if REVERSE:
+        start += (count - 1) * EACH
     for step in range(count):
-        chunk = first + (count - 1 - step if REVERSE else step)
+        chunk = (first + (count - 1 - step if REVERSE else step)).to(tl.int64)
         if boundaries is not None:
-            store_state(boundaries + (chunk.to(tl.int64) * HEADS + head) * P * N, p, n, h, P, N)
-        start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-        inside = start + at < end
+            store_state(boundaries + (chunk * HEADS + head) * P * N, p, n, h, P, N)
+        inside = (at < EACH) & (start + at < end)
         cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
-        weight = tl.exp2(cs * LOG2E) if REVERSE else scale * tl.exp2((last - cs) * LOG2E)
-        k = load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
-        u = load_rows(x + head * x_head, start, at, inside, p, x_token, P)
-        added = tl.trans((u * weight[:, None]).to(dtype))
-        h = dot(added, k, h * tl.exp2(last * LOG2E), PRECISION)
+        weight = tl.exp2(cs) if REVERSE else scale * tl.exp2(last - cs)
+        u = _load_tile(x, start, at, inside, head * x_head, p, p0, x_token, P, FULL)
+        k = _load_tile(B, start, at, inside, group * B_group, n, 0, B_token, N, FULL).to(u.dtype)
+        h = dot(tl.trans((u * weight[:, None]).to(u.dtype)), k, h * tl.exp2(last), PRECISION)
         decayed += last
+        start += -EACH if REVERSE else EACH
     if boundaries is None:
         store_state(ends + (segment * HEADS + head) * P * N, p, n, h, P, N)
-        tl.store(kept + segment * HEADS + head, decayed)
+        tl.store(kept + segment * HEADS + head, decayed / LOG2E)
     elif tl.load(segments + 5 * segment + (3 if REVERSE else 4)) == 1:
         sequence = tl.load(segments + 5 * segment + 2).to(tl.int64)
         store_state(ends + (sequence * HEADS + head) * P * N, p, n, h, P, N)
@@ -476,51 +547,69 @@ def _inputs_kernel(
     x, dy, decays, scales, B, C, diagonal, D, entering, leaving, dx, ddecays, dscales, ddiagonal, dD, chunks,
     x_token, x_head, B_token, B_group, C_token, C_group, dy_token, dy_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SKIP: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, SKIP: tl.constexpr,
+    BLOCK_P: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk and head: the gradients of x, s, a, D and the diagonal.
+    """One program per chunk, group and part of its heads: the gradients of x, s, a, D and the diagonal.
 
     Matrices over pairs of entries are transposed, `[j, i]` for what i receives from j: so they come out of one product
     in the registers where the next one needs them.
     """
-    chunk, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
-    group = head // (HEADS // GROUPS)
-    dtype = x.dtype.element_ty
+    EACH: tl.constexpr = HEADS // GROUPS // SPLITS
+    chunk, part = tl.program_id(0) // (GROUPS * SPLITS), tl.program_id(0) % (GROUPS * SPLITS)
+    group, split = part // SPLITS, part % SPLITS
     at, p, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     inside = start + at < end
-    cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
-    # Loaded where they are used: what waits in registers keeps other programs off the processor.
-    k = load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
-    dh = load_state(leaving + (chunk * HEADS + head) * P * N, p, n, P, N)
-    u = load_rows(x + head * x_head, start, at, inside, p, x_token, P)
-    # The gradient of s x: first what went through the state, then what entries of the chunk received.
-    dadded = dot(k, tl.trans(dh), None, PRECISION) * tl.exp2((last - cs) * LOG2E)[:, None]
-    dlast = tl.sum(scale * tl.sum(dadded * u.to(tl.float32), 1), 0)
-    h = load_state(entering + (chunk * HEADS + head) * P * N, p, n, P, N)
-    dlast += tl.exp2(last * LOG2E) * tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1), 0)
-    # How much a larger sum of decays would change: all that an entry received, less all that it gave.
-    q = load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
-    du = load_rows(dy + head * dy_head, start, at, inside, p, dy_token, P)
-    ddecay = tl.sum(dot(q, tl.trans(h), None, PRECISION) * du.to(tl.float32), 1) * tl.exp2(cs * LOG2E)
-    weights = _decays(cs[None, :], cs[:, None], at[None, :], at[:, None], RANK) * dot(k, tl.trans(q), None, PRECISION)
-    dadded = dot(weights.to(dtype), du, dadded, PRECISION)
-    dscale = tl.sum(dadded * u.to(tl.float32), 1)
-    received = dot(u, tl.trans(du), None, PRECISION)
-    ddecay += tl.sum(received * weights * scale[:, None], 0) - scale * dscale
-    place = (chunk * HEADS + head) * BLOCK + at
-    tl.store(ddecays + place, ddecay + tl.where(at == BLOCK - 1, dlast, 0.0))
-    tl.store(dscales + place, dscale)
-    dinput = dadded * scale[:, None] + _own_inputs(du, diagonal, D, start, at, inside, head, p, HEADS, P, RANK, SKIP)
-    if RANK > 1:
-        own = _own(diagonal, start, at[None, :], at[:, None], head, end, HEADS, RANK)
-        dinput = dot(own.to(dtype), du, dinput, PRECISION)
-    if RANK > 0:
-        _store_own(ddiagonal + head * RANK, received, start, at, inside, HEADS * RANK, RANK)
-    if SKIP > 0:
-        products = tl.sum(du.to(tl.float32) * u.to(tl.float32), 0)
-        tl.store(dD + (chunk * HEADS + head) * P + p, products, mask=p < P)
-    store_rows(dx + head * P, start, at, inside, p, HEADS * P, dinput, P)
+    k = _load_tile(B, start, at, inside, group * B_group, n, 0, B_token, N, FULL)
+    q = _load_tile(C, start, at, inside, group * C_group, n, 0, C_token, N, FULL)
+    gram = tl.where(_receives(at[None, :], at[:, None], RANK), dot(k, tl.trans(q), None, PRECISION), 0.0)
+    for i in range(EACH):
+        head = group * (HEADS // GROUPS) + split * EACH + i
+        cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
+        u = _load_tile(x, start, at, inside, head * x_head, p, 0, x_token, P, FULL)
+        du = _load_tile(dy, start, at, inside, head * dy_head, p, 0, dy_token, P, FULL)
+        h = _load_head(entering, chunk, head, p, n, HEADS, P, N, FULL)
+        dh = _load_head(leaving, chunk, head, p, n, HEADS, P, N, FULL)
+        # The gradient of s x: first what went through the state, then what entries of the chunk received.
+        dadded = dot(k.to(u.dtype), tl.trans(dh), None, PRECISION) * tl.exp2(last - cs)[:, None]
+        dlast = tl.sum(scale * tl.sum(dadded * u.to(tl.float32), 1), 0)
+        dlast += tl.exp2(last) * tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1), 0)
+        # How much a larger sum of decays would change: all that an entry received, less all that it gave.
+        ddecay = tl.sum(dot(q.to(u.dtype), tl.trans(h), None, PRECISION) * du.to(tl.float32), 1) * tl.exp2(cs)
+        weights = gram * tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 126.0))
+        dadded = dot(weights.to(u.dtype), du, dadded, PRECISION)
+        dscale = tl.sum(dadded * u.to(tl.float32), 1)
+        received = dot(u, tl.trans(du), None, PRECISION)
+        ddecay += tl.sum(received * weights * scale[:, None], 0) - scale * dscale
+        place = (chunk.to(tl.int64) * HEADS + head) * BLOCK + at
+        tl.store(ddecays + place, ddecay + tl.where(at == BLOCK - 1, dlast, 0.0))
+        tl.store(dscales + place, dscale)
+        dinput = dadded * scale[:, None]
+        if SKIP > 0 or RANK == 1:
+            skip = _load_skip(D, head, p, P, SKIP)
+            dinput += _own_inputs(du, diagonal, skip, start, at, inside, head, HEADS, RANK, SKIP)
+        if RANK > 1:
+            own = _own(diagonal, start, at[None, :], at[:, None], head, end, HEADS, RANK)
+            dinput = dot(own.to(u.dtype), du, dinput, PRECISION)
+        if RANK > 0:
+            _store_own(ddiagonal + head * RANK, received, start, at, inside, HEADS * RANK, RANK)
+        if SKIP > 0:
+            products = tl.sum(du.to(tl.float32) * u.to(tl.float32), 0)
+            tl.store(dD + (chunk.to(tl.int64) * HEADS + head) * P + p, products, mask=p < P)
+        _store_tile(dx, start, at, inside, head * P, p, 0, HEADS * P, dinput, P, FULL)
+
+
+@triton.jit
+def _load_head(
+    states, chunk, head, p, n, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    """The state of a head at the boundary of a chunk."""
+    if FULL:
+        h = states.load([(chunk * HEADS + head) * P, 0])
+    else:
+        h = load_state(states + (chunk.to(tl.int64) * HEADS + head) * P * N, p, n, P, N)
+    return h
 
 
 @triton.jit
@@ -548,11 +637,13 @@ def _keys_kernel(
         dh = load_state(leaving + (chunk * HEADS + head) * P * N, p, n, P, N)
         cs, last, scale = _load_decays(decays, scales, chunk, head, HEADS, BLOCK)
         received = dot(u, tl.trans(du), None, PRECISION) * scale[:, None]
-        dgram += received * _decays(cs[None, :], cs[:, None], at[None, :], at[:, None], RANK)
-        dq = dot((du * tl.exp2(cs * LOG2E)[:, None]).to(dtype), h, dq, PRECISION)
-        dk = dot((u * (scale * tl.exp2((last - cs) * LOG2E))[:, None]).to(dtype), dh, dk, PRECISION)
+        # Bounded, so that the powers of entries that receive nothing stay finite until they are masked, once.
+        dgram += received * tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 126.0))
+        dq = dot((du * tl.exp2(cs)[:, None]).to(dtype), h, dq, PRECISION)
+        dk = dot((u * (scale * tl.exp2(last - cs))[:, None]).to(dtype), dh, dk, PRECISION)
     k = load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
     q = load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
+    dgram = tl.where(_receives(at[None, :], at[:, None], RANK), dgram, 0.0)
     dk = dot(dgram.to(dtype), q, dk, PRECISION)
     dq = dot(tl.trans(dgram.to(dtype)), k, dq, PRECISION)
     base = (split.to(tl.int64) * total * GROUPS + group) * N
