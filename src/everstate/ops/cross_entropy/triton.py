@@ -130,10 +130,13 @@ def _(
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)  # of the gradients, which are outputs too
 
 
 def _differentiate_sum(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
-    dx, dweight, *dbias = (t * grads[0].to(t.dtype) for t in ctx.saved_tensors)
+    # A float32 tensor of one dimension: a scalar would be rounded to the dtype of what it scales.
+    scale = grads[0].view(1)
+    dx, dweight, *dbias = ((t * scale).to(t.dtype) for t in ctx.saved_tensors)
     return dx, dweight, dbias[0] if dbias else None, None, None, None, None
 
 
