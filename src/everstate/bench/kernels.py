@@ -18,8 +18,9 @@ from rich.console import Console
 from torch import Tensor
 
 from everstate.bench.report import Row, machine, publish
-from everstate.bench.shapes import SHAPES
+from everstate.bench.shapes import GPU_SHAPES, SHAPES
 from everstate.bench.timing import Gate, Timing, interleave
+from everstate.core.op import REFERENCE
 from everstate.core.state import map_state, tensors
 from everstate.ops import OPS, ssd_step_, use
 from everstate.ops.example import Draw, Example
@@ -44,7 +45,7 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str) -> dict
     first_call_s: dict[str, float] = {}
     rows: list[Row] = []
     with Console(stderr=True).status("starting") as status:
-        for op in (op for op in SHAPES if "triton" in OPS[op].backends()):
+        for op in (op for op in GPU_SHAPES if "triton" in OPS[op].backends()):
             status.update(op)
             rows += scans(op, d_inner, total, device, first_call_s)
         rows += steps(d_inner, STEP_BATCHES[:2] if quick else STEP_BATCHES, device)
@@ -54,12 +55,12 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str) -> dict
 
 def scans(op: str, d_inner: int, total: int, device: str, first_call_s: dict[str, float]) -> Iterator[Row]:
     """Forward, and forward with backward, of one op on the same tokens cut into more or fewer sequences."""
-    small = lower(SHAPES[op](Draw(dtype=torch.float32, device=device), min(d_inner, 512), GATE_TOKENS))
+    small = lower(GPU_SHAPES[op](Draw(dtype=torch.float32, device=device), min(d_inner, 512), GATE_TOKENS))
     started = time.perf_counter()
     error = gate_error(op, small)
     first_call_s[op] = time.perf_counter() - started
     gate = Gate(error, ALLOWED[torch.bfloat16])
-    long = lower(SHAPES[op](Draw(dtype=torch.float32, device=device), d_inner, total))
+    long = lower(GPU_SHAPES[op](Draw(dtype=torch.float32, device=device), d_inner, total))
     for batch in SPLITS:
         example = cut(long, batch)
         forward, both = calls(partial(run_op, op), example)
@@ -150,10 +151,10 @@ def calls(function: Callable[[Example], list[Tensor]], example: Example) -> tupl
 
 
 def differentiable(example: Example) -> list[Tensor]:
-    """All tensors of an example, made to want gradients."""
+    """All tensors of an example that are not indices, made to want gradients."""
     state = [] if example.state is None else tensors(example.state)
     given = [*example.timed.values(), *state, *(v for v in example.fixed.values() if isinstance(v, Tensor))]
-    return [tensor.requires_grad_() for tensor in given]
+    return [tensor.requires_grad_() for tensor in given if tensor.is_floating_point()]
 
 
 def gate_error(op: str, example: Example) -> float:
@@ -166,13 +167,13 @@ def gate_error(op: str, example: Example) -> float:
         upstream = [draw(output.shape).to(output.dtype) for output in outputs]
         return [*outputs, *torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)]
 
-    widen = lambda v: v.detach().double() if isinstance(v, Tensor) else v
+    widen = lambda v: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v
     exact = Example(
         timed={name: widen(value) for name, value in example.timed.items()},
         fixed={name: widen(value) for name, value in example.fixed.items()},
         state=None if example.state is None else map_state(widen, example.state),
     )
-    with use("torch"):
+    with use("torch", REFERENCE):
         expected = outcome(exact)
     return max(norm_error(got, want) for got, want in zip(outcome(example), expected, strict=True))
 

@@ -67,10 +67,11 @@ def _selective_scan(draw: Draw, d_inner: int, length: int) -> Example:
 
 
 def _causal_conv1d(draw: Draw, d_inner: int, length: int) -> Example:
+    channels = d_inner + 2 * D_STATE
     return Example(
-        timed={"x": draw.normal(1, length, d_inner)},
-        state=draw.normal(1, d_inner, 3),
-        fixed={"weight": draw.normal(d_inner, 4), "bias": draw.normal(d_inner), "activation": "silu"},
+        timed={"x": draw.normal(1, length, channels)},
+        state=draw.normal(1, channels, 3),
+        fixed={"weight": draw.normal(channels, 4), "bias": draw.normal(channels), "activation": "silu"},
     )
 
 
@@ -78,6 +79,19 @@ def _gated_rms_norm(draw: Draw, d_inner: int, length: int) -> Example:
     return Example(
         timed={"x": draw.normal(1, length, d_inner), "z": draw.normal(1, length, d_inner)},
         fixed={"weight": draw.normal(d_inner)},
+    )
+
+
+def _rotary(draw: Draw, d_inner: int, length: int) -> Example:
+    positions = draw.integers(1, length, high=2**20)
+    return Example(timed={"x": draw.normal(1, length, max(d_inner // 128, 1), 128), "positions": positions})
+
+
+def _linear_cross_entropy(draw: Draw, d_inner: int, length: int) -> Example:
+    d_model, vocabulary = d_inner // 2, 12 * d_inner
+    return Example(
+        timed={"x": draw.normal(1, length, d_model), "targets": draw.integers(1, length, high=vocabulary)},
+        fixed={"weight": draw.normal(vocabulary, d_model, scale=d_model**-0.5), "reduction": "sum"},
     )
 
 
@@ -89,3 +103,6 @@ SHAPES: dict[str, Callable[[Draw, int, int], Example]] = {
     "gated_rms_norm": _gated_rms_norm,
 }
 """Op -> `(draw, d_inner, length) -> Example`."""
+
+GPU_SHAPES = {**SHAPES, "rotary": _rotary, "linear_cross_entropy": _linear_cross_entropy}
+"""Those, and ops for which only a GPU has an implementation of its own or the memory."""

@@ -16,7 +16,8 @@ def segment_loss(model: LM, batch: Batch, state: State) -> tuple[Tensor, State]:
     """The losses of all targets of a batch, summed, in nats, and the states after it. Pure; never makes all logits."""
     hidden, after = model.hidden(batch.tokens, state, batch.packing)
     softcap = model.config.logit_softcap
-    return linear_cross_entropy(hidden, model.head_weight, batch.targets, softcap=softcap).sum(), after
+    loss = linear_cross_entropy(hidden, model.head_weight, batch.targets, softcap=softcap, reduction="sum")
+    return loss, after
 
 
 class Lanes:

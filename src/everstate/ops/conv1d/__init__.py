@@ -11,7 +11,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
-from everstate.ops.conv1d.limits import accepts_step
+from everstate.ops.conv1d.limits import accepts_conv, accepts_step
 
 
 @op
@@ -59,6 +59,7 @@ def causal_conv1d_step_(
     return y[:, 0]
 
 
+causal_conv1d.add("triton", "everstate.ops.conv1d.triton:causal_conv1d", accepts_conv)
 causal_conv1d.add("torch", "everstate.ops.conv1d.shifted:causal_conv1d", anywhere)
 causal_conv1d_step_.add("triton", "everstate.ops.conv1d.triton_step:causal_conv1d_step_", accepts_step)
 causal_conv1d_step_.add("torch", "everstate.ops.conv1d.shifted:causal_conv1d_step_", anywhere)

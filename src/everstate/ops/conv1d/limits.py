@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from everstate.core.kernels import refusal
+from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.ops.limits import step_refusal
 
 WIDEST = 16
 """Taps that a program holds for each channel."""
+
+
+def accepts_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    *,
+    activation: str | None = None,
+    packing: Packing | None = None,
+) -> str | None:
+    """Why the kernels of `causal_conv1d` do not serve these arguments, or None."""
+    if x.numel() == 0:
+        return "was given no tokens"
+    return refusal(x, weight, bias, state) or _refusal_of_width(weight)
 
 
 def accepts_step(
@@ -21,6 +38,8 @@ def accepts_step(
     activation: str | None = None,
 ) -> str | None:
     """Why the kernel of `causal_conv1d_step_` does not serve these arguments, or None."""
-    if weight.shape[1] > WIDEST:
-        return f"takes up to {WIDEST} taps, not {weight.shape[1]}"
-    return step_refusal(state, x, weight, bias)
+    return step_refusal(state, x, weight, bias) or _refusal_of_width(weight)
+
+
+def _refusal_of_width(weight: Tensor) -> str | None:
+    return f"takes up to {WIDEST} taps, not {weight.shape[1]}" if weight.shape[1] > WIDEST else None

@@ -29,11 +29,12 @@ def linear_cross_entropy(
     bias: Float[Tensor, " v"] | None = None,
     softcap: float | None = None,
     chunk_size: int | None = None,
-) -> Float[Tensor, "*t"]:
+    reduction: str = "none",
+) -> Float[Tensor, "*t"] | Float[Tensor, ""]:
     """See `everstate.ops.linear_cross_entropy`."""
     settings = _Settings(softcap, chunk_size or max(LOGITS // weight.shape[0], 1))
     loss: Tensor = _Loss.apply(x.flatten(0, -2), weight, bias, targets.flatten(), settings)
-    return loss.view(targets.shape)
+    return loss.sum() if reduction == "sum" else loss.view(targets.shape)
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:

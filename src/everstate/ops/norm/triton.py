@@ -42,7 +42,7 @@ def gated_rms_norm(
 def _norm(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows, gate = _rows(x), None if z is None else _rows(z)
-    grid, sizes = _launch(rows, groups, len(rows))
+    grid, sizes = _launch(rows, groups, len(rows), 16)
     _norm_kernel[grid](
         rows, gate, weight, y, len(rows), rows.stride(0), 0 if gate is None else gate.stride(0), eps,
         GROUPS=groups, MODE=mode, **sizes,
@@ -65,7 +65,7 @@ def _norm_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
     sums = None if weight is None else x.new_empty(programs, len(weight), dtype=torch.float32)
-    grid, sizes = _launch(rows, groups, programs)
+    grid, sizes = _launch(rows, groups, programs, 8)
     _norm_backward_kernel[grid](
         upstream, rows, gate, weight, dx, dz, sums, len(rows), upstream.stride(0), rows.stride(0),
         0 if gate is None else gate.stride(0), eps, GROUPS=groups, MODE=mode, **sizes,
@@ -102,16 +102,23 @@ def _rows(t: Tensor) -> Float[Tensor, "rows d"]:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _launch(rows: Float[Tensor, "rows d"], groups: int, programs: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid, and what the width decides."""
+def _launch(
+    rows: Float[Tensor, "rows d"], groups: int, programs: int, each: int
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid, and what the width decides, with `each` numbers of a row per thread."""
     width = rows.shape[1] // groups
     block = triton.next_power_of_2(width)
-    return (programs, groups), {"WIDTH": width, "BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    return (programs, groups), {"WIDTH": width, "BLOCK": block, "num_warps": min(max(block // (32 * each), 1), 16)}
+
+
+@triton.jit
+def _read(base, row, stride, columns, inside):
+    return tl.load(base + row.to(tl.int64) * stride + columns, mask=inside, other=0.0)
 
 
 @triton.jit
 def _load(base, row, stride, columns, inside):
-    return tl.load(base + row.to(tl.int64) * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    return _read(base, row, stride, columns, inside).to(tl.float32)
 
 
 @triton.jit
@@ -149,12 +156,21 @@ def _norm_backward_kernel(
     if weight is not None:
         scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     summed = tl.zeros((BLOCK,), tl.float32)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        at_row = row + tl.program_id(1) * 0
-        given, upstream = _load(x, at_row, x_row, columns, inside), _load(dy, at_row, dy_row, columns, inside)
+    # Each row is on its way while the one before is worked on.
+    row = tl.program_id(0)
+    next_x, next_dy = _read(x, row, x_row, columns, inside), _read(dy, row, dy_row, columns, inside)
+    next_z = next_x
+    if MODE != 0:
+        next_z = _read(z, row, z_row, columns, inside)
+    for _ in range(row, rows, tl.num_programs(0)):
+        at_row, row = row, row + tl.num_programs(0)
+        given, upstream, logit = next_x.to(tl.float32), next_dy.to(tl.float32), next_z.to(tl.float32)
+        coming = inside & (row < rows)
+        next_x, next_dy = _read(x, row, x_row, columns, coming), _read(dy, row, dy_row, columns, coming)
+        if MODE != 0:
+            next_z = _read(z, row, z_row, columns, coming)
         u, gate, slope = given, given, given
         if MODE != 0:
-            logit = _load(z, at_row, z_row, columns, inside)
             open_part = tl.sigmoid(logit)
             gate = logit * open_part
             slope = open_part * (1.0 + logit * (1.0 - open_part))

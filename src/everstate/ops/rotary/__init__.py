@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
+from everstate.ops.rotary.limits import accepts_rotary, accepts_rotate
 
 
 @op
@@ -53,4 +54,6 @@ def rotary(
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 
 
+rotate.add("triton", "everstate.ops.rotary.triton:rotate", accepts_rotate)
 rotate.add("torch", "everstate.ops.rotary.halves:rotate", anywhere)
+rotary.add("triton", "everstate.ops.rotary.triton:rotary", accepts_rotary)

@@ -1,0 +1,261 @@
+"""Cross entropy on a GPU: the logits of a chunk of tokens by one product, and one kernel that reads and writes them.
+
+A sum of losses has its gradients made together with it, from logits that are there already: three products of the size
+of the vocabulary. Losses of single tokens are weighted later, by whoever asks for gradients, so their logits are made
+again: four products.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from everstate.ops.cross_entropy import IGNORE
+from everstate.ops.triton_common import LOG2E
+
+LOGITS = 2**27
+"""Logits in memory at a time: 256 MB in bfloat16, enough tokens to fill the GPU in each product."""
+
+BLOCK = 8192
+"""Logits of a token that a program takes at a time."""
+
+IGNORED = tl.constexpr(IGNORE)
+
+
+def linear_cross_entropy(
+    x: Float[Tensor, "*t d"],
+    weight: Float[Tensor, "v d"],
+    targets: Int[Tensor, "*t"],
+    *,
+    bias: Float[Tensor, " v"] | None = None,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    reduction: str = "none",
+) -> Float[Tensor, "*t"] | Float[Tensor, ""]:
+    """See `everstate.ops.linear_cross_entropy`."""
+    rows, size = x.flatten(0, -2), chunk_size or _chunk_of(weight.shape[0])
+    inputs = (rows, weight, bias, targets.flatten().contiguous(), softcap, size)
+    if reduction == "none":
+        losses: Tensor = _losses(*inputs)[0]
+        return losses.view(targets.shape)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    summed: Tensor = _summed(*inputs, wanted)[0]
+    return summed
+
+
+def _chunk_of(vocabulary: int) -> int:
+    """Tokens whose logits fit, in whole tiles of a product."""
+    fitting = max(LOGITS // vocabulary, 1)
+    return fitting if fitting < 256 else fitting // 256 * 256
+
+
+@torch.library.custom_op("everstate::linear_cross_entropy", mutates_args=())
+def _losses(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Losses, and the log of each token's sum."""
+    losses, sums = x.new_empty(2, x.shape[0], dtype=torch.float32)
+    for now, logits in _Logits(x, weight, bias, chunk_size):
+        _launch(logits, targets[now], softcap, losses=losses[now], sums=sums[now])
+    return losses.clone(), sums.clone()
+
+
+@_losses.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("everstate::linear_cross_entropy_backward", mutates_args=())
+def _losses_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, sums: Tensor,
+    softcap: float | None, chunk_size: int,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x and weight, and of bias where there is one."""
+    grad, products = grad.contiguous(), _Products(x, weight, bias)
+    for now, logits in _Logits(x, weight, bias, chunk_size):
+        _launch(logits, targets[now], softcap, given=sums[now], upstream=grad[now], in_place=True)
+        products.add_(now, logits)
+    return products.gradients()
+
+
+@_losses_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, sums: Tensor,
+    softcap: float | None, chunk_size: int,
+) -> list[Tensor]:  # fmt: skip
+    return _like(x, weight, bias)
+
+
+def _save_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.settings = inputs[4:]
+
+
+def _differentiate_losses(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dweight, *dbias = _losses_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return dx, dweight, dbias[0] if dbias else None, None, None, None
+
+
+_losses.register_autograd(_differentiate_losses, setup_context=_save_losses)
+
+
+@torch.library.custom_op("everstate::summed_linear_cross_entropy", mutates_args=())
+def _summed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, chunk_size: int,
+    wanted: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The sum of all losses, and if `wanted` its gradients of x and weight, and of bias where there is one."""
+    losses = x.new_empty(x.shape[0], dtype=torch.float32)
+    products = _Products(x, weight, bias) if wanted else None
+    for now, logits in _Logits(x, weight, bias, chunk_size):
+        _launch(logits, targets[now], softcap, losses=losses[now], in_place=wanted)
+        if products is not None:
+            products.add_(now, logits)
+    return [losses.sum(), *(products.gradients() if products is not None else [])]
+
+
+@_summed.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, chunk_size: int,
+    wanted: bool,
+) -> list[Tensor]:  # fmt: skip
+    return [x.new_empty((), dtype=torch.float32), *(_like(x, weight, bias) if wanted else [])]
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)  # of the gradients, which are outputs too
+
+
+def _differentiate_sum(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    # A float32 tensor of one dimension: a scalar would be rounded to the dtype of what it scales.
+    scale = grads[0].view(1)
+    dx, dweight, *dbias = ((t * scale).to(t.dtype) for t in ctx.saved_tensors)
+    return dx, dweight, dbias[0] if dbias else None, None, None, None, None
+
+
+_summed.register_autograd(_differentiate_sum, setup_context=_save_sum)
+
+
+def _like(*inputs: Tensor | None) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs if t is not None]
+
+
+class _Logits(NamedTuple):
+    """The logits of all tokens, chunk by chunk, in one piece of memory."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    chunk_size: int
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:  # type: ignore[override]
+        x, total, vocabulary = self.x, self.x.shape[0], self.weight.shape[0]
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        # A row begins at a multiple of 128 bytes: products of an odd vocabulary are slow without.
+        buffer = x.new_empty(min(self.chunk_size, total), triton.cdiv(vocabulary, 64) * 64)
+        for start in range(0, total, self.chunk_size):
+            now = slice(start, min(start + self.chunk_size, total))
+            logits = buffer[: now.stop - start, :vocabulary]
+            if bias is None:
+                torch.mm(x[now], weight.T, out=logits)
+            else:
+                torch.addmm(bias, x[now], weight.T, out=logits)
+            yield now, logits
+
+
+class _Products:
+    """The gradients of x, weight and bias, from those of the logits."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.x, self.weight, self.bias = x, weight, bias
+        self.factor = weight.to(x.dtype)
+        self.dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.dweight = torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+        self.dbias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+
+    def add_(self, now: slice, slope: Float[Tensor, "t v"]) -> None:
+        """A chunk's gradient of x, and its share of the others, which are summed in float32."""
+        torch.mm(slope, self.factor, out=self.dx[now])
+        if self.x.is_cuda and self.x.dtype != torch.float32:
+            torch.addmm(self.dweight, slope.T, self.x[now], out_dtype=torch.float32, out=self.dweight)
+        else:
+            self.dweight.addmm_(slope.T.to(torch.float32), self.x[now].to(torch.float32))
+        if self.dbias is not None:
+            self.dbias += slope.sum(0, dtype=torch.float32)
+
+    def gradients(self) -> list[Tensor]:
+        """In the dtypes of what they belong to."""
+        given = [self.dx, self.dweight.to(self.weight.dtype)]
+        return given if self.dbias is None or self.bias is None else [*given, self.dbias.to(self.bias.dtype)]
+
+
+def _launch(
+    logits: Float[Tensor, "t v"], targets: Int[Tensor, " t"], softcap: float | None, *,
+    losses: Tensor | None = None, sums: Tensor | None = None, given: Tensor | None = None,
+    upstream: Tensor | None = None, in_place: bool = False,
+) -> None:  # fmt: skip
+    tokens, vocabulary = logits.shape
+    block = min(triton.next_power_of_2(vocabulary), BLOCK)
+    _loss_kernel[(tokens,)](
+        logits, targets, losses, sums, given, upstream, logits.stride(0), vocabulary,
+        softcap or 1.0, CAPPED=softcap is not None, IN_PLACE=in_place, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _capped(logit, softcap, CAPPED: tl.constexpr):
+    if CAPPED:
+        # softcap tanh(logit / softcap)
+        logit = softcap * (2.0 / (1.0 + tl.exp2(logit * (-2.0 * LOG2E / softcap))) - 1.0)
+    return logit
+
+
+@triton.jit
+def _loss_kernel(
+    logits, targets, losses, sums, given, upstream, stride, vocabulary, softcap,
+    CAPPED: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per token. With `given`, the log of its sum, no loss; `IN_PLACE`, its gradient where its logits were.
+
+    The second pass finds the logits of the first in the cache.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    own, at = logits + token * stride, tl.arange(0, BLOCK)
+    target = tl.load(targets + token)
+    if given is not None:
+        log_sum = tl.load(given + token)
+    else:
+        # Before the first store, and every thread has it: sums over the program follow.
+        chosen = tl.load(own + target, mask=(target >= 0) & (target < vocabulary), other=0.0).to(tl.float32)
+        chosen = _capped(chosen, softcap, CAPPED)
+        largest, summed = float("-inf"), tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, vocabulary, BLOCK):
+            inside = first + at < vocabulary
+            here = _capped(tl.load(own + first + at, mask=inside, other=0.0).to(tl.float32), softcap, CAPPED)
+            here = tl.where(inside, here, float("-inf"))
+            larger = tl.maximum(largest, tl.max(here, 0))
+            summed = summed * tl.exp2((largest - larger) * LOG2E) + tl.exp2((here - larger) * LOG2E)
+            largest = larger
+        log_sum = largest + tl.log(tl.sum(summed, 0))
+        tl.store(losses + token, tl.where(target == IGNORED, 0.0, log_sum - chosen))
+        if sums is not None:
+            tl.store(sums + token, log_sum)
+    if IN_PLACE:
+        share = 1.0
+        if upstream is not None:
+            share = tl.load(upstream + token).to(tl.float32)
+        for first in range(0, vocabulary, BLOCK):
+            inside = first + at < vocabulary
+            here = _capped(tl.load(own + first + at, mask=inside, other=0.0).to(tl.float32), softcap, CAPPED)
+            slope = tl.exp2((here - log_sum) * LOG2E) - tl.where(first + at == target, 1.0, 0.0)
+            if CAPPED:
+                slope = slope * (1.0 - (here / softcap) * (here / softcap))
+            slope = tl.where(target == IGNORED, 0.0, slope * share)
+            tl.store(own + first + at, slope.to(logits.dtype.element_ty), mask=inside)
