@@ -27,7 +27,7 @@ def draw(
 
 
 def widen(timed: dict[str, Tensor], state: AttentionState) -> tuple[dict[str, Tensor], AttentionState]:
-    exact = lambda t: t.double() if t.is_floating_point() else t
+    exact = lambda t: t.double() if t.is_floating_point() else t.clone()
     return {name: t.double() for name, t in timed.items()}, map_state(exact, state)
 
 
