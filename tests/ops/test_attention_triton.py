@@ -13,6 +13,7 @@ from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.core.state import clone, map_state, tensors
 from everstate.ops import AttentionState, attention, attention_step_, use
+from everstate.ops.attention import limits
 
 
 def draw(
@@ -190,6 +191,18 @@ def test_what_does_not_fit_is_refused(kernel_device: torch.device) -> None:
         with pytest.raises(BackendError, match="no gradient for a single token"):
             attention_step_(**{name: t.requires_grad_() for name, t in now.items()}, state=small)
     assert attention(**timed, state=state)[0].isfinite().all()
+
+
+def test_a_gpu_with_little_shared_memory_is_refused(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too little for a segment may do for a token."""
+    timed, state = draw(kernel_device, 1, 1, 1, 1, 64, 8, [2])
+    monkeypatch.setattr(limits, "shared_memory", lambda device: 101_376)
+    with use("triton"), torch.no_grad():
+        with pytest.raises(BackendError, match="needs a GPU with 135,168 bytes .* this one has 101,376"):
+            attention(**timed, state=state)
+        assert attention_step_(*(t[:, 0] for t in timed.values()), state).isfinite().all()
 
 
 def test_a_cpu_is_refused() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from everstate.core.errors import BackendError
 from everstate.core.op import REFERENCE
 from everstate.ops import experts, use
+from everstate.ops.experts import limits
 
 
 def draw(
@@ -156,6 +157,14 @@ def test_what_does_not_fit_is_refused(kernel_device: torch.device) -> None:
     inputs = draw(kernel_device, 1, 2, 2, 4097, 1)
     with use("triton"), pytest.raises(BackendError, match="up to 4096 experts, not 4097"):
         experts(**inputs)
+
+
+def test_a_gpu_with_little_shared_memory_is_refused(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "shared_memory", lambda device: 65_536)
+    with use("triton"), pytest.raises(BackendError, match="needs a GPU with 98,304 bytes .* this one has 65,536"):
+        experts(**draw(kernel_device, 2, 8, 8, 3, 1))
 
 
 def test_a_cpu_is_refused() -> None:

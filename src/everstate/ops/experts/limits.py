@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from everstate.core.kernels import refusal
+from everstate.core.kernels import refusal, shared_memory
 
+SHARED_MEMORY = 96 * 1024
+"""Bytes of shared memory that a product takes."""
 MOST = 4096
 """Experts whose counts a program looks through."""
 
@@ -17,6 +19,8 @@ def accepts(x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Te
     why = refusal(x, weights, w_in, w_out)
     if why is not None:
         return why
+    if shared_memory(x.device) < SHARED_MEMORY:
+        return f"needs a GPU with {SHARED_MEMORY:,} bytes of shared memory, this one has {shared_memory(x.device):,}"
     if len(w_in) > MOST:
         return f"takes up to {MOST} experts, not {len(w_in)}"
     if indices.numel() >= 2**31:
