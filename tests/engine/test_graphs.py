@@ -13,7 +13,7 @@ from everstate.engine import runner as engine
 from everstate.engine.graphs import DecodeGraph, worth_capturing
 from everstate.models import LM, ModelConfig
 
-LAYOUTS = ["mamba1", "mamba2", "mamba3", "2 * (mamba2 mlp)", "mamba2 attention mlp"]
+LAYOUTS = ["mamba1", "mamba2", "mamba3", "2 * (mamba2 mlp)", "mamba2 attention mlp", "mamba2 moe attention moe"]
 SAMPLINGS = {
     "greedy": [Sampling(temperature=0.0)] * 3,
     "mixed": [Sampling(temperature=0.0), Sampling(seed=3, top_k=20), Sampling(seed=4, top_p=0.9)],

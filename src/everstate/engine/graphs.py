@@ -18,9 +18,10 @@ from everstate.mixers.mamba1 import Mamba1
 from everstate.mixers.mamba2 import Mamba2
 from everstate.mixers.mamba3 import Mamba3
 from everstate.mixers.mlp import MLP
+from everstate.mixers.moe import MoE
 from everstate.models import LM
 
-CAPTURED = (Attention, Mamba1, Mamba2, Mamba3, MLP)
+CAPTURED = (Attention, Mamba1, Mamba2, Mamba3, MLP, MoE)
 """Mixers whose `step_` asks the host nothing; a test on a GPU compares each with itself uncaptured."""
 SHORTEST = 16
 """Tokens from which a capture, which takes about as long as some steps, is worth it."""

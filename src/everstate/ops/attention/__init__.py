@@ -13,6 +13,7 @@ from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
 from everstate.ops.attention.cache import AttentionState, append, check_memory, slot_positions, spoil, visible
+from everstate.ops.attention.limits import accepts, accepts_step
 
 __all__ = ["AttentionState", "attention", "attention_step_"]
 
@@ -85,8 +86,10 @@ def _writes(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, slots: Slots
     return None if state.k.shape[1] else "the state has no slot to write the token to; the reference needs none"
 
 
+attention.add("triton", "everstate.ops.attention.triton:attention", accepts)
 attention.add("sdpa", "everstate.ops.attention.blocks:fused", _fuses)
 attention.add("torch", "everstate.ops.attention.blocks:plain", anywhere)
+attention_step_.add("triton", "everstate.ops.attention.triton_step:attention_step_", accepts_step)
 attention_step_.add(
     "sdpa", "everstate.ops.attention.step:fused", lambda *args, **kwargs: _fuses(**kwargs) or _writes(*args, **kwargs)
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from everstate.core.errors import RequestError
+from everstate.core.packing import Packing
 
 
 class AttentionState(NamedTuple):
@@ -33,6 +35,28 @@ def append(state: AttentionState, k: Float[Tensor, "b l g p"], v: Float[Tensor, 
     rows = torch.arange(len(pos), device=pos.device).unsqueeze(1)
     put = lambda ring, new: ring.index_put((rows, slots), new[:, length - kept :].to(ring.dtype))
     return AttentionState(put(state.k, k), put(state.v, v), pos)
+
+
+def append_packed(
+    state: AttentionState, k: Float[Tensor, "1 total g p"], v: Float[Tensor, "1 total g p"], packing: Packing
+) -> AttentionState:
+    """The state after the tokens of packed sequences, one per row."""
+    capacity, device = state.k.shape[1], k.device
+    pos = state.pos + (packing.ends(device) + 1 - packing.starts(device))
+    if capacity == 0:
+        return state._replace(pos=pos)
+    kept = _kept(packing, capacity, device)
+    rows = packing.sequence_ids(device)[kept]
+    slots = (state.pos[rows] + packing.positions(device)[kept]) % capacity
+    put = lambda ring, new: ring.index_put((rows, slots), new[0, kept].to(ring.dtype))
+    return AttentionState(put(state.k, k), put(state.v, v), pos)
+
+
+@lru_cache(maxsize=64)
+def _kept(packing: Packing, capacity: int, device: torch.device) -> Int[Tensor, " kept"]:
+    """The tokens that a ring still holds after its sequence."""
+    last = [torch.arange(max(cut.start, cut.stop - capacity), cut.stop) for cut in packing.slices()]
+    return torch.cat(last).to(device)
 
 
 def slot_positions(pos: Int[Tensor, " b"], capacity: int, slots: int) -> Int[Tensor, "b s"]:

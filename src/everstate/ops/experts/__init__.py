@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.ops.activations import Activation, activate
+from everstate.ops.experts.limits import accepts
 from everstate.ops.experts.route import Score, route
 
 __all__ = ["Score", "experts", "route"]
@@ -43,4 +44,5 @@ def experts(
     return torch.stack(ys).view(x.shape).to(x.dtype)
 
 
+experts.add("triton", "everstate.ops.experts.triton:experts", accepts)
 experts.add("torch", "everstate.ops.experts.grouped:experts", anywhere)

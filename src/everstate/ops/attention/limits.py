@@ -1,0 +1,57 @@
+"""What the Triton kernels of attention cannot take. Read without Triton, which need not be there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everstate.core.kernels import refusal, shared_memory
+from everstate.core.state import Slots
+from everstate.ops.attention.cache import AttentionState
+from everstate.ops.limits import step_refusal
+
+WIDEST = 256
+"""Numbers of a head."""
+SHARED_MEMORY, SHARED_MEMORY_WIDE = 132 * 1024, 208 * 1024
+"""Bytes of shared memory that a segment takes, with heads of up to 128 numbers and with wider ones."""
+SHARED_MEMORY_STEP, SHARED_MEMORY_STEP_WIDE = 80 * 1024, 160 * 1024
+"""The same of a token; the second for heads of more than 128 numbers in float32."""
+
+
+def accepts(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, **settings: Any) -> str | None:
+    """Why the kernels of `attention` do not serve these arguments, or None."""
+    why = refusal(q, k, v, state.k, state.v) or _refusal_of_heads(q, k, v)
+    return why or _refusal_of_memory(q, SHARED_MEMORY_WIDE if q.shape[-1] > 128 else SHARED_MEMORY)
+
+
+def accepts_step(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, slots: Slots = None, **settings: Any
+) -> str | None:
+    """Why the kernel of `attention_step_` does not serve these arguments, or None."""
+    why = step_refusal(state.k, state.v, q, k, v) or _refusal_of_heads(q, k, v)
+    if why is not None:
+        return why
+    if not state.k.shape[1]:
+        return "the state has no slot to write the token to; the reference needs none"
+    if state.k.stride(-1) != 1 or state.v.stride(-1) != 1:
+        return f"takes a pool whose last dimension is dense, not one of strides {state.k.stride()}"
+    wide = q.shape[-1] > 128 and q.dtype == torch.float32
+    return _refusal_of_memory(q, SHARED_MEMORY_STEP_WIDE if wide else SHARED_MEMORY_STEP)
+
+
+def _refusal_of_heads(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if q.shape[-1] > WIDEST:
+        return f"takes heads of up to {WIDEST} numbers, not {q.shape[-1]}"
+    if not q.dtype == k.dtype == v.dtype:
+        names = ", ".join(str(t.dtype).removeprefix("torch.") for t in (q, k, v))
+        return f"takes queries, keys and values of one dtype, not {names}"
+    return None
+
+
+def _refusal_of_memory(q: Tensor, needed: int) -> str | None:
+    there = shared_memory(q.device)
+    if there < needed:
+        return f"needs a GPU with {needed:,} bytes of shared memory for heads of {q.shape[-1]}, this one has {there:,}"
+    return None

@@ -1,0 +1,199 @@
+"""One token of attention on a GPU: the ring is read where it lies, as far as it is filled, by several programs per row.
+
+The tokens that a query sees are counted in order of time: `seen` of them, the oldest in slot `oldest`, wrapping around
+at the end of the ring. They are cut into as many *splits* as fill the GPU, all of one length, which each row finds out
+from its own position: nothing waits for the host, and the time is that of what was read and not of the capacity. A
+small kernel joins the splits, always in the same order, and moves the position on.
+
+The token itself is no part of the ring yet: the first split begins with it, and writes it to a slot that nobody reads.
+
+Source: Dao et al. 2023, "Flash-Decoding for long-context inference"; Milakov and Gimelshein 2018 (arXiv 1805.02867).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from everstate.core.kernels import processors
+from everstate.core.state import Slots
+from everstate.ops.attention.cache import AttentionState
+from everstate.ops.triton_common import LOG2E, dot
+from everstate.ops.triton_rows import dense, slot_of
+
+PROGRAMS = 4
+"""Programs per multiprocessor that the splits should make."""
+SHORTEST = 256
+"""Tokens of a split, at least: fewer are not worth the joining."""
+
+
+def attention_step_(
+    q: Float[Tensor, "b h p"],
+    k: Float[Tensor, "b g p"],
+    v: Float[Tensor, "b g p"],
+    state: AttentionState,
+    slots: Slots = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "b h p"]:
+    """See `everstate.ops.attention_step_`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _step(q, k, v, state.k, state.v, state.pos, slots, window, scale, softcap)
+
+
+@torch.library.custom_op("everstate::attention_step_", mutates_args={"ring_k", "ring_v", "pos"})
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, pos: Tensor, slots: Tensor | None,
+    window: int | None, scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    (batch, heads, headdim), (capacity, groups) = q.shape, ring_k.shape[1:3]
+    y = q.new_empty(batch, heads, headdim)
+    if batch == 0:
+        return y
+    q, k, v = dense(q), dense(k), dense(v)
+    sizes = _tiles(q, heads // groups, headdim)
+    blocks = groups * triton.cdiv(heads // groups, sizes["BLOCK_M"])
+    reach = capacity if window is None else min(capacity, window)
+    splits = _splits(batch * blocks, reach, q.device)
+    sums = q.new_empty(batch, heads, splits, headdim, dtype=torch.float32)
+    weights = q.new_empty(batch, heads, splits, 2, dtype=torch.float32)
+    _split_kernel[(batch * blocks * splits,)](
+        q, k, v, ring_k, ring_v, pos, slots, sums, weights, splits, capacity, reach, scale, softcap,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *ring_k.stride()[:3], *ring_v.stride()[:3],
+        HEADS=heads, GROUPS=groups, P=headdim, FORGETS=window is None or capacity < window,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **sizes,
+    )  # fmt: skip
+    width = triton.next_power_of_2(splits)
+    part = min(triton.next_power_of_2(headdim), max(8192 // width, 16))
+    _join_kernel[(batch * heads, triton.cdiv(headdim, part))](
+        sums, weights, y, pos, slots, splits,
+        HEADS=heads, P=headdim, BLOCK_SPLITS=width, BLOCK_P=part, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+@_step.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, pos: Tensor, slots: Tensor | None,
+    window: int | None, scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape)
+
+
+def _tiles(q: Tensor, per_group: int, headdim: int) -> dict[str, int]:
+    """Heads of a program, keys that it reads at once, and how many of those loads are under way."""
+    # A side of a float32 product is 32 or more: see the traps in docs/learn/kernels.md.
+    wide, least = q.dtype == torch.float32, 32 if q.dtype == torch.float32 else 16
+    block_p = max(triton.next_power_of_2(headdim), least)
+    block_s = max(min(8192 // block_p // (2 if wide else 1), 128), 32)
+    block_m = min(max(triton.next_power_of_2(per_group), least), 64)
+    sizes = {"BLOCK_M": block_m, "BLOCK_S": block_s, "BLOCK_P": block_p}
+    return {**sizes, "num_warps": 4, "num_stages": 2 if wide else 3}
+
+
+def _splits(programs: int, reach: int, device: torch.device) -> int:
+    """Into how many parts each row's ring is cut, of which a query sees at most `reach` tokens."""
+    return max(min(PROGRAMS * processors(device) // programs, triton.cdiv(reach, SHORTEST)), 1)
+
+
+@triton.jit
+def capped(scores, scale, softcap):
+    """The scores in powers of two."""
+    scores = scores * scale
+    if softcap is not None:
+        scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))  # tanh
+    return scores * LOG2E
+
+
+@triton.jit
+def softened(scores, total, top, MASKED: tl.constexpr):
+    """A step of a running softmax: shares of these scores, how much earlier ones fade, the new total and maximum."""
+    higher = tl.maximum(top, tl.max(scores, 1))
+    # A query that has seen nothing yet must not subtract infinities.
+    base = tl.where(higher == -float("inf"), 0.0, higher) if MASKED else higher
+    faded, shares = tl.exp2(top - base), tl.exp2(scores - base[:, None])
+    return shares, faded, total * faded + tl.sum(shares, 1), higher
+
+
+@triton.jit
+def ring_of(pos, sequence, capacity, reach):
+    """Tokens read, those of them in the ring that some query sees, and the slot of the oldest of these."""
+    read = tl.load(pos + sequence).to(tl.int64)
+    seen = tl.minimum(read, reach).to(tl.int32)
+    return read, seen, ((read - seen) % tl.maximum(capacity, 1)).to(tl.int32)
+
+
+@triton.jit
+def _split_kernel(
+    q, k, v, ring_k, ring_v, pos, slots, sums, weights, splits, capacity, reach, scale, softcap,
+    q_row, q_head, k_row, k_group, v_row, v_group, K_slot, K_s, K_group, V_slot, V_s, V_group,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, FORGETS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program per row, block of heads of one group, and split."""
+    PER_GROUP: tl.constexpr = HEADS // GROUPS
+    BLOCKS: tl.constexpr = (PER_GROUP + BLOCK_M - 1) // BLOCK_M
+    split, block = tl.program_id(0) % splits, tl.program_id(0) // splits % BLOCKS
+    group = tl.program_id(0) // splits // BLOCKS % GROUPS
+    row = (tl.program_id(0) // splits // BLOCKS // GROUPS).to(tl.int64)
+    slot = slot_of(slots, row)
+    read, seen, oldest = ring_of(pos, slot, capacity, reach - 1)
+    m, s, p = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_P)
+    head, real = group * PER_GROUP + m, (m < PER_GROUP)[:, None] & (p < P)[None, :]
+    queries = tl.load(q + row * q_row + head[:, None] * q_head + p[None, :], mask=real, other=0.0)
+    key = tl.load(k + row * k_row + group * k_group + p, mask=p < P, other=0.0)
+    value = tl.load(v + row * v_row + group * v_group + p, mask=p < P, other=0.0)
+    keys = ring_k + slot * K_slot + group * K_group
+    values = ring_v + slot * V_slot + group * V_group
+    # The token itself: only the first split has it.
+    own = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1)
+    top = tl.where(split == 0, capped(own, scale, softcap), -float("inf"))
+    total = tl.where(split == 0, 1.0, 0.0) + tl.zeros((BLOCK_M,), tl.float32)
+    acc = total[:, None] * value.to(tl.float32)[None, :]
+    if split == 0 and block == 0:
+        place = read % capacity
+        tl.store(keys + place * K_s + p, key.to(ring_k.dtype.element_ty), mask=p < P)
+        tl.store(values + place * V_s + p, value.to(ring_v.dtype.element_ty), mask=p < P)
+    each = tl.cdiv(tl.cdiv(seen, BLOCK_S), splits) * BLOCK_S
+    end = tl.minimum((split + 1) * each, seen)
+    for start in range(split * each, end, BLOCK_S):
+        at = oldest + start + s
+        place = tl.where(at >= capacity, at - capacity, at).to(tl.int64)
+        inside = (start + s < end)[:, None] & (p < P)[None, :]
+        tile = tl.load(keys + place[:, None] * K_s + p[None, :], mask=inside, other=0.0).to(queries.dtype)
+        scores = dot(queries, tl.trans(tile), tl.zeros((BLOCK_M, BLOCK_S), tl.float32), PRECISION)
+        scores = tl.where((start + s < end)[None, :], capped(scores, scale, softcap), -float("inf"))
+        shares, faded, total, top = softened(scores, total, top, False)
+        tile = tl.load(values + place[:, None] * V_s + p[None, :], mask=inside, other=0.0).to(queries.dtype)
+        acc = dot(shares.to(queries.dtype), tile, acc * faded[:, None], PRECISION)
+    if FORGETS:
+        # Tokens that it would look at are gone, and no error can be raised here: see `cache.spoil`.
+        total = tl.where(read >= capacity, float("nan"), total)
+    out = (row * HEADS + head) * splits + split
+    tl.store(sums + out[:, None] * P + p[None, :], acc, mask=real & (top > -float("inf"))[:, None])
+    tl.store(weights + out * 2, top, mask=m < PER_GROUP)
+    tl.store(weights + out * 2 + 1, total, mask=m < PER_GROUP)
+
+
+@triton.jit
+def _join_kernel(
+    sums, weights, y, pos, slots, splits,
+    HEADS: tl.constexpr, P: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program per row, head and part of p; the first of a row moves its position on."""
+    at, p = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    split = tl.arange(0, BLOCK_SPLITS)
+    tops = tl.load(weights + (at * splits + split) * 2, mask=split < splits, other=-float("inf"))
+    totals = tl.load(weights + (at * splits + split) * 2 + 1, mask=split < splits, other=0.0)
+    shares = tl.exp2(tops - tl.max(tops, 0))
+    # Splits without a token wrote no sums. One of NaN did: not so written that a comparison would lose it.
+    inside = (tops != -float("inf"))[:, None] & (p < P)[None, :]
+    part = tl.load(sums + (at * splits + split)[:, None] * P + p[None, :], mask=inside, other=0.0)
+    out = tl.sum(part * shares[:, None], 0) / tl.sum(totals * shares, 0)
+    tl.store(y + at * P + p, out.to(y.dtype.element_ty), mask=p < P)
+    if at % HEADS == 0 and tl.program_id(1) == 0:
+        slot = slot_of(slots, at // HEADS)
+        tl.store(pos + slot, tl.load(pos + slot) + 1)
