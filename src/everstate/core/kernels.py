@@ -30,15 +30,21 @@ def interpreting() -> Iterator[None]:
         _interpreting = before
 
 
-def refusal(*inputs: Tensor | None) -> str | None:
-    """Why kernels cannot take these tensors (their device, their dtype), or None where they can."""
+def refusal(*inputs: Tensor | None, pairs: bool = False) -> str | None:
+    """Why kernels cannot take these tensors (their device, their dtype), or None where they can.
+
+    Kernels that read complex numbers as `pairs` of float32 take complex64 too.
+    """
     given = [tensor for tensor in inputs if tensor is not None]
     device = given[0].device
     if device.type != "cuda" and not (_interpreting and device.type == "cpu"):
         return f"runs on a GPU, the input is on {device.type}"
-    wrong = next((t.dtype for t in given if t.is_floating_point() and t.dtype not in DTYPES), None)
-    if wrong is not None or any(t.is_complex() for t in given):
-        return f"takes float32, bfloat16 and float16, not {str(wrong or 'complex').removeprefix('torch.')}"
+    taken = (*DTYPES, torch.complex64) if pairs else DTYPES
+    numbers = (t.dtype for t in given if t.is_floating_point() or t.is_complex())
+    wrong = next((dtype for dtype in numbers if dtype not in taken), None)
+    if wrong is not None:
+        *most, last = (str(dtype).removeprefix("torch.") for dtype in (*taken, wrong))
+        return f"takes {', '.join(most[:-1])} and {most[-1]}, not {last}"
     if not _installed():
         return "needs the package triton, which comes with PyTorch for GPUs"
     if capability(device) < (8, 0):

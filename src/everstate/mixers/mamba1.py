@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import softplus
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
@@ -120,9 +120,10 @@ class Mamba1(Mixer):
             return forward_by_segments(self, x, state, delta_t)
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv = causal_conv1d(u, self.conv_weight, self.conv_bias, state.conv, activation="silu", packing=packing)
-        dt, B, C = self._select(u, delta_t)
-        y, ssm = selective_scan(u, dt, -torch.exp(self.A_log), B, C, state.ssm, D=self.D, packing=packing)
-        return self.out_proj(silu(z).mul_(y)), Mamba1State(conv, ssm)
+        dt, dt_bias, B, C = self._select(u, delta_t)
+        A = -torch.exp(self.A_log)
+        y, ssm = selective_scan(u, dt, A, B, C, state.ssm, D=self.D, z=z, dt_bias=dt_bias, packing=packing)
+        return self.out_proj(y), Mamba1State(conv, ssm)
 
     def step_(
         self,
@@ -133,9 +134,9 @@ class Mamba1(Mixer):
     ) -> Float[Tensor, "b d"]:
         u, z = self.in_proj(x).chunk(2, -1)
         u = causal_conv1d_step_(u, self.conv_weight, self.conv_bias, state.conv, slots, activation="silu")
-        dt, B, C = self._select(u, delta_t)
-        y = selective_step_(u, dt, -torch.exp(self.A_log), B, C, state.ssm, slots, D=self.D)
-        return self.out_proj(silu(z).mul_(y))
+        dt, dt_bias, B, C = self._select(u, delta_t)
+        A = -torch.exp(self.A_log)
+        return self.out_proj(selective_step_(u, dt, A, B, C, state.ssm, slots, D=self.D, z=z, dt_bias=dt_bias))
 
     def flops_per_token(self, context: int) -> int:
         linears = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
@@ -144,12 +145,15 @@ class Mamba1(Mixer):
 
     def _select(
         self, u: Float[Tensor, "*b e"], delta_t: Float[Tensor, "*b"] | None
-    ) -> tuple[Float[Tensor, "*b e"], Float[Tensor, "*b n"], Float[Tensor, "*b n"]]:
-        """The step of each channel and what writes to and reads from the state, all chosen by the token."""
+    ) -> tuple[Float[Tensor, "*b e"], Float[Tensor, " e"] | None, Float[Tensor, "*b n"], Float[Tensor, "*b n"]]:
+        """The step of each channel (with a bias, before its softplus), B and C, all chosen by the token."""
         low, B, C = self.x_proj(u).split([self.dt_rank, self.config.d_state, self.config.d_state], -1)
         low, B, C = self._norm(low, self.dt_norm), self._norm(B, self.B_norm), self._norm(C, self.C_norm)
-        dt = softplus(self.dt_proj(low).to(state_dtype(u.dtype)).add_(self.dt_bias))
-        return (dt if delta_t is None else dt * delta_t.unsqueeze(-1)), B, C
+        dt = self.dt_proj(low)
+        if delta_t is None:
+            return dt, self.dt_bias, B, C
+        dt = softplus(dt.to(state_dtype(u.dtype)).add_(self.dt_bias))
+        return dt * delta_t.unsqueeze(-1), None, B, C
 
     def _norm(self, x: Float[Tensor, "*b n"], learned: RMSNorm | None) -> Float[Tensor, "*b n"]:
         if learned is not None:

@@ -10,6 +10,7 @@ from everstate.core.dtypes import complex_dtype, state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
+from everstate.ops.linear_scan.limits import accepts_scan
 
 
 @op
@@ -57,5 +58,6 @@ def scan_dtypes(a: Tensor, b: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return outer, complex_dtype(outer) if outer.is_complex else state_dtype(outer)
 
 
+linear_scan.add("triton", "everstate.ops.linear_scan.triton:linear_scan", accepts_scan)
 linear_scan.add("torch", "everstate.ops.linear_scan.chunked:linear_scan", anywhere)
 linear_scan.add("associative", "everstate.ops.linear_scan.associative:linear_scan", anywhere)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import silu, softplus
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
+from everstate.ops.selective_scan.limits import accepts_scan, accepts_step
 
 
 @op
@@ -22,24 +24,31 @@ def selective_scan(
     state: Float[Tensor, "seqs d n"],
     *,
     D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b l d"] | None = None,
+    dt_bias: Float[Tensor, " d"] | None = None,
     packing: Packing | None = None,
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "seqs d n"]]:
     """Run `state = exp(dt A) state + dt x B^T; y = state C + D x` along time, each channel by itself.
 
-    `dt` is the step itself (softplus was taken before) and `A` is negative. The state is float32 (float64 for float64
-    inputs), y has the dtype of x. Source: Gu and Dao 2023, "Mamba" (arXiv 2312.00752), section 3.
+    `dt` is the step itself; with `dt_bias`, it is `softplus(dt + dt_bias)`. `A` is negative. A gate `z` multiplies
+    y by `silu(z)`. The state is float32 (float64 for float64 inputs), y has the dtype of x.
+
+    Source: Gu and Dao 2023, "Mamba" (arXiv 2312.00752), section 3.
     """
     if packing is not None:
-        timed = {"x": x, "dt": dt, "B": B, "C": C}
-        return each_sequence(selective_scan.reference, packing, timed, state, A=A, D=D)
+        timed = {"x": x, "dt": dt, "B": B, "C": C, "z": z}
+        return each_sequence(selective_scan.reference, packing, timed, state, A=A, D=D, dt_bias=dt_bias)
     dtype = state_dtype(x.dtype)
     u, steps, keys, queries = (t.to(dtype) for t in (x, dt, B, C))
+    if dt_bias is not None:
+        steps = softplus(steps + dt_bias.to(dtype))
     h, ys = state.to(dtype), []
     for t in range(x.shape[1]):
         dA = torch.exp(steps[:, t, :, None] * A.to(dtype))
         h = dA * h + (steps[:, t] * u[:, t]).unsqueeze(2) * keys[:, t, None]
         y = torch.einsum("bdn,bn->bd", h, queries[:, t])
-        ys.append(y if D is None else y + D.to(dtype) * u[:, t])
+        y = y if D is None else y + D.to(dtype) * u[:, t]
+        ys.append(y if z is None else y * silu(z[:, t].to(dtype)))
     return torch.stack(ys, 1).to(x.dtype), h
 
 
@@ -54,13 +63,18 @@ def selective_step_(
     slots: Slots = None,
     *,
     D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b d"] | None = None,
+    dt_bias: Float[Tensor, " d"] | None = None,
 ) -> Float[Tensor, "b d"]:
     """One token of `selective_scan` for the rows `slots` of a pool of states, written in place."""
     x, dt, B, C = (t.unsqueeze(1) for t in (x, dt, B, C))
-    y, after = selective_scan.reference(x, dt, A, B, C, gather(state, slots), D=D)
+    gate = None if z is None else z.unsqueeze(1)
+    y, after = selective_scan.reference(x, dt, A, B, C, gather(state, slots), D=D, z=gate, dt_bias=dt_bias)
     scatter_(state, slots, after)
     return y[:, 0]
 
 
+selective_scan.add("triton", "everstate.ops.selective_scan.triton:selective_scan", accepts_scan)
 selective_scan.add("torch", "everstate.ops.selective_scan.blocked:selective_scan", anywhere)
+selective_step_.add("triton", "everstate.ops.selective_scan.triton_step:selective_step_", accepts_step)
 selective_step_.add("torch", "everstate.ops.selective_scan.step:selective_step_", anywhere)

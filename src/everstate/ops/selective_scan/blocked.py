@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu, softplus
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
@@ -29,11 +30,14 @@ def selective_scan(
     state: Float[Tensor, "seqs d n"],
     *,
     D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b l d"] | None = None,
+    dt_bias: Float[Tensor, " d"] | None = None,
     packing: Packing | None = None,
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "seqs d n"]]:
     """See `everstate.ops.selective_scan`."""
     dtype = state_dtype(x.dtype)
-    timed = [t.to(dtype) for t in (x, dt, B, C)]
+    steps = dt.to(dtype) if dt_bias is None else softplus(dt.to(dtype) + dt_bias.to(dtype))
+    timed = [x.to(dtype), steps, B.to(dtype), C.to(dtype)]
     if packing is not None:
         # Zeros change nothing: dt = 0 keeps the state and adds nothing to it.
         timed = [packing.pad(t) for t in timed]
@@ -44,6 +48,8 @@ def selective_scan(
         y = packing.unpad(y)
     if D is not None:
         y = y.addcmul_(D.to(dtype), x.to(dtype))
+    if z is not None:
+        y = silu(z.to(dtype)).mul_(y)
     return y.to(x.dtype), h.transpose(1, 2)
 
 

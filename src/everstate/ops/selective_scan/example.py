@@ -26,4 +26,14 @@ def _no_skip(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     return example._replace(fixed={"A": example.fixed["A"]})
 
 
-selective_scan: Variants = {"mamba1": _mamba1, "no skip": _no_skip}
+def _gated(draw: Draw, batch: int, length: int, sequences: int) -> Example:
+    example = _mamba1(draw, batch, length, sequences)
+    channels = example.timed["x"].shape[2]
+    low_rank = draw.normal(batch, length, channels, scale=2.0)
+    return example._replace(
+        timed={**example.timed, "dt": low_rank, "z": draw.normal(batch, length, channels)},
+        fixed={**example.fixed, "dt_bias": draw.normal(channels)},
+    )
+
+
+selective_scan: Variants = {"mamba1": _mamba1, "no skip": _no_skip, "gate and bias": _gated}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import silu, softplus
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.state import Slots, gather, scatter_
@@ -20,13 +21,19 @@ def selective_step_(
     slots: Slots = None,
     *,
     D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b d"] | None = None,
+    dt_bias: Float[Tensor, " d"] | None = None,
 ) -> Float[Tensor, "b d"]:
     """See `everstate.ops.selective_step_`."""
     dtype = state_dtype(x.dtype)
     u, steps, keys, queries = (t.to(dtype) for t in (x, dt, B, C))
+    if dt_bias is not None:
+        steps = softplus(steps + dt_bias.to(dtype))
     h = gather(state, slots)
     h.mul_(torch.exp(steps.unsqueeze(2) * A.to(dtype))).addcmul_((steps * u).unsqueeze(2), keys.unsqueeze(1))
     if slots is not None:
         scatter_(state, slots, h)
     y = torch.matmul(h, queries.unsqueeze(2)).squeeze(2)
-    return (y if D is None else y + D.to(dtype) * u).to(x.dtype)
+    if D is not None:
+        y = y + D.to(dtype) * u
+    return (y if z is None else y * silu(z.to(dtype))).to(x.dtype)

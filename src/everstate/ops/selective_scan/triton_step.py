@@ -1,0 +1,87 @@
+"""One token of the selective scan on a GPU: one launch reads and writes each number of the state once."""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from everstate.core.state import Slots
+from everstate.ops.triton_common import LOG2E, softplus
+from everstate.ops.triton_rows import dense, silu, slot_of, tile_of, warps_of
+
+
+def selective_step_(
+    x: Float[Tensor, "b d"],
+    dt: Float[Tensor, "b d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "b n"],
+    C: Float[Tensor, "b n"],
+    state: Float[Tensor, "slots d n"],
+    slots: Slots = None,
+    *,
+    D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b d"] | None = None,
+    dt_bias: Float[Tensor, " d"] | None = None,
+) -> Float[Tensor, "b d"]:
+    """See `everstate.ops.selective_step_`."""
+    return _step(x, dt, A, B, C, state, slots, D, z, dt_bias)
+
+
+@torch.library.custom_op("everstate::selective_step_", mutates_args={"state"})
+def _step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None,
+    D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    (batch, dim), n = x.shape, A.shape[1]
+    y = x.new_empty(batch, dim)
+    if batch == 0:
+        return y
+    x, dt, A, B, C = dense(x), dense(dt), dense(A), dense(B), dense(C)
+    z, D, dt_bias = (None if t is None else dense(t) for t in (z, D, dt_bias))
+    width = triton.next_power_of_2(n)
+    tile = tile_of(dim, width, batch, x.device, least=max(512 // width, 1))
+    _step_kernel[(batch * triton.cdiv(dim, tile),)](
+        x, dt, A, B, C, state, slots, D, z, dt_bias, y,
+        x.stride(0), dt.stride(0), A.stride(0), B.stride(0), C.stride(0), 0 if z is None else z.stride(0),
+        *state.stride()[:2], DIM=dim, N=n, BLOCK_D=tile, BLOCK_N=width, num_warps=warps_of(tile * width),
+    )  # fmt: skip
+    return y
+
+
+@_step.register_fake
+def _(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None,
+    D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape)
+
+
+@triton.jit
+def _step_kernel(
+    x, dt, A, B, C, state, slots, D, z, dt_bias, y,
+    x_row, dt_row, A_row, B_row, C_row, z_row, state_slot, state_d,
+    DIM: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program per row and tile of channels, which nobody else reads or writes."""
+    TILES: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
+    row = (tl.program_id(0) // TILES).to(tl.int64)
+    d, n = tl.program_id(0) % TILES * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    exists = (d < DIM)[:, None] & (n < N)[None, :]
+    own = state + slot_of(slots, row) * state_slot + (d[:, None] * state_d + n[None, :])
+    h = tl.load(own, mask=exists, other=0.0).to(tl.float32)
+    a = tl.load(A + (d[:, None] * A_row + n[None, :]), mask=exists, other=0.0).to(tl.float32)
+    u = tl.load(x + row * x_row + d, mask=d < DIM, other=0.0).to(tl.float32)
+    step = tl.load(dt + row * dt_row + d, mask=d < DIM, other=0.0).to(tl.float32)
+    k = tl.load(B + row * B_row + n, mask=n < N, other=0.0).to(tl.float32)
+    q = tl.load(C + row * C_row + n, mask=n < N, other=0.0).to(tl.float32)
+    if dt_bias is not None:
+        step = softplus(step + tl.load(dt_bias + d, mask=d < DIM, other=0.0).to(tl.float32))
+    h = h * tl.exp2(a * (step * LOG2E)[:, None]) + (step * u)[:, None] * k[None, :]
+    tl.store(own, h.to(state.dtype.element_ty), mask=exists)
+    out = tl.sum(h * q[None, :], 1)
+    if D is not None:
+        out += tl.load(D + d, mask=d < DIM, other=0.0).to(tl.float32) * u
+    if z is not None:
+        out *= silu(tl.load(z + row * z_row + d, mask=d < DIM, other=0.0).to(tl.float32))
+    tl.store(y + row * DIM + d, out.to(y.dtype.element_ty), mask=d < DIM)
