@@ -1,0 +1,203 @@
+"""One trapezoid token on a GPU: one launch reads and writes each number of the state once.
+
+One program owns a row and head with all that the pool keeps of it, so nobody else reads what it overwrites. Its warps
+share k, x and the angle, and write these three only after all of them have read them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from everstate.core.state import Slots
+from everstate.ops.trapezoid import TrapezoidState
+from everstate.ops.triton_rows import dense, slot_of
+
+INVERSE_TAU: tl.constexpr = tl.constexpr(0.15915494309189535)
+# 2 pi in two parts, the first exact: in one it is off by 2e-7 for every turn, and a long stream turns often.
+TAU_HIGH: tl.constexpr = tl.constexpr(6.28125)
+TAU_LOW: tl.constexpr = tl.constexpr(1.9353071795864769e-3)
+
+
+def trapezoid_step_(
+    x: Float[Tensor, "b h p"],
+    dt: Float[Tensor, "b h"],
+    A: Float[Tensor, "b h"],
+    lam: Float[Tensor, "b h"],
+    omega: Float[Tensor, "b s"],
+    B: Float[Tensor, "b r g n"],
+    C: Float[Tensor, "b r g n"],
+    state: TrapezoidState,
+    slots: Slots = None,
+    *,
+    B_bias: Float[Tensor, "h r n"] | None = None,
+    C_bias: Float[Tensor, "h r n"] | None = None,
+    mimo_x: Float[Tensor, "h r p"] | None = None,
+    D: Float[Tensor, " h"] | None = None,
+    interleaved: bool = True,
+) -> Float[Tensor, "b r h p"]:
+    """See `everstate.ops.trapezoid_step_`. The pool may be of lower precision, its angles apart: a sum of rounded
+    numbers is rounded once more with every token."""
+    return _step(x, dt, A, lam, omega, B, C, *state, slots, B_bias, C_bias, mimo_x, D, interleaved)
+
+
+@torch.library.custom_op("everstate::trapezoid_step_", mutates_args={"ssm", "k", "x_before", "angle"})
+def _step(
+    x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
+    ssm: Tensor, k: Tensor, x_before: Tensor, angle: Tensor, slots: Tensor | None,
+    B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    (batch, heads, headdim), (rank, groups, d_state) = x.shape, B.shape[1:]
+    y = x.new_empty(batch, rank, heads, headdim)
+    if batch == 0:
+        return y
+    x, omega, B, C = dense(x), dense(omega), dense(B), dense(C)
+    parameters = (None if t is None else t.contiguous() for t in (B_bias, C_bias, mimo_x, D))
+    _step_kernel[(batch * heads,)](
+        x, dt, A, lam, omega, B, C, ssm, k, x_before, angle, slots, *parameters, y,
+        *x.stride()[:2], *dt.stride(), *A.stride(), *lam.stride(), omega.stride(0), *B.stride()[:3], *C.stride()[:3],
+        *ssm.stride()[:3], *k.stride()[:3], *x_before.stride()[:2], *angle.stride()[:2],
+        HEADS=heads, GROUPS=groups, P=headdim, N=d_state, R=rank, TURNING=omega.shape[1], INTERLEAVED=interleaved,
+        **tile_of_head(headdim, d_state, rank),
+    )  # fmt: skip
+    return y
+
+
+@_step.register_fake
+def _(
+    x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
+    ssm: Tensor, k: Tensor, x_before: Tensor, angle: Tensor, slots: Tensor | None,
+    B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], B.shape[1], *x.shape[1:])
+
+
+def tile_of_head(headdim: int, d_state: int, rank: int) -> dict[str, int]:
+    """Sides of a program's tiles filled up to powers of two, and its warps: 32 numbers of the state per thread."""
+    sides = {"BLOCK_P": headdim, "BLOCK_N": d_state, "BLOCK_R": rank}
+    blocks = {name: triton.next_power_of_2(size) for name, size in sides.items()}
+    return {**blocks, "num_warps": min(max(blocks["BLOCK_P"] * blocks["BLOCK_N"] // 1024, 1), 16)}
+
+
+@triton.jit
+def _step_kernel(
+    x, dt, A, lam, omega, B, C, ssm, k, x_before, angle, slots, B_bias, C_bias, mimo_x, D, y,
+    x_row, x_head, dt_row, dt_head, A_row, A_head, lam_row, lam_head, omega_row, B_row, B_rank, B_group,
+    C_row, C_rank, C_group, ssm_slot, ssm_head, ssm_p, k_slot, k_rank, k_head, before_slot, before_head,
+    angle_slot, angle_head,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    TURNING: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    head, row = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
+    slot, group = slot_of(slots, row), head // (HEADS // GROUPS)
+    p, n, r = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    # The state is asked for first; what enters it is made while it comes.
+    inside = (p < P)[:, None] & (n < N)[None, :]
+    own = ssm + slot * ssm_slot + head * ssm_head + p[:, None] * ssm_p + n[None, :]
+    h = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+    was = k + slot * k_slot + head * k_head
+    step = tl.load(dt + row * dt_row + head * dt_head).to(tl.float32)
+    entering = tl.load(lam + row * lam_row + head * lam_head).to(tl.float32) * step
+    decay = tl.exp(tl.load(A + row * A_row + head * A_head).to(tl.float32) * step)
+    owed = (step - entering) * decay
+    turning = angle + slot * angle_slot + head * angle_head
+    pair, partner, sign = pairs(n, N, INTERLEAVED)
+    turns = (pair < TURNING) & (n < N)
+    speed = tl.load(omega + row * omega_row + pair, mask=turns, other=0.0).to(tl.float32)
+    turned = wrapped(tl.load(turning + pair, mask=turns, other=0.0) + step * speed)
+    cos, sin = cosine_and_sine(turned)
+    sin *= sign
+    keys = rotated(B + row * B_row + group * B_group, None, B_bias, r, B_rank, head, n, partner, cos, sin, N, R, 0.0)
+    queries = rotated(C + row * C_row + group * C_group, None, C_bias, r, C_rank, head, n, partner, cos, sin, N, R, 0.0)
+    before = x_before + slot * before_slot + head * before_head + p
+    u = tl.load(x + row * x_row + head * x_head + p, mask=p < P, other=0.0).to(tl.float32)
+    u_before = tl.load(before, mask=p < P, other=0.0).to(tl.float32)
+
+    h *= decay
+    for i in tl.static_range(R):
+        factor = of_rank(mimo_x, head, i, p, P, R)
+        k_before = tl.load(was + i * k_rank + n, mask=n < N, other=0.0).to(tl.float32)
+        h += (owed * factor * u_before)[:, None] * k_before[None, :]
+        h += (entering * factor * u)[:, None] * one_of(keys, r, i)[None, :]
+    tl.store(own, h.to(ssm.dtype.element_ty), mask=inside)
+    for i in tl.static_range(R):
+        out = tl.sum(h * one_of(queries, r, i)[None, :], 1)
+        if D is not None:
+            out += tl.load(D + head).to(tl.float32) * of_rank(mimo_x, head, i, p, P, R) * u
+        tl.store(y + ((row * R + i) * HEADS + head) * P + p, out.to(y.dtype.element_ty), mask=p < P)
+
+    tl.debug_barrier()  # all warps have read what is overwritten now
+    at = was + r[:, None] * k_rank + n[None, :]
+    tl.store(at, keys.to(k.dtype.element_ty), mask=(r < R)[:, None] & (n < N)[None, :])
+    tl.store(before, u.to(x_before.dtype.element_ty), mask=p < P)
+    tl.store(turning + pair, turned, mask=turns & (sign < 0))
+
+
+@triton.jit
+def wrapped(angle):
+    """The same angle between -pi and pi."""
+    turns = tl.floor(angle * INVERSE_TAU + 0.5)
+    return (angle - turns * TAU_HIGH) - turns * TAU_LOW
+
+
+@triton.jit
+def cosine_and_sine(angle):
+    """Both to 1e-7 for angles between -pi and pi. Those of the libraries also take huge angles, by way of memory."""
+    quarter = tl.floor(angle * (4 * INVERSE_TAU) + 0.5)
+    x = (angle - quarter * (TAU_HIGH / 4)) - quarter * (TAU_LOW / 4)
+    z = x * x
+    cos = 1 + z * (-1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320))))
+    sin = x + x * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
+    odd, low = tl.abs(quarter) == 1, tl.abs(quarter) == 2
+    # A quarter turn makes of (cos, sin) (-sin, cos), the other way round (sin, -cos), two of them (-cos, -sin).
+    return (
+        tl.where(odd, -quarter * sin, tl.where(low, -cos, cos)),
+        tl.where(odd, quarter * cos, tl.where(low, -sin, sin)),
+    )
+
+
+@triton.jit
+def pairs(n, N: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Of each entry: the number of its pair, where its partner lies, and the sign of the sine with which that enters:
+    -1 for the first of a pair, 1 for the second."""
+    if INTERLEAVED:
+        return n // 2, n ^ 1, tl.where(n % 2 == 0, -1.0, 1.0)
+    else:
+        first = n < N // 2
+        return tl.where(first, n, n - N // 2), tl.where(first, n + N // 2, n - N // 2), tl.where(first, -1.0, 1.0)
+
+
+@triton.jit
+def rotated(
+    vectors, weight, bias, r, rank_stride, head, n, partner, cos, sin, N: tl.constexpr, R: tl.constexpr, eps
+):  # fmt: skip
+    """The vectors of all ranks, normalised if there is a `weight`, with the bias of their head, turned: (r, n)."""
+    inside = (r < R)[:, None] & (n < N)[None, :]
+    own = tl.load(vectors + r[:, None] * rank_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(vectors + r[:, None] * rank_stride + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    if weight is not None:
+        scale = tl.rsqrt(tl.sum(own * own, 1) / N + eps)[:, None]
+        own *= scale * tl.load(weight + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        other *= scale * tl.load(weight + partner, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        added = bias + (head * R + r)[:, None] * N
+        own += tl.load(added + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        other += tl.load(added + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    return own * cos[None, :] + other * sin[None, :]
+
+
+@triton.jit
+def of_rank(factors, head, i, p, P: tl.constexpr, R: tl.constexpr):
+    """The factors (p) of one rank of a head, or 1 where there are none."""
+    if factors is not None:
+        return tl.load(factors + (head * R + i) * P + p, mask=p < P, other=0.0).to(tl.float32)
+    else:
+        return 1.0
+
+
+@triton.jit
+def one_of(tile, r, i):
+    """Row i of a tile (r, n)."""
+    return tl.sum(tl.where((r == i)[:, None], tile, 0.0), 0)
