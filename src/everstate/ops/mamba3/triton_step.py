@@ -9,7 +9,7 @@ from torch import Tensor
 from everstate.core.state import Slots
 from everstate.ops.mamba3 import Mamba3Layer
 from everstate.ops.trapezoid import TrapezoidState
-from everstate.ops.trapezoid.triton_step import cosine_and_sine, of_rank, one_of, pairs, rotated, tile_of_head, wrapped
+from everstate.ops.trapezoid.triton_step import cosine_and_sine, entered, of_rank, pairs, rotated, tile_of_head, wrapped
 from everstate.ops.triton_rows import dense, silu, slot_of
 
 PI: tl.constexpr = tl.constexpr(3.141592653589793)
@@ -46,7 +46,7 @@ def _step(
         projected.stride(0), 0 if delta_t is None else delta_t.stride(0),
         *ssm.stride()[:3], *k.stride()[:3], *x.stride()[:2], *angle.stride()[:2], floor, eps,
         HEADS=heads, GROUPS=ngroups, P=headdim, N=d_state, R=rank, TURNING=angle.shape[-1],
-        INTERLEAVED=interleaved, HEAVY=heavy, **tile_of_head(headdim, d_state, rank),
+        INTERLEAVED=interleaved, HEAVY=heavy, **tile_of_head(headdim, d_state),
     )  # fmt: skip
     return out
 
@@ -69,74 +69,79 @@ def _step_kernel(
     floor, eps,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     TURNING: tl.constexpr, INTERLEAVED: tl.constexpr, HEAVY: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
     slot, group = slot_of(slots, row), head // (HEADS // GROUPS)
-    p, n, r = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     # The state is asked for first; what enters it is made while it comes.
     inside = (p < P)[:, None] & (n < N)[None, :]
     own = ssm + slot * ssm_slot + head * ssm_head + p[:, None] * ssm_p + n[None, :]
     h = tl.load(own, mask=inside, other=0.0).to(tl.float32)
-
     WIDTH: tl.constexpr = GROUPS * N
     gates = projected + row * row_stride
-    inputs = gates + HEADS * P
-    vectors = inputs + HEADS * P
+    vectors = gates + 2 * HEADS * P
     scalars = vectors + 2 * R * WIDTH
+    step, decay, entering = steps(scalars, head, row, delta_t, delta_stride, dt_bias, floor, HEADS, HEAVY)
+    pair, partner, sign = pairs(n, N, INTERLEAVED)
+    turns = (pair < TURNING) & (n < N)
+    speed = PI * tanh(tl.load(scalars + 3 * HEADS + pair, mask=turns, other=0.0).to(tl.float32))
+    turning = angle + slot * angle_slot + head * angle_head + pair
+    turned = wrapped(tl.load(turning, mask=turns, other=0.0) + step * speed)
+    cos, sin = cosine_and_sine(turned)
+    sin *= sign
+    B = vectors + group * N
+    keys = rotated(B, WIDTH, B_norm, B_bias, head, n, partner, cos, sin, N, R, eps)
+    queries = rotated(B + R * WIDTH, WIDTH, C_norm, C_bias, head, n, partner, cos, sin, N, R, eps)
+    was, before = k + slot * k_slot + head * k_head, x + slot * x_slot + head * x_head + p
+    z = tl.load(gates + head * P + p, mask=p < P, other=0.0).to(tl.float32)
+    u = tl.load(gates + (HEADS + head) * P + p, mask=p < P, other=0.0).to(tl.float32)
+    u_before = tl.load(before, mask=p < P, other=0.0).to(tl.float32)
+
+    h = entered(h * decay, (step - entering) * decay * u_before, was, k_rank, entering * u, keys, mimo_x, head, p, n,
+                P, N, R)  # fmt: skip
+    tl.store(own, h.to(ssm.dtype.element_ty), mask=inside)
+    y = left(h, queries, tl.load(D + head).to(tl.float32) * u, z, mimo_x, mimo_z, mimo_o, norm, head, p, eps, P, R)
+    tl.store(out + (row * HEADS + head) * P + p, y.to(out.dtype.element_ty), mask=p < P)
+
+    tl.debug_barrier()  # all warps have read what is overwritten now
+    for i in tl.static_range(R):
+        tl.store(was + i * k_rank + n, keys[i].to(k.dtype.element_ty), mask=n < N)
+    tl.store(before, u.to(x.dtype.element_ty), mask=p < P)
+    tl.store(turning, turned, mask=turns & (sign < 0))
+
+
+@triton.jit
+def steps(scalars, head, row, delta_t, delta_stride, dt_bias, floor, HEADS: tl.constexpr, HEAVY: tl.constexpr):
+    """The time step of a head, how much is left of its state, and how much of its input enters now."""
     step = softplus(tl.load(scalars + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))
     if delta_t is not None:
         step *= tl.load(delta_t + row * delta_stride).to(tl.float32)
     a = tl.load(scalars + HEADS + head).to(tl.float32)
     decay = tl.exp(-tl.maximum(heavy_tail(a) if HEAVY else softplus(a), floor) * step)
-    entering = step / (1.0 + tl.exp(-tl.load(scalars + 2 * HEADS + head).to(tl.float32)))
-    owed = (step - entering) * decay
-    turning = angle + slot * angle_slot + head * angle_head
-    pair, partner, sign = pairs(n, N, INTERLEAVED)
-    turns = (pair < TURNING) & (n < N)
-    speed = PI * tanh(tl.load(scalars + 3 * HEADS + pair, mask=turns, other=0.0).to(tl.float32))
-    turned = wrapped(tl.load(turning + pair, mask=turns, other=0.0) + step * speed)
-    cos, sin = cosine_and_sine(turned)
-    sin *= sign
-    B = vectors + group * N
-    keys = rotated(B, B_norm, B_bias, r, WIDTH, head, n, partner, cos, sin, N, R, eps)
-    queries = rotated(B + R * WIDTH, C_norm, C_bias, r, WIDTH, head, n, partner, cos, sin, N, R, eps)
-    was, before = k + slot * k_slot + head * k_head, x + slot * x_slot + head * x_head + p
-    u = tl.load(inputs + head * P + p, mask=p < P, other=0.0).to(tl.float32)
-    u_before = tl.load(before, mask=p < P, other=0.0).to(tl.float32)
-    z = tl.load(gates + head * P + p, mask=p < P, other=0.0).to(tl.float32)
-    skip = tl.load(D + head).to(tl.float32)
+    return step, decay, step / (1.0 + tl.exp(-tl.load(scalars + 2 * HEADS + head).to(tl.float32)))
 
-    h *= decay
-    for i in tl.static_range(R):
-        factor = of_rank(mimo_x, head, i, p, P, R)
-        k_before = tl.load(was + i * k_rank + n, mask=n < N, other=0.0).to(tl.float32)
-        h += (owed * factor * u_before)[:, None] * k_before[None, :]
-        h += (entering * factor * u)[:, None] * one_of(keys, r, i)[None, :]
-    tl.store(own, h.to(ssm.dtype.element_ty), mask=inside)
+
+@triton.jit
+def left(h, queries, skipped, z, mimo_x, mimo_z, mimo_o, norm, head, p, eps, P: tl.constexpr, R: tl.constexpr):
+    """What the ranks read of the state and skip past it, normalised, gated and summed: (p)."""
+    y = tl.zeros_like(skipped)
     if norm is None and R > 1:
-        # Sums over ranks and entries in either order, and this one needs a single sum over entries.
-        y, read = tl.zeros_like(u), tl.zeros_like(h)
+        # Without a norm the ranks may be summed before the entries: one sum along the state instead of R.
+        read = tl.zeros_like(h)
         for i in tl.static_range(R):
             gate = silu(z * of_rank(mimo_z, head, i, p, P, R)) * of_rank(mimo_o, head, i, p, P, R)
-            read += gate[:, None] * one_of(queries, r, i)[None, :]
-            y += gate * skip * of_rank(mimo_x, head, i, p, P, R) * u
+            read += gate[:, None] * queries[i][None, :]
+            y += gate * skipped * of_rank(mimo_x, head, i, p, P, R)
         y += tl.sum(h * read, 1)
     else:
-        y = tl.zeros_like(u)
         for i in tl.static_range(R):
-            each = tl.sum(h * one_of(queries, r, i)[None, :], 1) + skip * of_rank(mimo_x, head, i, p, P, R) * u
+            each = tl.sum(h * queries[i][None, :], 1) + skipped * of_rank(mimo_x, head, i, p, P, R)
             if norm is not None:
                 each *= tl.rsqrt(tl.sum(each * each, 0) / P + eps)
                 each *= tl.load(norm + head * P + p, mask=p < P, other=0.0).to(tl.float32)
             y += each * silu(z * of_rank(mimo_z, head, i, p, P, R)) * of_rank(mimo_o, head, i, p, P, R)
-    tl.store(out + (row * HEADS + head) * P + p, y.to(out.dtype.element_ty), mask=p < P)
-
-    tl.debug_barrier()  # all warps have read what is overwritten now
-    at = was + r[:, None] * k_rank + n[None, :]
-    tl.store(at, keys.to(k.dtype.element_ty), mask=(r < R)[:, None] & (n < N)[None, :])
-    tl.store(before, u.to(x.dtype.element_ty), mask=p < P)
-    tl.store(turning + pair, turned, mask=turns & (sign < 0))
+    return y
 
 
 @triton.jit

@@ -59,7 +59,7 @@ def _step(
         *x.stride()[:2], *dt.stride(), *A.stride(), *lam.stride(), omega.stride(0), *B.stride()[:3], *C.stride()[:3],
         *ssm.stride()[:3], *k.stride()[:3], *x_before.stride()[:2], *angle.stride()[:2],
         HEADS=heads, GROUPS=groups, P=headdim, N=d_state, R=rank, TURNING=omega.shape[1], INTERLEAVED=interleaved,
-        **tile_of_head(headdim, d_state, rank),
+        **tile_of_head(headdim, d_state),
     )  # fmt: skip
     return y
 
@@ -73,10 +73,9 @@ def _(
     return x.new_empty(x.shape[0], B.shape[1], *x.shape[1:])
 
 
-def tile_of_head(headdim: int, d_state: int, rank: int) -> dict[str, int]:
-    """Sides of a program's tiles filled up to powers of two, and its warps: 32 numbers of the state per thread."""
-    sides = {"BLOCK_P": headdim, "BLOCK_N": d_state, "BLOCK_R": rank}
-    blocks = {name: triton.next_power_of_2(size) for name, size in sides.items()}
+def tile_of_head(headdim: int, d_state: int) -> dict[str, int]:
+    """Sides of a program's tile filled up to powers of two, and its warps: 32 numbers of the state per thread."""
+    blocks = {"BLOCK_P": triton.next_power_of_2(headdim), "BLOCK_N": triton.next_power_of_2(d_state)}
     return {**blocks, "num_warps": min(max(blocks["BLOCK_P"] * blocks["BLOCK_N"] // 1024, 1), 16)}
 
 
@@ -87,52 +86,47 @@ def _step_kernel(
     C_row, C_rank, C_group, ssm_slot, ssm_head, ssm_p, k_slot, k_rank, k_head, before_slot, before_head,
     angle_slot, angle_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-    TURNING: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    TURNING: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
     slot, group = slot_of(slots, row), head // (HEADS // GROUPS)
-    p, n, r = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     # The state is asked for first; what enters it is made while it comes.
     inside = (p < P)[:, None] & (n < N)[None, :]
     own = ssm + slot * ssm_slot + head * ssm_head + p[:, None] * ssm_p + n[None, :]
     h = tl.load(own, mask=inside, other=0.0).to(tl.float32)
-    was = k + slot * k_slot + head * k_head
     step = tl.load(dt + row * dt_row + head * dt_head).to(tl.float32)
     entering = tl.load(lam + row * lam_row + head * lam_head).to(tl.float32) * step
     decay = tl.exp(tl.load(A + row * A_row + head * A_head).to(tl.float32) * step)
-    owed = (step - entering) * decay
-    turning = angle + slot * angle_slot + head * angle_head
     pair, partner, sign = pairs(n, N, INTERLEAVED)
     turns = (pair < TURNING) & (n < N)
     speed = tl.load(omega + row * omega_row + pair, mask=turns, other=0.0).to(tl.float32)
-    turned = wrapped(tl.load(turning + pair, mask=turns, other=0.0) + step * speed)
+    turning = angle + slot * angle_slot + head * angle_head + pair
+    turned = wrapped(tl.load(turning, mask=turns, other=0.0) + step * speed)
     cos, sin = cosine_and_sine(turned)
     sin *= sign
-    keys = rotated(B + row * B_row + group * B_group, None, B_bias, r, B_rank, head, n, partner, cos, sin, N, R, 0.0)
-    queries = rotated(C + row * C_row + group * C_group, None, C_bias, r, C_rank, head, n, partner, cos, sin, N, R, 0.0)
-    before = x_before + slot * before_slot + head * before_head + p
+    B += row * B_row + group * B_group
+    C += row * C_row + group * C_group
+    keys = rotated(B, B_rank, None, B_bias, head, n, partner, cos, sin, N, R, 0.0)
+    queries = rotated(C, C_rank, None, C_bias, head, n, partner, cos, sin, N, R, 0.0)
+    was, before = k + slot * k_slot + head * k_head, x_before + slot * before_slot + head * before_head + p
     u = tl.load(x + row * x_row + head * x_head + p, mask=p < P, other=0.0).to(tl.float32)
     u_before = tl.load(before, mask=p < P, other=0.0).to(tl.float32)
 
-    h *= decay
-    for i in tl.static_range(R):
-        factor = of_rank(mimo_x, head, i, p, P, R)
-        k_before = tl.load(was + i * k_rank + n, mask=n < N, other=0.0).to(tl.float32)
-        h += (owed * factor * u_before)[:, None] * k_before[None, :]
-        h += (entering * factor * u)[:, None] * one_of(keys, r, i)[None, :]
+    h = entered(h * decay, (step - entering) * decay * u_before, was, k_rank, entering * u, keys, mimo_x, head, p, n,
+                P, N, R)  # fmt: skip
     tl.store(own, h.to(ssm.dtype.element_ty), mask=inside)
     for i in tl.static_range(R):
-        out = tl.sum(h * one_of(queries, r, i)[None, :], 1)
+        out = tl.sum(h * queries[i][None, :], 1)
         if D is not None:
             out += tl.load(D + head).to(tl.float32) * of_rank(mimo_x, head, i, p, P, R) * u
         tl.store(y + ((row * R + i) * HEADS + head) * P + p, out.to(y.dtype.element_ty), mask=p < P)
 
     tl.debug_barrier()  # all warps have read what is overwritten now
-    at = was + r[:, None] * k_rank + n[None, :]
-    tl.store(at, keys.to(k.dtype.element_ty), mask=(r < R)[:, None] & (n < N)[None, :])
+    for i in tl.static_range(R):
+        tl.store(was + i * k_rank + n, keys[i].to(k.dtype.element_ty), mask=n < N)
     tl.store(before, u.to(x_before.dtype.element_ty), mask=p < P)
-    tl.store(turning + pair, turned, mask=turns & (sign < 0))
+    tl.store(turning, turned, mask=turns & (sign < 0))
 
 
 @triton.jit
@@ -171,21 +165,33 @@ def pairs(n, N: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def rotated(
-    vectors, weight, bias, r, rank_stride, head, n, partner, cos, sin, N: tl.constexpr, R: tl.constexpr, eps
+    vectors, rank_stride, weight, bias, head, n, partner, cos, sin, N: tl.constexpr, R: tl.constexpr, eps
 ):  # fmt: skip
-    """The vectors of all ranks, normalised if there is a `weight`, with the bias of their head, turned: (r, n)."""
-    inside = (r < R)[:, None] & (n < N)[None, :]
-    own = tl.load(vectors + r[:, None] * rank_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
-    other = tl.load(vectors + r[:, None] * rank_stride + partner[None, :], mask=inside, other=0.0).to(tl.float32)
-    if weight is not None:
-        scale = tl.rsqrt(tl.sum(own * own, 1) / N + eps)[:, None]
-        own *= scale * tl.load(weight + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        other *= scale * tl.load(weight + partner, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        added = bias + (head * R + r)[:, None] * N
-        own += tl.load(added + n[None, :], mask=inside, other=0.0).to(tl.float32)
-        other += tl.load(added + partner[None, :], mask=inside, other=0.0).to(tl.float32)
-    return own * cos[None, :] + other * sin[None, :]
+    """The vectors (n) of each rank, normalised if there is a `weight`, with the bias of their head, turned."""
+    made = ()
+    for i in tl.static_range(R):
+        own = tl.load(vectors + i * rank_stride + n, mask=n < N, other=0.0).to(tl.float32)
+        other = tl.load(vectors + i * rank_stride + partner, mask=n < N, other=0.0).to(tl.float32)
+        if weight is not None:
+            scale = tl.rsqrt(tl.sum(own * own, 0) / N + eps)
+            own *= scale * tl.load(weight + n, mask=n < N, other=0.0).to(tl.float32)
+            other *= scale * tl.load(weight + partner, mask=n < N, other=0.0).to(tl.float32)
+        if bias is not None:
+            own += tl.load(bias + (head * R + i) * N + n, mask=n < N, other=0.0).to(tl.float32)
+            other += tl.load(bias + (head * R + i) * N + partner, mask=n < N, other=0.0).to(tl.float32)
+        made = made + (own * cos + other * sin,)
+    return made
+
+
+@triton.jit
+def entered(h, owed, was, rank_stride, entering, keys, mimo_x, head, p, n,
+            P: tl.constexpr, N: tl.constexpr, R: tl.constexpr):  # fmt: skip
+    """The decayed state (p, n) with what both ends of the step add, rank by rank."""
+    for i in tl.static_range(R):
+        factor = of_rank(mimo_x, head, i, p, P, R)
+        k_before = tl.load(was + i * rank_stride + n, mask=n < N, other=0.0).to(tl.float32)
+        h += (owed * factor)[:, None] * k_before[None, :] + (entering * factor)[:, None] * keys[i][None, :]
+    return h
 
 
 @triton.jit
@@ -195,9 +201,3 @@ def of_rank(factors, head, i, p, P: tl.constexpr, R: tl.constexpr):
         return tl.load(factors + (head * R + i) * P + p, mask=p < P, other=0.0).to(tl.float32)
     else:
         return 1.0
-
-
-@triton.jit
-def one_of(tile, r, i):
-    """Row i of a tile (r, n)."""
-    return tl.sum(tl.where((r == i)[:, None], tile, 0.0), 0)
