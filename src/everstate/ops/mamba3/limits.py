@@ -6,17 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from everstate.core.state import Slots
 from everstate.ops.trapezoid.limits_step import pool_refusal
 
 
 def accepts_step(
     projected: Tensor,
-    state: tuple[Tensor, ...],
-    slots: Slots = None,
+    state: Any,
+    slots: Tensor | None = None,
     delta_t: Tensor | None = None,
     *,
-    layer: tuple[Any, ...],
+    layer: Any,
 ) -> str | None:
     """Why the kernel of `mamba3_step_` does not serve these arguments, or None."""
     return pool_refusal(state, projected, delta_t, *(part for part in layer if isinstance(part, Tensor)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from everstate.core.state import Slots
 from everstate.ops.limits import step_refusal
 
 LARGEST = 32768
@@ -22,8 +23,8 @@ def accepts_step(
     omega: Tensor,
     B: Tensor,
     C: Tensor,
-    state: tuple[Tensor, ...],
-    slots: Slots = None,
+    state: Any,
+    slots: Tensor | None = None,
     *,
     B_bias: Tensor | None = None,
     C_bias: Tensor | None = None,
@@ -35,7 +36,7 @@ def accepts_step(
     return pool_refusal(state, x, dt, A, lam, omega, B, C, B_bias, C_bias, mimo_x, D)
 
 
-def pool_refusal(state: tuple[Tensor, ...], *inputs: Tensor | None) -> str | None:
+def pool_refusal(state: Any, *inputs: Tensor | None) -> str | None:
     """Why no kernel can step this pool of states with these inputs, or None."""
     why = step_refusal(*state, *inputs)
     if why is not None:
