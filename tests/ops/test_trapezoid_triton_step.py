@@ -181,7 +181,7 @@ def test_a_compiler_can_trace_it(kernel_device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("sizes", "change", "sentence"),
     [
-        ((256, 256, 1, 4), lambda s: s, r"up to 32,768 numbers .* not 256 x 256"),
+        ((2, 2048, 1, 4), lambda s: s, r"up to 1024 x 1024 numbers .* not 2 x 2048"),
         ((4, 4, 9, 2), lambda s: s, r"up to 8 ranks, not 9"),
         ((4, 4, 1, 2), lambda s: s._replace(angle=s.angle.bfloat16()), r"angles in float32, not in bfloat16"),
         ((4, 4, 1, 2), lambda s: s._replace(ssm=s.ssm.transpose(2, 3)), r"last dimensions are dense"),

@@ -9,7 +9,18 @@ from torch import Tensor
 from everstate.core.state import Slots
 from everstate.ops.mamba3 import Mamba3Layer
 from everstate.ops.trapezoid import TrapezoidState
-from everstate.ops.trapezoid.triton_step import cosine_and_sine, entered, of_rank, pairs, rotated, tile_of_head, wrapped
+from everstate.ops.trapezoid.triton_step import (
+    cosine_and_sine,
+    keep_keys,
+    keep_rotated,
+    keep_scaled,
+    of_rank,
+    pairs,
+    parts,
+    room,
+    stream,
+    wrapped,
+)
 from everstate.ops.triton_rows import dense, silu, slot_of
 
 PI: tl.constexpr = tl.constexpr(3.141592653589793)
@@ -41,12 +52,13 @@ def _step(
         return out
     projected = dense(projected)
     vectors = (dt_bias, B_norm, C_norm, B_bias, C_bias, D, mimo_x, mimo_z, mimo_o, norm)
-    _step_kernel[(batch * heads,)](
-        projected, ssm, k, x, angle, slots, delta_t, *(None if t is None else t.contiguous() for t in vectors), out,
-        projected.stride(0), 0 if delta_t is None else delta_t.stride(0),
-        *ssm.stride()[:3], *k.stride()[:3], *x.stride()[:2], *angle.stride()[:2], floor, eps,
+    scratch, tiles = room(batch * heads, headdim, d_state, rank, projected.device)
+    _step_kernel[(scratch.shape[0],)](
+        projected, ssm, k, x, angle, slots, delta_t, *(None if t is None else t.contiguous() for t in vectors),
+        scratch, out, projected.stride(0), 0 if delta_t is None else delta_t.stride(0),
+        *ssm.stride()[:3], *k.stride()[:3], *x.stride()[:2], *angle.stride()[:2], batch * heads, floor, eps,
         HEADS=heads, GROUPS=ngroups, P=headdim, N=d_state, R=rank, TURNING=angle.shape[-1],
-        INTERLEAVED=interleaved, HEAVY=heavy, **tile_of_head(headdim, d_state),
+        INTERLEAVED=interleaved, HEAVY=heavy, **tiles,
     )  # fmt: skip
     return out
 
@@ -64,51 +76,49 @@ def _(
 @triton.jit
 def _step_kernel(
     projected, ssm, k, x, angle, slots, delta_t, dt_bias, B_norm, C_norm, B_bias, C_bias, D,
-    mimo_x, mimo_z, mimo_o, norm, out,
+    mimo_x, mimo_z, mimo_o, norm, scratch, out,
     row_stride, delta_stride, ssm_slot, ssm_head, ssm_p, k_slot, k_rank, k_head, x_slot, x_head, angle_slot, angle_head,
-    floor, eps,
+    items, floor, eps,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     TURNING: tl.constexpr, INTERLEAVED: tl.constexpr, HEAVY: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    head, row = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
-    slot, group = slot_of(slots, row), head // (HEADS // GROUPS)
-    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    # The state is asked for first; what enters it is made while it comes.
-    inside = (p < P)[:, None] & (n < N)[None, :]
-    own = ssm + slot * ssm_slot + head * ssm_head + p[:, None] * ssm_p + n[None, :]
-    h = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+    p, n = tl.arange(0, WHOLE_P), tl.arange(0, BLOCK_N)
+    keys, queries, owed, entering, reads = parts(scratch, P, N, R)
     WIDTH: tl.constexpr = GROUPS * N
-    gates = projected + row * row_stride
-    vectors = gates + 2 * HEADS * P
-    scalars = vectors + 2 * R * WIDTH
-    step, decay, entering = steps(scalars, head, row, delta_t, delta_stride, dt_bias, floor, HEADS, HEAVY)
-    pair, partner, sign = pairs(n, N, INTERLEAVED)
-    turns = (pair < TURNING) & (n < N)
-    speed = PI * tanh(tl.load(scalars + 3 * HEADS + pair, mask=turns, other=0.0).to(tl.float32))
-    turning = angle + slot * angle_slot + head * angle_head + pair
-    turned = wrapped(tl.load(turning, mask=turns, other=0.0) + step * speed)
-    cos, sin = cosine_and_sine(turned)
-    sin *= sign
-    B = vectors + group * N
-    keys = rotated(B, WIDTH, B_norm, B_bias, head, n, partner, cos, sin, N, R, eps)
-    queries = rotated(B + R * WIDTH, WIDTH, C_norm, C_bias, head, n, partner, cos, sin, N, R, eps)
-    was, before = k + slot * k_slot + head * k_head, x + slot * x_slot + head * x_head + p
-    z = tl.load(gates + head * P + p, mask=p < P, other=0.0).to(tl.float32)
-    u = tl.load(gates + (HEADS + head) * P + p, mask=p < P, other=0.0).to(tl.float32)
-    u_before = tl.load(before, mask=p < P, other=0.0).to(tl.float32)
-
-    h = entered(h * decay, (step - entering) * decay * u_before, was, k_rank, entering * u, keys, mimo_x, head, p, n,
-                P, N, R)  # fmt: skip
-    tl.store(own, h.to(ssm.dtype.element_ty), mask=inside)
-    y = left(h, queries, tl.load(D + head).to(tl.float32) * u, z, mimo_x, mimo_z, mimo_o, norm, head, p, eps, P, R)
-    tl.store(out + (row * HEADS + head) * P + p, y.to(out.dtype.element_ty), mask=p < P)
-
-    tl.debug_barrier()  # all warps have read what is overwritten now
-    for i in tl.static_range(R):
-        tl.store(was + i * k_rank + n, keys[i].to(k.dtype.element_ty), mask=n < N)
-    tl.store(before, u.to(x.dtype.element_ty), mask=p < P)
-    tl.store(turning, turned, mask=turns & (sign < 0))
+    for turn in range(tl.cdiv(items - tl.program_id(0), tl.num_programs(0))):
+        item = tl.program_id(0) + turn * tl.num_programs(0)
+        head, row = item % HEADS, (item // HEADS).to(tl.int64)
+        slot = slot_of(slots, row)
+        gates = projected + row * row_stride + head * P + p
+        vectors = projected + row * row_stride + 2 * HEADS * P
+        scalars = vectors + 2 * R * WIDTH
+        step, decay, gain = steps(scalars, head, row, delta_t, delta_stride, dt_bias, floor, HEADS, HEAVY)
+        pair, partner, sign = pairs(n, N, INTERLEAVED)
+        turns = (pair < TURNING) & (n < N)
+        speed = PI * tanh(tl.load(scalars + 3 * HEADS + pair, mask=turns, other=0.0).to(tl.float32))
+        turning = angle + slot * angle_slot + head * angle_head + pair
+        turned = wrapped(tl.load(turning, mask=turns, other=0.0) + step * speed)
+        cos, sin = cosine_and_sine(turned)
+        sin *= sign
+        B = vectors + head // (HEADS // GROUPS) * N
+        keep_rotated(keys, B, WIDTH, B_norm, B_bias, head, n, partner, cos, sin, N, R, eps)
+        keep_rotated(queries, B + R * WIDTH, WIDTH, C_norm, C_bias, head, n, partner, cos, sin, N, R, eps)
+        was, before = k + slot * k_slot + head * k_head, x + slot * x_slot + head * x_head + p
+        u = tl.load(gates + HEADS * P, mask=p < P, other=0.0).to(tl.float32)
+        u_before = tl.load(before, mask=p < P, other=0.0).to(tl.float32)
+        keep_scaled(owed, entering, (step - gain) * decay * u_before, gain * u, mimo_x, head, p, P, R)
+        tl.debug_barrier()  # everything is there, and x and the angle have been read
+        tl.store(before, u.to(x.dtype.element_ty), mask=p < P)
+        tl.store(turning, turned, mask=turns & (sign < 0))
+        own = ssm + slot * ssm_slot + head * ssm_head
+        stream(own, ssm_p, decay, was, k_rank, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N)
+        tl.debug_barrier()  # the state has been read, and k with it
+        keep_keys(was, k_rank, keys, n, N, R)
+        z = tl.load(gates, mask=p < P, other=0.0).to(tl.float32)
+        y = left(reads, tl.load(D + head).to(tl.float32) * u, z, mimo_x, mimo_z, mimo_o, norm, head, p, eps, P, R)
+        tl.store(out + (row * HEADS + head) * P + p, y.to(out.dtype.element_ty), mask=p < P)
+        tl.debug_barrier()  # the scratch is free
 
 
 @triton.jit
@@ -123,24 +133,15 @@ def steps(scalars, head, row, delta_t, delta_stride, dt_bias, floor, HEADS: tl.c
 
 
 @triton.jit
-def left(h, queries, skipped, z, mimo_x, mimo_z, mimo_o, norm, head, p, eps, P: tl.constexpr, R: tl.constexpr):
+def left(reads, skipped, z, mimo_x, mimo_z, mimo_o, norm, head, p, eps, P: tl.constexpr, R: tl.constexpr):
     """What the ranks read of the state and skip past it, normalised, gated and summed: (p)."""
-    y = tl.zeros_like(skipped)
-    if norm is None and R > 1:
-        # Without a norm the ranks may be summed before the entries: one sum along the state instead of R.
-        read = tl.zeros_like(h)
-        for i in tl.static_range(R):
-            gate = silu(z * of_rank(mimo_z, head, i, p, P, R)) * of_rank(mimo_o, head, i, p, P, R)
-            read += gate[:, None] * queries[i][None, :]
-            y += gate * skipped * of_rank(mimo_x, head, i, p, P, R)
-        y += tl.sum(h * read, 1)
-    else:
-        for i in tl.static_range(R):
-            each = tl.sum(h * queries[i][None, :], 1) + skipped * of_rank(mimo_x, head, i, p, P, R)
-            if norm is not None:
-                each *= tl.rsqrt(tl.sum(each * each, 0) / P + eps)
-                each *= tl.load(norm + head * P + p, mask=p < P, other=0.0).to(tl.float32)
-            y += each * silu(z * of_rank(mimo_z, head, i, p, P, R)) * of_rank(mimo_o, head, i, p, P, R)
+    y = tl.zeros_like(z)
+    for i in tl.static_range(R):
+        each = tl.load(reads + i * P + p, mask=p < P, other=0.0) + skipped * of_rank(mimo_x, head, i, p, P, R)
+        if norm is not None:
+            each *= tl.rsqrt(tl.sum(each * each, 0) / P + eps)
+            each *= tl.load(norm + head * P + p, mask=p < P, other=0.0).to(tl.float32)
+        y += each * silu(z * of_rank(mimo_z, head, i, p, P, R)) * of_rank(mimo_o, head, i, p, P, R)
     return y
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from everstate.ops.limits import step_refusal
 
-LARGEST = 32768
-"""Numbers in the state of a head, each side filled up to a power of two: one program holds all of them."""
+LARGEST = 1024
+"""Numbers per channel of the state, and channels of a head."""
 
 RANKS = 8
 
@@ -46,9 +46,8 @@ def pool_refusal(state: Any, *inputs: Tensor | None) -> str | None:
         # A rounded angle would be off by more with every token.
         return f"keeps angles in float32, not in {str(angle.dtype).removeprefix('torch.')}"
     (headdim, d_state), rank = ssm.shape[-2:], k.shape[1]
-    filled = [1 << (size - 1).bit_length() for size in (headdim, d_state)]
-    if filled[0] * filled[1] > LARGEST:
-        return f"takes heads of up to {LARGEST:,} numbers (headdim x d_state), not {headdim} x {d_state}"
+    if max(headdim, d_state) > LARGEST:
+        return f"takes heads of up to {LARGEST} x {LARGEST} numbers (headdim x d_state), not {headdim} x {d_state}"
     if rank > RANKS:
         return f"takes up to {RANKS} ranks, not {rank}"
     if any(t.stride(-1) != 1 for t in state):
