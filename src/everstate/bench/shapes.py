@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from everstate.ops import Mamba3Layer, TrapezoidState
 from everstate.ops.example import Draw, Example
@@ -57,7 +58,8 @@ def _trapezoid_scan(draw: Draw, d_inner: int, length: int) -> Example:
 def _mamba3_scan(draw: Draw, d_inner: int, length: int, *, rank: int) -> Example:
     """As published: one rank turns half of its entries, adjacent ones together, several turn all, in halves."""
     heads, pairs = d_inner // HEADDIM, D_STATE // 4 if rank == 1 else D_STATE // 2
-    factors = ("mimo_x", "mimo_z", "mimo_o") if rank > 1 else ()
+    names = ("mimo_x", "mimo_z", "mimo_o") if rank > 1 else ()
+    factors: dict[str, Any] = {name: draw.normal(heads, rank, HEADDIM) for name in names}
     layer = Mamba3Layer(
         dt_bias=draw.uniform(heads, low=-7.0, high=-2.0),
         B_norm=draw.normal(D_STATE),
@@ -65,8 +67,8 @@ def _mamba3_scan(draw: Draw, d_inner: int, length: int, *, rank: int) -> Example
         B_bias=draw.normal(heads, rank, D_STATE),
         C_bias=draw.normal(heads, rank, D_STATE),
         D=draw.normal(heads),
-        **{name: draw.normal(heads, rank, HEADDIM) for name in factors},
         interleaved=rank == 1,
+        **factors,
     )
     return Example(
         timed={"projected": draw.normal(1, length, 2 * d_inner + 2 * rank * D_STATE + 3 * heads + pairs)},

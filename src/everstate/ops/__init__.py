@@ -12,7 +12,8 @@ from everstate.ops.linear_scan import linear_scan, linear_step_
 from everstate.ops.lti_conv import lti_conv
 from everstate.ops.lti_diagonal import lti_diagonal, lti_diagonal_step_, lti_kernel_diagonal
 from everstate.ops.lti_dplr import lti_dplr, lti_dplr_step_, lti_kernel_dplr
-from everstate.ops.mamba3 import Mamba3Layer, mamba3_scan, mamba3_step_
+from everstate.ops.mamba3 import mamba3_scan, mamba3_step_
+from everstate.ops.mamba3.ends import Mamba3Layer
 from everstate.ops.norm import gated_rms_norm, rms_norm
 from everstate.ops.rotary import rotary, rotate
 from everstate.ops.selective_scan import selective_scan, selective_step_

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.ops.mamba3 import Mamba3Layer
-from everstate.ops.mamba3.ends import enter, leave
+from everstate.ops.mamba3.ends import Mamba3Layer, enter, leave
 from everstate.ops.norm import gated_rms_norm, rms_norm
 from everstate.ops.trapezoid import TrapezoidState, trapezoid_scan, trapezoid_step_
 

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from everstate.ops.example import Draw, Example, Variants
-from everstate.ops.mamba3 import Mamba3Layer, mamba3_step_
+from everstate.ops.mamba3 import mamba3_step_
+from everstate.ops.mamba3.ends import Mamba3Layer
 from everstate.ops.trapezoid import TrapezoidState
 
 HEADS, HEADDIM, D_STATE = 4, 3, 6

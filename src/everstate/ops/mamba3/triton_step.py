@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.state import Slots
-from everstate.ops.mamba3 import Mamba3Layer
+from everstate.ops.mamba3.ends import Mamba3Layer
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_step import (
     cosine_and_sine,
