@@ -19,6 +19,7 @@ from everstate.ops.trapezoid.triton_step import (
     parts,
     room,
     stream,
+    tile_of,
     wrapped,
 )
 from everstate.ops.triton_rows import dense, silu, slot_of
@@ -81,7 +82,7 @@ def _step_kernel(
     items, floor, eps,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     TURNING: tl.constexpr, INTERLEAVED: tl.constexpr, HEAVY: tl.constexpr,
-    BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     p, n = tl.arange(0, WHOLE_P), tl.arange(0, BLOCK_N)
     keys, queries, owed, entering, reads = parts(scratch, P, N, R)
@@ -90,6 +91,8 @@ def _step_kernel(
         item = tl.program_id(0) + turn * tl.num_programs(0)
         head, row = item % HEADS, (item // HEADS).to(tl.int64)
         slot = slot_of(slots, row)
+        own = ssm + slot * ssm_slot + head * ssm_head
+        h = tile_of(own, ssm_p, 0, P, N, BLOCK_P, BLOCK_N)
         gates = projected + row * row_stride + head * P + p
         vectors = projected + row * row_stride + 2 * HEADS * P
         scalars = vectors + 2 * R * WIDTH
@@ -111,8 +114,9 @@ def _step_kernel(
         tl.debug_barrier()  # everything is there, and x and the angle have been read
         tl.store(before, u.to(x.dtype.element_ty), mask=p < P)
         tl.store(turning, turned, mask=turns & (sign < 0))
-        own = ssm + slot * ssm_slot + head * ssm_head
-        stream(own, ssm_p, decay, was, k_rank, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N)
+        stream(
+            own, ssm_p, h, decay, was, k_rank, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N, AHEAD
+        )
         tl.debug_barrier()  # the state has been read, and k with it
         keep_keys(was, k_rank, keys, n, N, R)
         z = tl.load(gates, mask=p < P, other=0.0).to(tl.float32)

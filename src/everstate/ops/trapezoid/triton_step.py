@@ -86,7 +86,7 @@ def room(items: int, headdim: int, d_state: int, rank: int, device: torch.device
     whole = triton.next_power_of_2(headdim)
     tile = min(whole, max((8192 if few else 4096) // width, 1))
     scratch = torch.empty(min(items, PROGRAMS * processors(device)), rank * (2 * d_state + 3 * headdim), device=device)
-    sizes = {"BLOCK_P": tile, "WHOLE_P": whole, "BLOCK_N": width, "num_warps": max(warps_of(tile * width), 1)}
+    sizes = {"BLOCK_P": tile, "WHOLE_P": whole, "BLOCK_N": width, "num_warps": warps_of(tile * width), "AHEAD": True}
     return scratch, sizes
 
 
@@ -98,7 +98,7 @@ def _step_kernel(
     angle_slot, angle_head, items,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     TURNING: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     p, n = tl.arange(0, WHOLE_P), tl.arange(0, BLOCK_N)
     keys, queries, owed, entering, reads = parts(scratch, P, N, R)
@@ -106,6 +106,8 @@ def _step_kernel(
         item = tl.program_id(0) + turn * tl.num_programs(0)
         head, row = item % HEADS, (item // HEADS).to(tl.int64)
         slot, group = slot_of(slots, row), head // (HEADS // GROUPS)
+        own = ssm + slot * ssm_slot + head * ssm_head
+        h = tile_of(own, ssm_p, 0, P, N, BLOCK_P, BLOCK_N)
         step = tl.load(dt + row * dt_row + head * dt_head).to(tl.float32)
         gain = tl.load(lam + row * lam_row + head * lam_head).to(tl.float32) * step
         decay = tl.exp(tl.load(A + row * A_row + head * A_head).to(tl.float32) * step)
@@ -127,8 +129,9 @@ def _step_kernel(
         tl.debug_barrier()  # everything is there, and x and the angle have been read
         tl.store(before, u.to(x_before.dtype.element_ty), mask=p < P)
         tl.store(turning, turned, mask=turns & (sign < 0))
-        own = ssm + slot * ssm_slot + head * ssm_head
-        stream(own, ssm_p, decay, was, k_rank, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N)
+        stream(
+            own, ssm_p, h, decay, was, k_rank, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N, AHEAD
+        )
         tl.debug_barrier()  # the state has been read, and k with it
         keep_keys(was, k_rank, keys, n, N, R)
         for i in tl.static_range(R):
@@ -148,24 +151,39 @@ def parts(scratch, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
+def tile_of(
+    own, p_stride, first, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """The rows of the state of a head from `first` on."""
+    p, n = first + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    inside = (p < P)[:, None] & (n < N)[None, :]
+    return tl.load(own + p[:, None] * p_stride + n[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def stream(
-    own, p_stride, decay, was, rank_stride, keys, queries, owed, entering, reads,
+    own, p_stride, ahead, decay, was, rank_stride, keys, queries, owed, entering, reads,
     P: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The state of a head, tile by tile: decayed, given what both ends of the step add, written, and read by the
-    queries."""
+    queries. `ahead` is the first tile; each is asked for before the one in front of it is used."""
     n = tl.arange(0, BLOCK_N)
     for first in range(0, P, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        inside = (p < P)[:, None] & (n < N)[None, :]
-        tile = own + p[:, None] * p_stride + n[None, :]
-        h = tl.load(tile, mask=inside, other=0.0).to(tl.float32) * decay
+        if AHEAD:
+            h = ahead.to(tl.float32) * decay
+            if P > BLOCK_P:
+                ahead = tile_of(own, p_stride, first + BLOCK_P, P, N, BLOCK_P, BLOCK_N)
+        else:
+            h = tile_of(own, p_stride, first, P, N, BLOCK_P, BLOCK_N).to(tl.float32) * decay
         for i in tl.static_range(R):
             k_before = tl.load(was + i * rank_stride + n, mask=n < N, other=0.0).to(tl.float32)
             h += tl.load(owed + i * P + p, mask=p < P, other=0.0)[:, None] * k_before[None, :]
             k = tl.load(keys + i * N + n, mask=n < N, other=0.0)
             h += tl.load(entering + i * P + p, mask=p < P, other=0.0)[:, None] * k[None, :]
-        tl.store(tile, h.to(own.dtype.element_ty), mask=inside)
+        inside = (p < P)[:, None] & (n < N)[None, :]
+        tl.store(own + p[:, None] * p_stride + n[None, :], h.to(own.dtype.element_ty), mask=inside)
         for i in tl.static_range(R):
             q = tl.load(queries + i * N + n, mask=n < N, other=0.0)
             tl.store(reads + i * P + p, tl.sum(h * q[None, :], 1), mask=p < P)
