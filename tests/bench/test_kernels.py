@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from everstate.bench import kernels
-from everstate.bench.shapes import SHAPES
+from everstate.bench.shapes import SHAPES, STEPS
+from everstate.core.state import tensors
+from everstate.ops import OPS
 from everstate.ops.example import Draw
 
 
@@ -17,8 +19,18 @@ def test_the_gate_sees_a_kernel_and_its_gradients(kernel_device: torch.device) -
     example = kernels.lower(SHAPES["ssd_scan"](Draw(dtype=torch.float32, device=kernel_device), 64, 70))
     assert example.timed["x"].dtype == torch.bfloat16
     assert 1e-4 < kernels.gate_error("ssd_scan", example) <= 2 * kernels.ALLOWED[torch.bfloat16]
-    token = {name: value[:, 0] for name, value in example.timed.items()}
-    assert kernels.step_error(token, example.state, example.fixed) <= kernels.ALLOWED[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_sees_a_step(name: str, dtype: torch.dtype, kernel_device: torch.device) -> None:
+    op, shape = STEPS[name]
+    example = kernels.lower(shape(Draw(dtype=torch.float32, device=kernel_device), 64, 1))
+    token = {key: value[:, 0] for key, value in example.timed.items()} | example.fixed
+    pool = kernels.in_precision(example.state, dtype)
+    assert tensors(pool)[0].dtype == dtype
+    assert OPS[op].explain(**token, state=pool)["triton"] == "accepts"
+    assert 1e-4 < kernels.step_error(op, token, pool) <= kernels.ALLOWED[torch.bfloat16]
 
 
 def test_tokens_are_cut_into_sequences() -> None:

@@ -5,6 +5,7 @@ Everything runs in float64 on the CPU but Triton kernels, which take float32, on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,9 +76,14 @@ def exact(example: Example) -> Example:
     widen = lambda v: v.to(torch.promote_types(v.dtype, torch.float64)) if _is_real_or_complex(v) else v
     return example._replace(
         timed={key: widen(value) for key, value in example.timed.items()},
-        fixed={key: widen(value) for key, value in example.fixed.items()},
+        fixed={key: each(widen, value) for key, value in example.fixed.items()},
         state=None if example.state is None else map_state(widen, example.state),
     )
+
+
+def each(function: Callable[[Any], Any], value: Any) -> Any:
+    """A value, or the parts of a tuple of values such as the parameters of a layer, through `function`."""
+    return type(value)(*(function(part) for part in value)) if hasattr(value, "_fields") else function(value)
 
 
 def _is_real_or_complex(value: Any) -> bool:
@@ -116,7 +122,7 @@ def gradients(name: str, backend: str, example: Example, **more: Any) -> list[Te
     leaf = lambda t: t.detach().clone().requires_grad_(_is_real_or_complex(t))
     fresh = lambda v: leaf(v) if isinstance(v, Tensor) else v
     timed = {key: leaf(value) for key, value in example.timed.items()}
-    fixed = {key: fresh(value) for key, value in example.fixed.items()}
+    fixed = {key: each(fresh, value) for key, value in example.fixed.items()}
     state = () if example.state is None else map_state(leaf, example.state)
     y, after = run(name, backend, example._replace(fixed=fixed), timed, state, **more)
     generator = torch.Generator().manual_seed(1)
@@ -124,7 +130,10 @@ def gradients(name: str, backend: str, example: Example, **more: Any) -> list[Te
     for out in (y, *tensors(after)):
         weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
         total = total + ((out.real + 0.5 * out.imag if out.is_complex() else out) * weight).sum()
-    leaves = [*timed.values(), *(v for v in fixed.values() if isinstance(v, Tensor)), *tensors(state)]
+    given: list[Any] = []
+    for value in fixed.values():
+        each(given.append, value)
+    leaves = [*timed.values(), *(v for v in given if isinstance(v, Tensor)), *tensors(state)]
     wanted = [t for t in leaves if t.requires_grad]
     return [
         torch.zeros_like(t) if g is None else g

@@ -7,7 +7,7 @@ import torch
 
 from everstate.core.errors import ConfigError
 from everstate.mixers import build_mixer
-from everstate.mixers.mamba3 import heavy_tail
+from everstate.ops.mamba3.ends import heavy_tail
 
 
 def test_the_shapes_of_the_published_mimo_layer() -> None:

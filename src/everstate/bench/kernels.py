@@ -6,6 +6,7 @@ float32 states. Times are those of the GPU alone, as in a captured graph: what P
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -18,19 +19,20 @@ from rich.console import Console
 from torch import Tensor
 
 from everstate.bench.report import Row, machine, publish
-from everstate.bench.shapes import GPU_SHAPES, SHAPES
+from everstate.bench.shapes import GPU_SHAPES, STEPS
 from everstate.bench.timing import Gate, Timing, interleave
 from everstate.core.op import REFERENCE
-from everstate.core.state import map_state, tensors
-from everstate.ops import OPS, ssd_step_, use
+from everstate.core.state import clone, map_state, nbytes, tensors
+from everstate.ops import OPS, rms_norm, use
 from everstate.ops.example import Draw, Example
+from everstate.ops.mamba3.ends import enter
 
 D_INNER, TOKENS = 4096, 65_536
 QUICK_D_INNER, QUICK_TOKENS = 128, 512
 SPLITS = (32, 8, 1)
 """Into how many sequences the tokens are cut."""
 STEP_BATCHES = (1, 16, 64, 256, 1024)
-LOW = ("x", "B", "C", "z")
+LOW = ("x", "B", "C", "z", "projected")
 """Arguments that a model trained in bfloat16 computes in it."""
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest error of an output or a gradient against float64, of norms."""
@@ -48,7 +50,9 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str) -> dict
         for op in (op for op in GPU_SHAPES if "triton" in OPS[op].backends()):
             status.update(op)
             rows += scans(op, d_inner, total, device, first_call_s)
-        rows += steps(d_inner, STEP_BATCHES[:2] if quick else STEP_BATCHES, device)
+        for name in STEPS:
+            status.update(name)
+            rows += steps(name, d_inner, STEP_BATCHES[:2] if quick else STEP_BATCHES, device)
     facts = {"quick": quick, "machine": machine(torch.device(device)), "d_inner": d_inner}
     return publish("kernels", rows, {**facts, "first_call_s": first_call_s}, now, output)
 
@@ -76,43 +80,63 @@ def scans(op: str, d_inner: int, total: int, device: str, first_call_s: dict[str
                 yield Row("  mamba_ssm", total, gate, theirs)
 
 
-def steps(d_inner: int, batches: tuple[int, ...], device: str) -> Iterator[Row]:
+def steps(name: str, d_inner: int, batches: tuple[int, ...], device: str) -> Iterator[Row]:
     """One token for each of many sequences: how fast the states move through memory."""
+    op, shape = STEPS[name]
     for batch in batches:
+        long = cut(lower(shape(Draw(dtype=torch.float32, device=device), d_inner, batch)), batch)
+        token = {key: value[:, 0] for key, value in long.timed.items()} | long.fixed
         for dtype in (torch.float32, torch.bfloat16):
-            long = cut(lower(SHAPES["ssd_scan"](Draw(dtype=torch.float32, device=device), d_inner, batch)), batch)
-            token = {name: value[:, 0] for name, value in long.timed.items()}
-            pool = long.state.to(dtype)
-            gate = Gate(step_error(token, pool, long.fixed), ALLOWED[torch.bfloat16])
+            pool = in_precision(long.state, dtype)
+            gate = Gate(step_error(op, token, pool), ALLOWED[torch.bfloat16])
             # Several pools in turn, so that none is left in the cache.
-            pools = [pool.clone() for _ in range(max(1, 256_000_000 // (pool.numel() * pool.element_size())))][:64]
-            call = partial(step_each, token, pools, long.fixed)
-            timing = interleave({"step": call}, gate, REPEATS, device, on_device=True).get("step")
-            name = f"ssd_step_ of {batch}, {str(dtype).removeprefix('torch.')} state"
-            moved = 2 * sum(p.numel() * p.element_size() for p in pools)
-            if timing is None:
-                yield Row(name, batch, gate, None)
-                continue
-            each = Timing(tuple(seconds / len(pools) for seconds in timing.seconds))
-            yield Row(name, batch, gate, each, ratio=moved / timing.median / 1e12, ratio_of="TB/s of states")
+            pools = [pool, *(clone(pool) for _ in range(256_000_000 // nbytes(pool)))][:32]
+            candidates: dict[str, Call] = {"step": partial(step_each, partial(OPS[op], **token), pools)}
+            if dtype == torch.float32 and (peer := peer_of_step(name, token, pool)) is not None:
+                candidates["peer"] = partial(step_each, peer, pools)
+            timings = {
+                key: Timing(tuple(seconds / len(pools) for seconds in timing.seconds))
+                for key, timing in interleave(candidates, gate, REPEATS, device, on_device=True).items()
+            }
+            title = f"{name} of {batch}, {str(dtype).removeprefix('torch.')} state"
+            ours, theirs = timings.get("step"), timings.get("peer")
+            speed = None if ours is None else 2 * nbytes(pool) / ours.median / 1e12
+            yield Row(title, batch, gate, ours, ratio=speed, ratio_of="TB/s of states")
+            if theirs is not None:
+                yield Row("  mamba_ssm", batch, gate, theirs)
 
 
-def step_each(token: dict[str, Tensor], pools: list[Tensor], fixed: dict[str, Any]) -> None:
+def step_each(step: Callable[..., object], pools: list[Any]) -> None:
     """One step of each pool."""
     with torch.no_grad():
         for pool in pools:
-            ssd_step_(**token, state=pool, **fixed)
+            step(state=pool)
 
 
-def step_error(token: dict[str, Tensor], pool: Tensor, fixed: dict[str, Any]) -> float:
-    """Of the output of a step and of the state after it."""
-    mine, exact = pool.clone(), pool.double()
+def step_error(op: str, token: dict[str, Any], pool: Any) -> float:
+    """Of the output of a step and of the state after it, against the torch form in float64."""
+    mine, exact = clone(pool), map_state(Tensor.double, pool)
     with torch.no_grad():
-        got = ssd_step_(**token, state=mine, **fixed)
+        got = OPS[op](**token, state=mine)
         with use("torch"):
-            widened = {name: value.double() for name, value in (token | fixed).items()}
-            expected = ssd_step_(**widened, state=exact)
-    return max(norm_error(got, expected), norm_error(mine, exact))
+            expected = OPS[op](**{name: widen(value) for name, value in token.items()}, state=exact)
+    pairs = zip([got, *tensors(mine)], [expected, *tensors(exact)], strict=True)
+    return max(norm_error(one, other) for one, other in pairs)
+
+
+def in_precision(state: Any, dtype: torch.dtype) -> Any:
+    """A pool of states in another precision, all but angles."""
+    if isinstance(state, Tensor):
+        return state.to(dtype)
+    named = state._asdict().items()
+    return type(state)(*(part if name == "angle" else part.to(dtype) for name, part in named))
+
+
+def widen(value: Any) -> Any:
+    """An argument, or each part of a layer's parameters, in float64."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(widen(part) for part in value))
+    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def lower(example: Example) -> Example:
@@ -167,7 +191,6 @@ def gate_error(op: str, example: Example) -> float:
         upstream = [draw(output.shape).to(output.dtype) for output in outputs]
         return [*outputs, *torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)]
 
-    widen = lambda v: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v
     exact = Example(
         timed={name: widen(value) for name, value in example.timed.items()},
         fixed={name: widen(value) for name, value in example.fixed.items()},
@@ -200,6 +223,29 @@ def peer_of(op: str, example: Example) -> Callable[[Example], list[Tensor]] | No
         return list(mamba_chunk_scan_combined(x, dt, A, B, C, 256, **settings))
 
     return scan
+
+
+def peer_of_step(name: str, token: dict[str, Any], pool: Any) -> Callable[..., object] | None:
+    """The same step of `mamba_ssm`, where it is installed and has one. It makes a new state and leaves the old one.
+
+    Its norms of B and C and its dt are made outside of its kernel, and are not timed.
+    """
+    if name != "mamba3_step_":
+        return None
+    try:
+        from mamba_ssm.ops.triton.mamba3.mamba3_siso_step import mamba3_siso_step
+    except ImportError:
+        return None
+    layer, projected, heads = token["layer"], token["projected"], pool.x.shape[1]
+    z, inputs = enter(projected, None, layer, pool, rms_norm)
+    z, lam, omega = z.unflatten(-1, (heads, -1)), torch.logit(inputs.lam), torch.atanh(inputs.omega / math.pi)
+    turns = omega.unsqueeze(1).repeat(1, heads, 1)
+    given = (
+        inputs.C[:, 0], inputs.B[:, 0], inputs.x, inputs.A * inputs.dt, inputs.dt, lam,
+        layer.C_bias[:, 0], layer.B_bias[:, 0], turns, layer.D, z,
+    )  # fmt: skip
+    dense = [tensor.contiguous() for tensor in given]
+    return lambda state: mamba3_siso_step(*dense, (state.angle, state.ssm, state.k[:, 0], state.x))
 
 
 def compared(theirs: Timing | None, ours: Timing | None) -> dict[str, Any]:

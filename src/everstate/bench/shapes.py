@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-from everstate.ops import TrapezoidState
+from everstate.ops import Mamba3Layer, TrapezoidState
 from everstate.ops.example import Draw, Example
 
 HEADDIM, D_STATE = 64, 128
@@ -50,6 +52,33 @@ def _trapezoid_scan(draw: Draw, d_inner: int, length: int) -> Example:
             "C_bias": draw.normal(heads, 1, D_STATE),
             "D": draw.normal(heads),
         },
+    )
+
+
+def _mamba3_scan(draw: Draw, d_inner: int, length: int, *, rank: int) -> Example:
+    """As published: one rank turns half of its entries, adjacent ones together, several turn all, in halves."""
+    heads, pairs = d_inner // HEADDIM, D_STATE // 4 if rank == 1 else D_STATE // 2
+    names = ("mimo_x", "mimo_z", "mimo_o") if rank > 1 else ()
+    factors: dict[str, Any] = {name: draw.normal(heads, rank, HEADDIM) for name in names}
+    layer = Mamba3Layer(
+        dt_bias=draw.uniform(heads, low=-7.0, high=-2.0),
+        B_norm=draw.normal(D_STATE),
+        C_norm=draw.normal(D_STATE),
+        B_bias=draw.normal(heads, rank, D_STATE),
+        C_bias=draw.normal(heads, rank, D_STATE),
+        D=draw.normal(heads),
+        interleaved=rank == 1,
+        **factors,
+    )
+    return Example(
+        timed={"projected": draw.normal(1, length, 2 * d_inner + 2 * rank * D_STATE + 3 * heads + pairs)},
+        state=TrapezoidState(
+            ssm=draw.normal(1, heads, HEADDIM, D_STATE),
+            k=draw.normal(1, rank, heads, D_STATE),
+            x=draw.normal(1, heads, HEADDIM),
+            angle=draw.uniform(1, heads, pairs, low=-math.pi, high=math.pi),
+        ),
+        fixed={"layer": layer},
     )
 
 
@@ -106,3 +135,10 @@ SHAPES: dict[str, Callable[[Draw, int, int], Example]] = {
 
 GPU_SHAPES = {**SHAPES, "rotary": _rotary, "linear_cross_entropy": _linear_cross_entropy}
 """Those, and ops for which only a GPU has an implementation of its own or the memory."""
+
+STEPS: dict[str, tuple[str, Callable[[Draw, int, int], Example]]] = {
+    "ssd_step_": ("ssd_step_", _ssd_scan),
+    "mamba3_step_": ("mamba3_step_", partial(_mamba3_scan, rank=1)),
+    "mamba3_step_, 4 ranks": ("mamba3_step_", partial(_mamba3_scan, rank=4)),
+}
+"""Name -> the op that reads one token, and the shapes of the scan that it belongs to."""

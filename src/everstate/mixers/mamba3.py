@@ -8,16 +8,13 @@ Source: Lahoti et al. 2026, "Mamba-3" (arXiv 2603.15569), and the released state
 
 from __future__ import annotations
 
-import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import relu, sigmoid, silu, softplus, tanh
 
-from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
@@ -32,7 +29,7 @@ from everstate.mixers.base import (
     is_long,
     log_uniform,
 )
-from everstate.ops import TrapezoidState, gated_rms_norm, trapezoid_scan, trapezoid_step_
+from everstate.ops import Mamba3Layer, TrapezoidState, mamba3_scan, mamba3_step_
 
 
 class Mamba3Config(TimeSteps):
@@ -64,18 +61,6 @@ class Mamba3Config(TimeSteps):
     chunk_size: PositiveInt = 64
 
 
-class _Inputs(NamedTuple):
-    """The leading arguments of the trapezoid ops."""
-
-    x: Float[Tensor, "*b h p"]
-    dt: Float[Tensor, "*b h"]
-    A: Float[Tensor, "*b h"]
-    lam: Float[Tensor, "*b h"]
-    omega: Float[Tensor, "*b s"]
-    B: Float[Tensor, "*b r g n"]
-    C: Float[Tensor, "*b r g n"]
-
-
 class Mamba3(Mixer):
     """`in_proj -> [z | x | B | C | dt | A | lam | omega]`, trapezoid scan, gate, sum over the ranks, `out_proj`."""
 
@@ -93,9 +78,8 @@ class Mamba3(Mixer):
         self.pairs = _pairs(config)
         self.interleaved = not config.is_mimo if config.rope_interleaved is None else config.rope_interleaved
         n, shape = config.d_state, (self.nheads, self.rank, config.headdim)
-        width = n * config.ngroups * self.rank
-        self.widths = [self.d_inner, self.d_inner, width, width, *[self.nheads] * 3, self.pairs]
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        width = 2 * self.d_inner + 2 * n * config.ngroups * self.rank + 3 * self.nheads + self.pairs
+        self.in_proj = nn.Linear(d_model, width, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(self.nheads))
         self.B_bias = nn.Parameter(torch.empty(self.nheads, self.rank, n))
         self.C_bias = nn.Parameter(torch.empty(self.nheads, self.rank, n))
@@ -144,12 +128,10 @@ class Mamba3(Mixer):
     ) -> tuple[Float[Tensor, "b l d"], TrapezoidState]:
         if is_long(x, packing):
             return forward_by_segments(self, x, state, delta_t)
-        z, inputs = self._project(x, delta_t)
-        y, state = trapezoid_scan(
-            *inputs, state, B_bias=self.B_bias, C_bias=self.C_bias, mimo_x=self.mimo_x, D=self.D,
-            interleaved=self.interleaved, packing=packing, chunk_size=self.config.chunk_size,
-        )  # fmt: skip
-        return self._finish(y, z), state
+        y, state = mamba3_scan(
+            self.in_proj(x), state, delta_t, layer=self._layer(), packing=packing, chunk_size=self.config.chunk_size
+        )
+        return self.out_proj(y), state
 
     def step_(
         self,
@@ -158,57 +140,32 @@ class Mamba3(Mixer):
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b d"]:
-        z, inputs = self._project(x, delta_t)
-        y = trapezoid_step_(
-            *inputs, state, slots, B_bias=self.B_bias, C_bias=self.C_bias, mimo_x=self.mimo_x, D=self.D,
-            interleaved=self.interleaved,
-        )  # fmt: skip
-        return self._finish(y, z)
+        return self.out_proj(mamba3_step_(self.in_proj(x), state, slots, delta_t, layer=self._layer()))
 
     def flops_per_token(self, context: int) -> int:
         projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
         return projections + (1 + 4 * self.rank) * self.d_inner * self.config.d_state
 
-    def _project(self, x: Float[Tensor, "*b d"], delta_t: Float[Tensor, "*b"] | None) -> tuple[Tensor, _Inputs]:
-        """The gate z, and what the recurrence reads."""
-        config, dtype = self.config, state_dtype(x.dtype)
-        z, u, B, C, dt, A, lam, omega = self.in_proj(x).split(self.widths, -1)
-        dt = softplus(dt.to(dtype) + self.dt_bias)
-        if delta_t is not None:
-            dt = dt * delta_t.unsqueeze(-1)
-        activation = softplus if config.A_activation == "softplus" else heavy_tail
-        each = (self.rank, config.ngroups, config.d_state)
-        return z, _Inputs(
-            x=u.unflatten(-1, (self.nheads, config.headdim)),
-            dt=dt,
-            A=-activation(A.to(dtype)).clamp(min=config.A_floor),
-            lam=sigmoid(lam.to(dtype)),
-            omega=math.pi * tanh(omega.to(dtype)),
-            B=self.B_norm(B.unflatten(-1, each)),
-            C=self.C_norm(C.unflatten(-1, each)),
+    def _layer(self) -> Mamba3Layer:
+        """What the ops need to know of this layer."""
+        config = self.config
+        return Mamba3Layer(
+            dt_bias=self.dt_bias,
+            B_norm=self.B_norm.weight,
+            C_norm=self.C_norm.weight,
+            B_bias=self.B_bias,
+            C_bias=self.C_bias,
+            D=self.D,
+            mimo_x=self.mimo_x,
+            mimo_z=self.mimo_z,
+            mimo_o=self.mimo_o,
+            norm=None if self.norm is None else self.norm.weight,
+            ngroups=config.ngroups,
+            interleaved=self.interleaved,
+            A_activation=config.A_activation,
+            A_floor=config.A_floor,
+            norm_eps=config.norm_eps,
         )
-
-    def _finish(self, y: Float[Tensor, "*b r h p"], z: Float[Tensor, "*b e"]) -> Float[Tensor, "*b d"]:
-        """Gate and norm of each rank, their sum, and the last projection."""
-        gate = z.unflatten(-1, (1, self.nheads, -1))
-        if self.mimo_z is not None:
-            gate = gate * self.mimo_z.transpose(0, 1)
-        if self.norm is None:
-            y = y * silu(gate)
-        else:
-            weight, eps = self.norm.weight, self.norm.eps
-            gated = gated_rms_norm(
-                y.flatten(-2), gate.flatten(-2), weight, eps=eps, groups=self.nheads, norm_before_gate=True
-            )
-            y = gated.unflatten(-1, (self.nheads, -1))
-        if self.mimo_o is not None:
-            y = y * self.mimo_o.transpose(0, 1)
-        return self.out_proj(y.sum(-3).flatten(-2).to(z.dtype))
-
-
-def heavy_tail(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """`1 + x` for x >= 0 and `1 / (1 - x)` below: positive, smooth, and slower to vanish than softplus."""
-    return x.clamp(min=0) + 1 / (1 + relu(-x))
 
 
 def _pairs(config: Mamba3Config) -> int:

@@ -12,6 +12,8 @@ from everstate.ops.linear_scan import linear_scan, linear_step_
 from everstate.ops.lti_conv import lti_conv
 from everstate.ops.lti_diagonal import lti_diagonal, lti_diagonal_step_, lti_kernel_diagonal
 from everstate.ops.lti_dplr import lti_dplr, lti_dplr_step_, lti_kernel_dplr
+from everstate.ops.mamba3 import mamba3_scan, mamba3_step_
+from everstate.ops.mamba3.ends import Mamba3Layer
 from everstate.ops.norm import gated_rms_norm, rms_norm
 from everstate.ops.rotary import rotary, rotate
 from everstate.ops.selective_scan import selective_scan, selective_step_
@@ -21,6 +23,7 @@ from everstate.ops.trapezoid import TrapezoidState, trapezoid_scan, trapezoid_st
 __all__ = [
     "OPS",
     "AttentionState",
+    "Mamba3Layer",
     "TrapezoidState",
     "anywhere",
     "attention",
@@ -41,6 +44,8 @@ __all__ = [
     "lti_dplr_step_",
     "lti_kernel_diagonal",
     "lti_kernel_dplr",
+    "mamba3_scan",
+    "mamba3_step_",
     "on",
     "op",
     "rms_norm",

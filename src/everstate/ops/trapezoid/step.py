@@ -32,7 +32,7 @@ def trapezoid_step_(
     """See `everstate.ops.trapezoid_step_`."""
     dtype, heads, rank = state_dtype(x.dtype), x.shape[1], B.shape[1]
     now, dt, A, lam, omega, B, C = (t.to(dtype) for t in (x, dt, A, lam, omega, B, C))
-    ssm, k_before, x_before, angle = gather(state, slots)
+    h, k_before, x_before, angle = (t.to(dtype) for t in gather(state, slots))
     angle = wrap(angle + dt.unsqueeze(2) * omega.unsqueeze(1))
     cos, sin = torch.cos(angle).unsqueeze(1), torch.sin(angle).unsqueeze(1)
     both = torch.stack([by_head(B, heads, B_bias), by_head(C, heads, C_bias)])
@@ -42,7 +42,7 @@ def trapezoid_step_(
     u_before, u = (by_rank(t, rank, mimo_x) for t in (x_before, now))
     entering = torch.cat([u_before * beta[:, None, :, None], u * gamma[:, None, :, None]], 1).permute(0, 2, 3, 1)
     keys = torch.cat([k_before, k], 1).transpose(1, 2)
-    h = ssm.contiguous()
+    h = h.contiguous()
     h.mul_(alpha[..., None, None]).flatten(0, 1).baddbmm_(entering.flatten(0, 1), keys.flatten(0, 1))
     # The state on the right and transposed: its rows are read as they lie, several times faster than state @ q.
     y = torch.matmul(q.transpose(1, 2), h.transpose(2, 3)).transpose(1, 2)

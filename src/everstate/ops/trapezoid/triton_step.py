@@ -1,0 +1,267 @@
+"""One trapezoid token on a GPU: one launch reads and writes each number of the state once.
+
+A program owns a row and head with all that the pool keeps of it, so nobody else reads what it overwrites. It makes the
+turned vectors and scaled inputs once, leaves them in a scratch of its own, which stays in the cache, and then moves the
+state through its registers tile by tile: threads that each made what they need would make it many times over. Within a
+program, barriers keep its warps from overwriting k, x and angle before all have read them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from everstate.core.kernels import processors
+from everstate.core.state import Slots
+from everstate.ops.trapezoid import TrapezoidState
+from everstate.ops.triton_rows import dense, slot_of, warps_of
+
+PROGRAMS = 8
+"""Programs per multiprocessor: more than are there at once, so that none waits for the last."""
+
+INVERSE_TAU: tl.constexpr = tl.constexpr(0.15915494309189535)
+# 2 pi in two parts, the first exact: in one it is off by 2e-7 for every turn, and a long stream turns often.
+TAU_HIGH: tl.constexpr = tl.constexpr(6.28125)
+TAU_LOW: tl.constexpr = tl.constexpr(1.9353071795864769e-3)
+
+
+def trapezoid_step_(
+    x: Float[Tensor, "b h p"],
+    dt: Float[Tensor, "b h"],
+    A: Float[Tensor, "b h"],
+    lam: Float[Tensor, "b h"],
+    omega: Float[Tensor, "b s"],
+    B: Float[Tensor, "b r g n"],
+    C: Float[Tensor, "b r g n"],
+    state: TrapezoidState,
+    slots: Slots = None,
+    *,
+    B_bias: Float[Tensor, "h r n"] | None = None,
+    C_bias: Float[Tensor, "h r n"] | None = None,
+    mimo_x: Float[Tensor, "h r p"] | None = None,
+    D: Float[Tensor, " h"] | None = None,
+    interleaved: bool = True,
+) -> Float[Tensor, "b r h p"]:
+    """See `everstate.ops.trapezoid_step_`. The pool may be of lower precision, its angles apart: a sum of rounded
+    numbers is rounded once more with every token."""
+    return _step(x, dt, A, lam, omega, B, C, *state, slots, B_bias, C_bias, mimo_x, D, interleaved)
+
+
+@torch.library.custom_op("everstate::trapezoid_step_", mutates_args={"ssm", "k", "x_before", "angle"})
+def _step(
+    x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
+    ssm: Tensor, k: Tensor, x_before: Tensor, angle: Tensor, slots: Tensor | None,
+    B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    (batch, heads, headdim), (rank, groups, d_state) = x.shape, B.shape[1:]
+    y = x.new_empty(batch, rank, heads, headdim)
+    if batch == 0:
+        return y
+    x, omega, B, C = dense(x), dense(omega), dense(B), dense(C)
+    parameters = (None if t is None else t.contiguous() for t in (B_bias, C_bias, mimo_x, D))
+    scratch, tiles = room(batch * heads, headdim, d_state, rank, x.device)
+    _step_kernel[(scratch.shape[0],)](
+        x, dt, A, lam, omega, B, C, ssm, k, x_before, angle, slots, *parameters, scratch, y,
+        *x.stride()[:2], *dt.stride(), *A.stride(), *lam.stride(), omega.stride(0), *B.stride()[:3], *C.stride()[:3],
+        *ssm.stride()[:3], *k.stride()[:3], *x_before.stride()[:2], *angle.stride()[:2], batch * heads,
+        HEADS=heads, GROUPS=groups, P=headdim, N=d_state, R=rank, TURNING=omega.shape[1], INTERLEAVED=interleaved,
+        **tiles,
+    )  # fmt: skip
+    return y
+
+
+@_step.register_fake
+def _(
+    x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
+    ssm: Tensor, k: Tensor, x_before: Tensor, angle: Tensor, slots: Tensor | None,
+    B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], B.shape[1], *x.shape[1:])
+
+
+def room(items: int, headdim: int, d_state: int, rank: int, device: torch.device) -> tuple[Tensor, dict[str, int]]:
+    """The scratch of each program, as many as the GPU holds at once, and the sizes of their tiles."""
+    width, few = triton.next_power_of_2(d_state), items <= 2 * processors(device)
+    whole = triton.next_power_of_2(headdim)
+    tile = min(whole, max((8192 if few else 4096) // width, 1))
+    scratch = torch.empty(min(items, PROGRAMS * processors(device)), rank * (2 * d_state + 3 * headdim), device=device)
+    sizes = {"BLOCK_P": tile, "WHOLE_P": whole, "BLOCK_N": width, "num_warps": warps_of(tile * width), "AHEAD": True}
+    return scratch, sizes
+
+
+@triton.jit
+def _step_kernel(
+    x, dt, A, lam, omega, B, C, ssm, k, x_before, angle, slots, B_bias, C_bias, mimo_x, D, scratch, y,
+    x_row, x_head, dt_row, dt_head, A_row, A_head, lam_row, lam_head, omega_row, B_row, B_rank, B_group,
+    C_row, C_rank, C_group, ssm_slot, ssm_head, ssm_p, k_slot, k_rank, k_head, before_slot, before_head,
+    angle_slot, angle_head, items,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    TURNING: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    p, n = tl.arange(0, WHOLE_P), tl.arange(0, BLOCK_N)
+    keys, queries, owed, entering, reads = parts(scratch, P, N, R)
+    for turn in range(tl.cdiv(items - tl.program_id(0), tl.num_programs(0))):
+        item = tl.program_id(0) + turn * tl.num_programs(0)
+        head, row = item % HEADS, (item // HEADS).to(tl.int64)
+        slot, group = slot_of(slots, row), head // (HEADS // GROUPS)
+        own = ssm + slot * ssm_slot + head * ssm_head
+        h = tile_of(own, ssm_p, 0, P, N, BLOCK_P, BLOCK_N)
+        step = tl.load(dt + row * dt_row + head * dt_head).to(tl.float32)
+        gain = tl.load(lam + row * lam_row + head * lam_head).to(tl.float32) * step
+        decay = tl.exp(tl.load(A + row * A_row + head * A_head).to(tl.float32) * step)
+        pair, partner, sign = pairs(n, N, INTERLEAVED)
+        turns = (pair < TURNING) & (n < N)
+        speed = tl.load(omega + row * omega_row + pair, mask=turns, other=0.0).to(tl.float32)
+        turning = angle + slot * angle_slot + head * angle_head + pair
+        turned = wrapped(tl.load(turning, mask=turns, other=0.0) + step * speed)
+        cos, sin = cosine_and_sine(turned)
+        sin *= sign
+        keep_rotated(keys, B + row * B_row + group * B_group, B_rank, None, B_bias, head, n, partner, cos, sin, N, R, 0)
+        keep_rotated(
+            queries, C + row * C_row + group * C_group, C_rank, None, C_bias, head, n, partner, cos, sin, N, R, 0
+        )
+        was, before = k + slot * k_slot + head * k_head, x_before + slot * before_slot + head * before_head + p
+        u = tl.load(x + row * x_row + head * x_head + p, mask=p < P, other=0.0).to(tl.float32)
+        u_before = tl.load(before, mask=p < P, other=0.0).to(tl.float32)
+        keep_scaled(owed, entering, (step - gain) * decay * u_before, gain * u, mimo_x, head, p, P, R)
+        tl.debug_barrier()  # everything is there, and x and the angle have been read
+        tl.store(before, u.to(x_before.dtype.element_ty), mask=p < P)
+        tl.store(turning, turned, mask=turns & (sign < 0))
+        stream(
+            own, ssm_p, h, decay, was, k_rank, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N, AHEAD
+        )
+        tl.debug_barrier()  # the state has been read, and k with it
+        keep_keys(was, k_rank, keys, n, N, R)
+        for i in tl.static_range(R):
+            out = tl.load(reads + i * P + p, mask=p < P, other=0.0)
+            if D is not None:
+                out += tl.load(D + head).to(tl.float32) * of_rank(mimo_x, head, i, p, P, R) * u
+            tl.store(y + ((row * R + i) * HEADS + head) * P + p, out.to(y.dtype.element_ty), mask=p < P)
+        tl.debug_barrier()  # the scratch is free
+
+
+@triton.jit
+def parts(scratch, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
+    """Where a program keeps keys and queries (R, N), the inputs of both ends of the step, and what is read (R, P)."""
+    keys = scratch + tl.program_id(0) * (R * (2 * N + 3 * P))
+    rest = keys + 2 * R * N
+    return keys, keys + R * N, rest, rest + R * P, rest + 2 * R * P
+
+
+@triton.jit
+def tile_of(
+    own, p_stride, first, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """The rows of the state of a head from `first` on."""
+    p, n = first + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    inside = (p < P)[:, None] & (n < N)[None, :]
+    return tl.load(own + p[:, None] * p_stride + n[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def stream(
+    own, p_stride, ahead, decay, was, rank_stride, keys, queries, owed, entering, reads,
+    P: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """The state of a head, tile by tile: decayed, given what both ends of the step add, written, and read by the
+    queries. `ahead` is the first tile; each is asked for before the one in front of it is used."""
+    n = tl.arange(0, BLOCK_N)
+    for first in range(0, P, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        if AHEAD:
+            h = ahead.to(tl.float32) * decay
+            if P > BLOCK_P:
+                ahead = tile_of(own, p_stride, first + BLOCK_P, P, N, BLOCK_P, BLOCK_N)
+        else:
+            h = tile_of(own, p_stride, first, P, N, BLOCK_P, BLOCK_N).to(tl.float32) * decay
+        for i in tl.static_range(R):
+            k_before = tl.load(was + i * rank_stride + n, mask=n < N, other=0.0).to(tl.float32)
+            h += tl.load(owed + i * P + p, mask=p < P, other=0.0)[:, None] * k_before[None, :]
+            k = tl.load(keys + i * N + n, mask=n < N, other=0.0)
+            h += tl.load(entering + i * P + p, mask=p < P, other=0.0)[:, None] * k[None, :]
+        inside = (p < P)[:, None] & (n < N)[None, :]
+        tl.store(own + p[:, None] * p_stride + n[None, :], h.to(own.dtype.element_ty), mask=inside)
+        for i in tl.static_range(R):
+            q = tl.load(queries + i * N + n, mask=n < N, other=0.0)
+            tl.store(reads + i * P + p, tl.sum(h * q[None, :], 1), mask=p < P)
+
+
+@triton.jit
+def wrapped(angle):
+    """The same angle between -pi and pi."""
+    turns = tl.floor(angle * INVERSE_TAU + 0.5)
+    return (angle - turns * TAU_HIGH) - turns * TAU_LOW
+
+
+@triton.jit
+def cosine_and_sine(angle):
+    """Both to 1e-7 for angles between -pi and pi. Those of the libraries also take huge angles, by way of memory."""
+    quarter = tl.floor(angle * (4 * INVERSE_TAU) + 0.5)
+    x = (angle - quarter * (TAU_HIGH / 4)) - quarter * (TAU_LOW / 4)
+    z = x * x
+    cos = 1 + z * (-1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320))))
+    sin = x + x * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
+    odd, low = tl.abs(quarter) == 1, tl.abs(quarter) == 2
+    # A quarter turn makes of (cos, sin) (-sin, cos), the other way round (sin, -cos), two of them (-cos, -sin).
+    return (
+        tl.where(odd, -quarter * sin, tl.where(low, -cos, cos)),
+        tl.where(odd, quarter * cos, tl.where(low, -sin, sin)),
+    )
+
+
+@triton.jit
+def pairs(n, N: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Of each entry: the number of its pair, where its partner lies, and the sign of the sine with which that enters:
+    -1 for the first of a pair, 1 for the second."""
+    if INTERLEAVED:
+        return n // 2, n ^ 1, tl.where(n % 2 == 0, -1.0, 1.0)
+    else:
+        first = n < N // 2
+        return tl.where(first, n, n - N // 2), tl.where(first, n + N // 2, n - N // 2), tl.where(first, -1.0, 1.0)
+
+
+@triton.jit
+def keep_rotated(
+    kept, vectors, rank_stride, weight, bias, head, n, partner, cos, sin, N: tl.constexpr, R: tl.constexpr, eps
+):  # fmt: skip
+    """The vectors (n) of each rank, normalised if there is a `weight`, with the bias of their head, turned."""
+    for i in tl.static_range(R):
+        own = tl.load(vectors + i * rank_stride + n, mask=n < N, other=0.0).to(tl.float32)
+        other = tl.load(vectors + i * rank_stride + partner, mask=n < N, other=0.0).to(tl.float32)
+        if weight is not None:
+            scale = tl.rsqrt(tl.sum(own * own, 0) / N + eps)
+            own *= scale * tl.load(weight + n, mask=n < N, other=0.0).to(tl.float32)
+            other *= scale * tl.load(weight + partner, mask=n < N, other=0.0).to(tl.float32)
+        if bias is not None:
+            own += tl.load(bias + (head * R + i) * N + n, mask=n < N, other=0.0).to(tl.float32)
+            other += tl.load(bias + (head * R + i) * N + partner, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(kept + i * N + n, own * cos + other * sin, mask=n < N)
+
+
+@triton.jit
+def keep_scaled(owed, entering, u_before, u, mimo_x, head, p, P: tl.constexpr, R: tl.constexpr):
+    """What each rank makes of the inputs (p) of both ends of the step."""
+    for i in tl.static_range(R):
+        factor = of_rank(mimo_x, head, i, p, P, R)
+        tl.store(owed + i * P + p, factor * u_before, mask=p < P)
+        tl.store(entering + i * P + p, factor * u, mask=p < P)
+
+
+@triton.jit
+def keep_keys(was, rank_stride, keys, n, N: tl.constexpr, R: tl.constexpr):
+    """The keys of this token, for the next."""
+    for i in tl.static_range(R):
+        k = tl.load(keys + i * N + n, mask=n < N, other=0.0)
+        tl.store(was + i * rank_stride + n, k.to(was.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def of_rank(factors, head, i, p, P: tl.constexpr, R: tl.constexpr):
+    """The factors (p) of one rank of a head, or 1 where there are none."""
+    if factors is not None:
+        return tl.load(factors + (head * R + i) * P + p, mask=p < P, other=0.0).to(tl.float32)
+    else:
+        return 1.0
