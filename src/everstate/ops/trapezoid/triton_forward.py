@@ -1,0 +1,125 @@
+"""The trapezoid forwards on a GPU: the state of a head in registers while its program walks along time."""
+
+import triton
+import triton.language as tl
+
+from everstate.ops.triton_common import LOG2E, dot
+from everstate.ops.trapezoid.triton_keys import (
+    across,
+    added_to,
+    decays,
+    load_entries,
+    load_halves,
+    load_inputs,
+    load_steps,
+    rebuilt,
+    store_halves,
+    turning,
+)
+
+
+@triton.jit
+def scan_kernel(
+    x, mimo_x, steps, omega, phases, B, C, B_bias, C_bias, D, entering, y, final, chunks, segments,
+    x_token, x_head, omega_token, B_token, B_rank, B_group, C_token, C_rank, C_group,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
+    RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program per segment, head and tile of p."""
+    TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    head, tile = tl.program_id(0) // TILES % HEADS, tl.program_id(0) % TILES
+    segment = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
+    B += head // (HEADS // GROUPS) * B_group
+    C += head // (HEADS // GROUPS) * C_group
+    first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
+    entry, tokens, pairs = tl.arange(0, TOKENS * RANKS), tl.arange(0, TOKENS), tl.arange(0, BLOCK_T // 2)
+    token, rank, p = entry // RANKS, entry % RANKS, tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    h, hs = load_halves(entering + (segment * HEADS + head) * P * N, p, P, N, PAIRS, BLOCK_T, BLOCK_S)
+    for step in range(count):
+        chunk = (first + step).to(tl.int64)
+        start, end, place = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1), chunk * HEADS + head
+        inside = (start + token < end) & (rank < RANK)
+        cos, sin = turning(
+            steps, phases, omega, place, start, tokens, start + tokens < end, pairs, omega_token, TOKENS, RANKS, PAIRS
+        )
+        k, ks = rebuilt(
+            B, B_bias, start, token, rank, inside, head, cos, sin, B_token, B_rank, N, RANK, PAIRS, BLOCK_T, BLOCK_S, DTYPE
+        )
+        q, qs = rebuilt(
+            C, C_bias, start, token, rank, inside, head, cos, sin, C_token, C_rank, N, RANK, PAIRS, BLOCK_T, BLOCK_S, DTYPE
+        )
+        u = load_inputs(x, mimo_x, start, token, rank, inside, head, p, x_token, x_head, P, RANK)
+        cs, scale, own, last = load_steps(steps, place, token, TOKENS)
+        factors = decays(cs[:, None], cs[None, :], token[:, None], token[None, :]) * scale[None, :]
+        factors += tl.where(token[:, None] == token[None, :], own[None, :], 0.0)
+        weights = (across(q, qs, k, ks, BLOCK_S, PRECISION) * factors).to(DTYPE)
+        out = across(q, qs, h, hs, BLOCK_S, PRECISION) * tl.exp2(cs * LOG2E)[:, None]
+        out = dot(weights, u, out, PRECISION)
+        if D is not None:
+            out += tl.load(D + head).to(tl.float32) * u.to(tl.float32)
+        at = y + start.to(tl.int64) * (RANK * HEADS * P) + head * P
+        at += ((token * RANK + rank) * (HEADS * P))[:, None] + p[None, :]
+        tl.store(at, out.to(DTYPE), mask=inside[:, None] & (p < P)[None, :])
+        added = tl.trans((u * (scale * tl.exp2((last - cs) * LOG2E))[:, None]).to(DTYPE))
+        h, hs = added_to(h, hs, tl.exp2(last * LOG2E), added, k, ks, BLOCK_S, PRECISION)
+    if tl.load(segments + 5 * segment + 4) == 1:
+        sequence = tl.load(segments + 5 * segment + 2).to(tl.int64)
+        store_halves(final + (sequence * HEADS + head) * P * N, p, h, hs, P, N, PAIRS, BLOCK_T, BLOCK_S)
+
+
+@triton.jit
+def sweep_kernel(
+    x, mimo_x, steps, omega, phases, B, B_bias, entering, boundaries, ends, kept, chunks, segments,
+    x_token, x_rank, x_head, omega_token, B_token, B_rank, B_group,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
+    RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Only the state, forwards; or only its gradient, backwards, with dy for x and C for B.
+
+    Without `boundaries` it starts from zero and leaves in `ends` what each segment adds, in `kept` the log of how much
+    of an older state it keeps. With it, the state before each chunk goes there, and that after the last segment to
+    `ends`.
+    """
+    TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    head, tile = tl.program_id(0) // TILES % HEADS, tl.program_id(0) % TILES
+    segment = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
+    B += head // (HEADS // GROUPS) * B_group
+    first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
+    entry, tokens, pairs = tl.arange(0, TOKENS * RANKS), tl.arange(0, TOKENS), tl.arange(0, BLOCK_T // 2)
+    token, rank, p = entry // RANKS, entry % RANKS, tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    h, hs, decayed = tl.zeros((BLOCK_P, BLOCK_T), tl.float32), 0.0, 0.0
+    if BLOCK_S > 0:
+        hs = tl.zeros((BLOCK_P, BLOCK_S), tl.float32)
+    if entering is not None:
+        h, hs = load_halves(entering + (segment * HEADS + head) * P * N, p, P, N, PAIRS, BLOCK_T, BLOCK_S)
+    for step in range(count):
+        chunk = (first + (count - 1 - step if REVERSE else step)).to(tl.int64)
+        start, end, place = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1), chunk * HEADS + head
+        if boundaries is not None:
+            store_halves(boundaries + place * P * N, p, h, hs, P, N, PAIRS, BLOCK_T, BLOCK_S)
+        inside = (start + token < end) & (rank < RANK)
+        cos, sin = turning(
+            steps, phases, omega, place, start, tokens, start + tokens < end, pairs, omega_token, TOKENS, RANKS, PAIRS
+        )
+        k, ks = rebuilt(
+            B, B_bias, start, token, rank, inside, head, cos, sin, B_token, B_rank, N, RANK, PAIRS, BLOCK_T, BLOCK_S, DTYPE
+        )
+        cs, scale, _, last = load_steps(steps, place, token, TOKENS)
+        if REVERSE:
+            u, weight = load_entries(x + head * x_head, start, token, rank, inside, p, x_token, x_rank, P), tl.exp2(cs * LOG2E)
+        else:
+            u = load_inputs(x, mimo_x, start, token, rank, inside, head, p, x_token, x_head, P, RANK)
+            weight = scale * tl.exp2((last - cs) * LOG2E)
+        added = tl.trans((u * weight[:, None]).to(DTYPE))
+        h, hs = added_to(h, hs, tl.exp2(last * LOG2E), added, k, ks, BLOCK_S, PRECISION)
+        decayed += last
+    if boundaries is None:
+        store_halves(ends + (segment * HEADS + head) * P * N, p, h, hs, P, N, PAIRS, BLOCK_T, BLOCK_S)
+        tl.store(kept + segment * HEADS + head, decayed)
+    elif tl.load(segments + 5 * segment + (3 if REVERSE else 4)) == 1:
+        sequence = tl.load(segments + 5 * segment + 2).to(tl.int64)
+        store_halves(ends + (sequence * HEADS + head) * P * N, p, h, hs, P, N, PAIRS, BLOCK_T, BLOCK_S)

@@ -1,0 +1,253 @@
+"""Keys and queries of a chunk on a GPU, rebuilt where they are used: rows of B or C, the bias of the head, its angle.
+
+Every head has its own, so that in memory they would be many times the input. A chunk is a tile of entries: the ranks of
+a token follow each other, filled up to a power of two. The first 2 s columns of a tile turn, pairs side by side
+(`turned`); the others stand still, and are a tile of their own (`still`) that may be missing.
+
+Angles are *phases*: 32-bit fractions of a turn. Integers wrap by themselves and their sums are exact, so the angle of a
+token does not depend on how a sequence was cut, and no sequence is too long.
+"""
+
+import triton
+import triton.language as tl
+
+from everstate.ops.triton_common import INTERPRETED, LOG2E, dot
+
+TURNS: tl.constexpr = tl.constexpr(0.15915493667125702)
+"""1 / (2 pi), as a float32 has it, and what that lacks."""
+TURNS_LOW: tl.constexpr = tl.constexpr(6.420638316e-09)
+PHASES: tl.constexpr = tl.constexpr(4294967296.0)
+"""Phases of a turn."""
+RADIANS: tl.constexpr = tl.constexpr(6.283185307179586 / 4294967296.0)
+"""The angle of one phase."""
+
+
+@triton.jit
+def phase_of(angle):
+    """The phase of an angle, right to 1e-9 of a turn whatever its size."""
+    turns = angle * TURNS
+    lost = tl.fma(angle, TURNS, -turns) + angle * TURNS_LOW
+    fraction = turns - tl.floor(turns + 0.5)
+    return (fraction * PHASES).to(tl.int32) + (lost * PHASES).to(tl.int32)
+
+
+@triton.jit
+def angle_of(phase):
+    """The angle of a phase, between -pi and pi."""
+    return phase.to(tl.float32) * RADIANS
+
+
+@triton.jit
+def cosine(angle):
+    """Right to 5e-7 for angles between -pi and pi: one instruction."""
+    if INTERPRETED:
+        return tl.cos(angle)
+    else:
+        return tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sine(angle):
+    if INTERPRETED:
+        return tl.sin(angle)
+    else:
+        return tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def load_turns(dt, omega, tokens, exists, pairs, omega_token, PAIRS: tl.constexpr):
+    """How far each token turns each pair, `dt` given by token. Rows of `omega` are offsets within a chunk."""
+    mask = where_given(exists, pairs, PAIRS)
+    rate = tl.load(omega + (tokens[:, None] * omega_token + pairs[None, :]), mask=mask, other=0.0)
+    return phase_of(dt[:, None] * rate.to(tl.float32))
+
+
+@triton.jit
+def turning(
+    steps, phases, omega, place, start, tokens, exists, pairs, omega_token,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Cosines and sines of a chunk of a head, by entry and pair; `place` is chunk * HEADS + head."""
+    dt = tl.load(steps + place * (4 * TOKENS) + 3 * TOKENS + tokens)
+    turns = load_turns(dt, omega + start.to(tl.int64) * omega_token, tokens, exists, pairs, omega_token, PAIRS)
+    before = tl.load(phases + place * PAIRS + pairs, mask=pairs < PAIRS, other=0)
+    angle = angle_of(tl.cumsum(turns, 0) + before[None, :])
+    return by_entry(cosine(angle), RANKS), by_entry(sine(angle), RANKS)
+
+
+@triton.jit
+def where_given(rows, columns, WIDTH: tl.constexpr):
+    """The mask of a tile: rows that exist, and columns below WIDTH."""
+    mask = rows[:, None]
+    if columns.shape[0] != WIDTH:
+        mask = mask & (columns < WIDTH)[None, :]
+    return mask
+
+
+@triton.jit
+def by_entry(tile, RANKS: tl.constexpr):
+    """Rows of tokens, once for each rank."""
+    if RANKS == 1:
+        return tile
+    else:
+        return tl.reshape(tl.broadcast_to(tile[:, None, :], (tile.shape[0], RANKS, tile.shape[1])), (tile.shape[0] * RANKS, tile.shape[1]))
+
+
+@triton.jit
+def by_token(tile, RANKS: tl.constexpr):
+    """Rows of entries, summed over the ranks of each token."""
+    if RANKS == 1:
+        return tile
+    elif len(tile.shape) == 1:
+        return tl.sum(tl.reshape(tile, (tile.shape[0] // RANKS, RANKS)), 1)
+    else:
+        return tl.sum(tl.reshape(tile, (tile.shape[0] // RANKS, RANKS, tile.shape[1])), 1)
+
+
+@triton.jit
+def by_rank(tile, RANKS: tl.constexpr):
+    """Rows of entries, summed over the tokens of each rank."""
+    return tl.sum(tl.reshape(tile, (tile.shape[0] // RANKS, RANKS, tile.shape[1])), 0)
+
+
+@triton.jit
+def pairs_of(tile):
+    """First and second numbers of the pairs of a tile."""
+    ROWS: tl.constexpr = tile.shape[0]
+    HALF: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.reshape(tile, (ROWS, HALF, 2)))
+
+
+@triton.jit
+def paired(first, second):
+    """The reverse of `pairs_of`."""
+    ROWS: tl.constexpr = first.shape[0]
+    WIDTH: tl.constexpr = first.shape[1] * 2
+    return tl.reshape(tl.join(first, second), (ROWS, WIDTH))
+
+
+@triton.jit
+def _load_biased(base, bias, rows, rank, inside, columns, WIDTH: tl.constexpr, N: tl.constexpr):
+    mask = where_given(inside, columns, WIDTH)
+    tile = tl.load(base + (rows[:, None] + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        if rank is None:
+            tile += tl.load(bias + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+        else:
+            tile += tl.load(bias + (rank[:, None] * N + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
+    return tile
+
+
+@triton.jit
+def rebuilt(
+    base, bias, start, token, rank, inside, head, cos, sin, stride, rank_stride,
+    N: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Keys of a chunk from B, or queries from C, as (turned, still); `base` is that of the group."""
+    TURNING: tl.constexpr = 2 * PAIRS
+    rows = token * stride + rank * rank_stride
+    base += start.to(tl.int64) * stride
+    own = None if bias is None else bias + head * (RANK * N)
+    ranks = None if RANK == 1 else rank
+    a, b = pairs_of(_load_biased(base, own, rows, ranks, inside, tl.arange(0, BLOCK_T), TURNING, N))
+    turned = paired(a * cos - b * sin, a * sin + b * cos).to(DTYPE)
+    still = 0.0
+    if BLOCK_S > 0:
+        own = None if bias is None else own + TURNING
+        still = _load_biased(base + TURNING, own, rows, ranks, inside, tl.arange(0, BLOCK_S), N - TURNING, N).to(DTYPE)
+    return turned, still
+
+
+@triton.jit
+def load_inputs(
+    x, mimo_x, start, token, rank, inside, head, p, x_token, x_head, P: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
+    """The inputs of a chunk by entry: those of the token, times the factors of the rank."""
+    mask = where_given(inside, p, P)
+    at = x + start.to(tl.int64) * x_token + head * x_head
+    u = tl.load(at + (token[:, None] * x_token + p[None, :]), mask=mask, other=0.0)
+    if mimo_x is not None:
+        u = (u.to(tl.float32) * load_factors(mimo_x, rank, head, p, P, RANK)).to(u.dtype)
+    return u
+
+
+@triton.jit
+def load_factors(mimo_x, rank, head, p, P: tl.constexpr, RANK: tl.constexpr):
+    mask = where_given(rank < RANK, p, P)
+    at = mimo_x + head * (RANK * P) + (rank[:, None] * P + p[None, :])
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_entries(base, start, token, rank, inside, columns, stride, rank_stride, WIDTH: tl.constexpr):
+    """Rows of a tensor that has its own for each rank; `base` is that of the head."""
+    mask = where_given(inside, columns, WIDTH)
+    rows = token * stride + rank * rank_stride
+    return tl.load(base + start.to(tl.int64) * stride + (rows[:, None] + columns[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def load_steps(steps, place, token, TOKENS: tl.constexpr):
+    """By entry: sums of log decays, scales, weights of the own input; and the last sum."""
+    at = steps + place * (4 * TOKENS)
+    return tl.load(at + token), tl.load(at + TOKENS + token), tl.load(at + 2 * TOKENS + token), tl.load(at + TOKENS - 1)
+
+
+@triton.jit
+def load_part(base, p, n, P: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows p and `WIDTH` columns of a state of P x N."""
+    place = p[:, None] * N + n[None, :]
+    if p.shape[0] == P and n.shape[0] == WIDTH:
+        return tl.load(base + place)
+    return tl.load(base + place, mask=where_given(p < P, n, WIDTH), other=0.0)
+
+
+@triton.jit
+def load_halves(
+    base, p, P: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """A state as the columns that turn, and those that stand still."""
+    turned = load_part(base, p, tl.arange(0, BLOCK_T), P, N, 2 * PAIRS)
+    still = 0.0
+    if BLOCK_S > 0:
+        still = load_part(base + 2 * PAIRS, p, tl.arange(0, BLOCK_S), P, N, N - 2 * PAIRS)
+    return turned, still
+
+
+@triton.jit
+def store_halves(
+    base, p, turned, still, P: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    n = tl.arange(0, BLOCK_T)
+    mask = where_given(p < P, n, 2 * PAIRS)
+    tl.store(base + (p[:, None] * N + n[None, :]), turned.to(base.dtype.element_ty), mask=mask)
+    if BLOCK_S > 0:
+        n = tl.arange(0, BLOCK_S)
+        mask = where_given(p < P, n, N - 2 * PAIRS)
+        tl.store(base + 2 * PAIRS + (p[:, None] * N + n[None, :]), still.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def across(turned, still, other_turned, other_still, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr):
+    """Products of the rows of one matrix with the rows of another, both in two parts."""
+    dtype: tl.constexpr = turned.dtype
+    out = dot(turned, tl.trans(other_turned.to(dtype)), None, PRECISION)
+    if BLOCK_S > 0:
+        out = dot(still, tl.trans(other_still.to(dtype)), out, PRECISION)
+    return out
+
+
+@triton.jit
+def added_to(turned, still, decay, added, keys, still_keys, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr):
+    """A state after a chunk: what it keeps, and `added @ keys`."""
+    turned = dot(added, keys, turned * decay, PRECISION)
+    if BLOCK_S > 0:
+        still = dot(added, still_keys, still * decay, PRECISION)
+    return turned, still
+
+
+@triton.jit
+def decays(cs_later, cs_earlier, later, earlier):
+    """`exp(cs_i - cs_j)` for the tokens j before token i, and zero elsewhere."""
+    return tl.where(later > earlier, tl.exp2((cs_later - cs_earlier) * LOG2E), 0.0)
