@@ -5,9 +5,9 @@ The formulas are those of `everstate.ops.trapezoid.lookahead`, chunks and segmen
 state and one gradient of it per chunk; keys, queries and angles are made of B, C and a phase per chunk, head and pair
 where they are used (`triton_keys`).
 
-Forward: `triton_prepare` makes numbers per token and phases per chunk, then `triton_forward` walks along time. Backward:
-two sweeps along time write the state that enters each chunk and the gradient of that which leaves it, then every chunk
-is independent (`triton_backward`). Everything is summed in a fixed order: the same call gives the same bits.
+Forward: `triton_prepare` makes numbers per token and phases per chunk, then `triton_forward` walks along time.
+Backward: two sweeps along time write the state that enters each chunk and the gradient of that which leaves it, then
+every chunk is independent (`triton_backward`). All is summed in a fixed order: the same call gives the same bits.
 """
 
 from collections.abc import Sequence
@@ -379,7 +379,8 @@ class _Call:
         if inputs.mimo_x is not None and enter.mimo_x is not None:
             dmimo_x = inputs.mimo_x.sum(0) + enter.mimo_x.sum(0)
         return [
-            inputs.x.view(self.given.x.shape), ddt, dA, dlam, domega, keys.B, keys.C, dentered, enter.k, enter.x, dstart,
+            inputs.x.view(self.given.x.shape), ddt, dA, dlam, domega, keys.B, keys.C,
+            dentered, enter.k, enter.x, dstart,
             None if keys.B_bias is None else keys.B_bias.sum(0), None if keys.C_bias is None else keys.C_bias.sum(0),
             dmimo_x, None if inputs.D is None else inputs.D.sum(0),
         ]  # fmt: skip
@@ -409,19 +410,18 @@ class _Call:
     def _key_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor, dk: Tensor) -> _KeyGradients:
         splits, count, steps = self._splits(), len(self.plan.chunks), self.steps
         total, shape = self.batch * self.length, self.given.B.shape
-        dB, dC = (
-            t.new_empty(splits, *shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C)
-        )
+        dB, dC = (t.new_empty(splits, *shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
         dB_bias, dC_bias = (None if t is None else steps.new_empty(count, *t.shape) for t in (self.B_bias, self.C_bias))
         omega = steps.new_empty(self.groups * splits, total, self.pairs)
         dt = steps.new_empty(count, self.heads, self.tokens)
         turns = steps.new_empty(count, self.heads, self.pairs)
-        keys_kernel[(count * self.groups * splits,)](
-            self.x, self.mimo_x, dy, steps, self.omega, self.phases, self.B, self.C, self.B_bias, self.C_bias,
-            entering, leaving, dk, dB, dC, dB_bias, dC_bias, omega, dt, turns, self.plan.chunks, self.homes.chunks,
-            *self.x.stride()[:2], *dy.stride()[:3], self.omega.stride(0), *self._keys(self.B), *self._keys(self.C),
-            total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, num_warps=8, num_stages=1,
-        )  # fmt: skip
+        for turn in (True, False) if self.sizes["BLOCK_S"] else (True,):
+            keys_kernel[(count * self.groups * splits,)](
+                self.x, self.mimo_x, dy, steps, self.omega, self.phases, self.B, self.C, self.B_bias, self.C_bias,
+                entering, leaving, dk, dB, dC, dB_bias, dC_bias, omega, dt, turns, self.plan.chunks, self.homes.chunks,
+                *self.x.stride()[:2], *dy.stride()[:3], self.omega.stride(0), *self._keys(self.B), *self._keys(self.C),
+                total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, TURN=turn, num_warps=8, num_stages=1,
+            )  # fmt: skip
         dB, dC = (t.sum(0) if splits > 1 else t[0] for t in (dB, dC))
         return _KeyGradients(dB, dC, dB_bias, dC_bias, omega, dt, turns)
 

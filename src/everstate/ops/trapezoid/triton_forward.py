@@ -3,19 +3,22 @@
 import triton
 import triton.language as tl
 
-from everstate.ops.triton_common import LOG2E, dot
 from everstate.ops.trapezoid.triton_keys import (
     across,
     added_to,
     decays,
+    entries,
     load_entries,
     load_halves,
     load_inputs,
     load_steps,
-    rebuilt,
+    still,
+    store_entries,
     store_halves,
+    turned,
     turning,
 )
+from everstate.ops.triton_common import LOG2E, dot
 
 
 @triton.jit
@@ -34,23 +37,18 @@ def scan_kernel(
     B += head // (HEADS // GROUPS) * B_group
     C += head // (HEADS // GROUPS) * C_group
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
-    entry, tokens, pairs = tl.arange(0, TOKENS * RANKS), tl.arange(0, TOKENS), tl.arange(0, BLOCK_T // 2)
-    token, rank, p = entry // RANKS, entry % RANKS, tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    token, p = tl.arange(0, TOKENS * RANKS) // RANKS, tile * BLOCK_P + tl.arange(0, BLOCK_P)
     h, hs = load_halves(entering + (segment * HEADS + head) * P * N, p, P, N, PAIRS, BLOCK_T, BLOCK_S)
     for step in range(count):
         chunk = (first + step).to(tl.int64)
         start, end, place = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1), chunk * HEADS + head
-        inside = (start + token < end) & (rank < RANK)
-        cos, sin = turning(
-            steps, phases, omega, place, start, tokens, start + tokens < end, pairs, omega_token, TOKENS, RANKS, PAIRS
-        )
-        k, ks = rebuilt(
-            B, B_bias, start, token, rank, inside, head, cos, sin, B_token, B_rank, N, RANK, PAIRS, BLOCK_T, BLOCK_S, DTYPE
-        )
-        q, qs = rebuilt(
-            C, C_bias, start, token, rank, inside, head, cos, sin, C_token, C_rank, N, RANK, PAIRS, BLOCK_T, BLOCK_S, DTYPE
-        )
-        u = load_inputs(x, mimo_x, start, token, rank, inside, head, p, x_token, x_head, P, RANK)
+        rows = entries(start, end, TOKENS, RANK, RANKS)
+        cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
+        k = turned(B, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, PAIRS, DTYPE)
+        ks = still(B, B_bias, rows, head, B_token, B_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
+        q = turned(C, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, PAIRS, DTYPE)
+        qs = still(C, C_bias, rows, head, C_token, C_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
+        u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK)
         cs, scale, own, last = load_steps(steps, place, token, TOKENS)
         factors = decays(cs[:, None], cs[None, :], token[:, None], token[None, :]) * scale[None, :]
         factors += tl.where(token[:, None] == token[None, :], own[None, :], 0.0)
@@ -59,9 +57,7 @@ def scan_kernel(
         out = dot(weights, u, out, PRECISION)
         if D is not None:
             out += tl.load(D + head).to(tl.float32) * u.to(tl.float32)
-        at = y + start.to(tl.int64) * (RANK * HEADS * P) + head * P
-        at += ((token * RANK + rank) * (HEADS * P))[:, None] + p[None, :]
-        tl.store(at, out.to(DTYPE), mask=inside[:, None] & (p < P)[None, :])
+        store_entries(y + head * P, rows, p, HEADS * P, out, P, RANK)
         added = tl.trans((u * (scale * tl.exp2((last - cs) * LOG2E))[:, None]).to(DTYPE))
         h, hs = added_to(h, hs, tl.exp2(last * LOG2E), added, k, ks, BLOCK_S, PRECISION)
     if tl.load(segments + 5 * segment + 4) == 1:
@@ -89,8 +85,7 @@ def sweep_kernel(
     segment = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
     B += head // (HEADS // GROUPS) * B_group
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
-    entry, tokens, pairs = tl.arange(0, TOKENS * RANKS), tl.arange(0, TOKENS), tl.arange(0, BLOCK_T // 2)
-    token, rank, p = entry // RANKS, entry % RANKS, tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    token, p = tl.arange(0, TOKENS * RANKS) // RANKS, tile * BLOCK_P + tl.arange(0, BLOCK_P)
     h, hs, decayed = tl.zeros((BLOCK_P, BLOCK_T), tl.float32), 0.0, 0.0
     if BLOCK_S > 0:
         hs = tl.zeros((BLOCK_P, BLOCK_S), tl.float32)
@@ -101,18 +96,15 @@ def sweep_kernel(
         start, end, place = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1), chunk * HEADS + head
         if boundaries is not None:
             store_halves(boundaries + place * P * N, p, h, hs, P, N, PAIRS, BLOCK_T, BLOCK_S)
-        inside = (start + token < end) & (rank < RANK)
-        cos, sin = turning(
-            steps, phases, omega, place, start, tokens, start + tokens < end, pairs, omega_token, TOKENS, RANKS, PAIRS
-        )
-        k, ks = rebuilt(
-            B, B_bias, start, token, rank, inside, head, cos, sin, B_token, B_rank, N, RANK, PAIRS, BLOCK_T, BLOCK_S, DTYPE
-        )
+        rows = entries(start, end, TOKENS, RANK, RANKS)
+        cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
+        k = turned(B, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, PAIRS, DTYPE)
+        ks = still(B, B_bias, rows, head, B_token, B_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
         cs, scale, _, last = load_steps(steps, place, token, TOKENS)
         if REVERSE:
-            u, weight = load_entries(x + head * x_head, start, token, rank, inside, p, x_token, x_rank, P), tl.exp2(cs * LOG2E)
+            u, weight = load_entries(x + head * x_head, rows, p, x_token, x_rank, P), tl.exp2(cs * LOG2E)
         else:
-            u = load_inputs(x, mimo_x, start, token, rank, inside, head, p, x_token, x_head, P, RANK)
+            u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK)
             weight = scale * tl.exp2((last - cs) * LOG2E)
         added = tl.trans((u * weight[:, None]).to(DTYPE))
         h, hs = added_to(h, hs, tl.exp2(last * LOG2E), added, k, ks, BLOCK_S, PRECISION)

@@ -64,12 +64,14 @@ def load_turns(dt, omega, tokens, exists, pairs, omega_token, PAIRS: tl.constexp
 
 @triton.jit
 def turning(
-    steps, phases, omega, place, start, tokens, exists, pairs, omega_token,
-    TOKENS: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr,
+    steps, phases, omega, place, start, end, omega_token,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Cosines and sines of a chunk of a head, by entry and pair; `place` is chunk * HEADS + head."""
+    tokens, pairs = tl.arange(0, TOKENS), tl.arange(0, BLOCK_T // 2)
     dt = tl.load(steps + place * (4 * TOKENS) + 3 * TOKENS + tokens)
-    turns = load_turns(dt, omega + start.to(tl.int64) * omega_token, tokens, exists, pairs, omega_token, PAIRS)
+    here = omega + start.to(tl.int64) * omega_token
+    turns = load_turns(dt, here, tokens, start + tokens < end, pairs, omega_token, PAIRS)
     before = tl.load(phases + place * PAIRS + pairs, mask=pairs < PAIRS, other=0)
     angle = angle_of(tl.cumsum(turns, 0) + before[None, :])
     return by_entry(cosine(angle), RANKS), by_entry(sine(angle), RANKS)
@@ -90,7 +92,8 @@ def by_entry(tile, RANKS: tl.constexpr):
     if RANKS == 1:
         return tile
     else:
-        return tl.reshape(tl.broadcast_to(tile[:, None, :], (tile.shape[0], RANKS, tile.shape[1])), (tile.shape[0] * RANKS, tile.shape[1]))
+        tile = tl.broadcast_to(tile[:, None, :], (tile.shape[0], RANKS, tile.shape[1]))
+        return tl.reshape(tile, (tile.shape[0] * RANKS, tile.shape[2]))
 
 
 @triton.jit
@@ -127,11 +130,23 @@ def paired(first, second):
 
 
 @triton.jit
-def _load_biased(base, bias, rows, rank, inside, columns, WIDTH: tl.constexpr, N: tl.constexpr):
-    mask = where_given(inside, columns, WIDTH)
-    tile = tl.load(base + (rows[:, None] + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
+def entries(start, end, TOKENS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """The rows of a chunk: its first token; of each entry the token within it, the rank, and whether it exists."""
+    entry = tl.arange(0, TOKENS * RANKS)
+    token, rank = entry // RANKS, entry % RANKS
+    return start, token, rank, (start + token < end) & (rank < RANK)
+
+
+@triton.jit
+def _load_biased(
+    base, bias, rows, head, columns, stride, rank_stride, WIDTH: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
+    start, token, rank, inside = rows
+    mask, at = where_given(inside, columns, WIDTH), (token * stride + rank * rank_stride)[:, None]
+    tile = tl.load(base + start.to(tl.int64) * stride + (at + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
-        if rank is None:
+        bias += head * (RANK * N)
+        if RANK == 1:
             tile += tl.load(bias + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
         else:
             tile += tl.load(bias + (rank[:, None] * N + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
@@ -139,33 +154,37 @@ def _load_biased(base, bias, rows, rank, inside, columns, WIDTH: tl.constexpr, N
 
 
 @triton.jit
-def rebuilt(
-    base, bias, start, token, rank, inside, head, cos, sin, stride, rank_stride,
-    N: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
+def turned(
+    base, bias, rows, head, cos, sin, stride, rank_stride,
+    N: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Keys of a chunk from B, or queries from C, as (turned, still); `base` is that of the group."""
-    TURNING: tl.constexpr = 2 * PAIRS
-    rows = token * stride + rank * rank_stride
-    base += start.to(tl.int64) * stride
-    own = None if bias is None else bias + head * (RANK * N)
-    ranks = None if RANK == 1 else rank
-    a, b = pairs_of(_load_biased(base, own, rows, ranks, inside, tl.arange(0, BLOCK_T), TURNING, N))
-    turned = paired(a * cos - b * sin, a * sin + b * cos).to(DTYPE)
-    still = 0.0
-    if BLOCK_S > 0:
-        own = None if bias is None else own + TURNING
-        still = _load_biased(base + TURNING, own, rows, ranks, inside, tl.arange(0, BLOCK_S), N - TURNING, N).to(DTYPE)
-    return turned, still
+    """The columns of keys or queries that turn; `base` is B or C of the group."""
+    columns = tl.arange(0, 2 * cos.shape[1])
+    a, b = pairs_of(_load_biased(base, bias, rows, head, columns, stride, rank_stride, 2 * PAIRS, N, RANK))
+    return paired(a * cos - b * sin, a * sin + b * cos).to(DTYPE)
 
 
 @triton.jit
-def load_inputs(
-    x, mimo_x, start, token, rank, inside, head, p, x_token, x_head, P: tl.constexpr, RANK: tl.constexpr
+def still(
+    base, bias, rows, head, stride, rank_stride,
+    N: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
+    """The columns that stand still, or 0 where all turn."""
+    if BLOCK_S == 0:
+        return 0.0
+    else:
+        columns = tl.arange(0, BLOCK_S)
+        own = None if bias is None else bias + 2 * PAIRS
+        base += 2 * PAIRS
+        return _load_biased(base, own, rows, head, columns, stride, rank_stride, N - 2 * PAIRS, N, RANK).to(DTYPE)
+
+
+@triton.jit
+def load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P: tl.constexpr, RANK: tl.constexpr):
     """The inputs of a chunk by entry: those of the token, times the factors of the rank."""
-    mask = where_given(inside, p, P)
+    start, token, rank, inside = rows
     at = x + start.to(tl.int64) * x_token + head * x_head
-    u = tl.load(at + (token[:, None] * x_token + p[None, :]), mask=mask, other=0.0)
+    u = tl.load(at + (token[:, None] * x_token + p[None, :]), mask=where_given(inside, p, P), other=0.0)
     if mimo_x is not None:
         u = (u.to(tl.float32) * load_factors(mimo_x, rank, head, p, P, RANK)).to(u.dtype)
     return u
@@ -179,11 +198,19 @@ def load_factors(mimo_x, rank, head, p, P: tl.constexpr, RANK: tl.constexpr):
 
 
 @triton.jit
-def load_entries(base, start, token, rank, inside, columns, stride, rank_stride, WIDTH: tl.constexpr):
+def load_entries(base, rows, columns, stride, rank_stride, WIDTH: tl.constexpr):
     """Rows of a tensor that has its own for each rank; `base` is that of the head."""
-    mask = where_given(inside, columns, WIDTH)
-    rows = token * stride + rank * rank_stride
-    return tl.load(base + start.to(tl.int64) * stride + (rows[:, None] + columns[None, :]), mask=mask, other=0.0)
+    start, token, rank, inside = rows
+    at = (token * stride + rank * rank_stride)[:, None] + columns[None, :]
+    return tl.load(base + start.to(tl.int64) * stride + at, mask=where_given(inside, columns, WIDTH), other=0.0)
+
+
+@triton.jit
+def store_entries(base, rows, columns, stride, value, WIDTH: tl.constexpr, RANK: tl.constexpr):
+    """Rows of a dense tensor by token and rank, `stride` numbers apart; those that exist."""
+    start, token, rank, inside = rows
+    at = base + start.to(tl.int64) * (RANK * stride) + (((token * RANK + rank) * stride)[:, None] + columns[None, :])
+    tl.store(at, value.to(base.dtype.element_ty), mask=inside[:, None] & (columns < WIDTH)[None, :])
 
 
 @triton.jit

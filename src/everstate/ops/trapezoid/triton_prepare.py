@@ -91,7 +91,7 @@ def angle_gradients_kernel(
     dturns, dfinal, dangle, spans,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The reverse of `phases_kernel`: from what each chunk says of angles to what all later ones say of it, in place."""
+    """The reverse of `phases_kernel`: from what each chunk says of angles to what all later ones say, in place."""
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     first, count = tl.load(spans + 2 * sequence).to(tl.int64), tl.load(spans + 2 * sequence + 1)
     at, pairs = tl.arange(0, BLOCK), tl.arange(0, BLOCK_PAIRS)
@@ -202,8 +202,8 @@ def steps_gradients_kernel(
 ):  # fmt: skip
     """The reverse of `steps_kernel` and of the angles, given what chunks say of sums, scales, own weights and dt.
 
-    A token hears of its scale in two places: its own weight `lam dt` is in its own, its look-ahead `dt (1 - lam)` in that
-    of the token before, or in the state that entered the sequence.
+    A token hears of its scale in two places: its own weight `lam dt` is in its own, its look-ahead `dt (1 - lam)` in
+    that of the token before, or in the state that entered the sequence.
     """
     chunk, at = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
