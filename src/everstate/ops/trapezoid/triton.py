@@ -26,6 +26,7 @@ from everstate.ops.rotary.halves import deinterleave, interleave
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel
 from everstate.ops.trapezoid.triton_forward import scan_kernel, sweep_kernel
+from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_prepare import (
     angle_gradients_kernel,
     enter_gradients_kernel,
@@ -253,7 +254,7 @@ class _Call:
     def _prepare(self) -> tuple[Tensor, Tensor, Tensor]:
         """Numbers per token, the phase at the start of each chunk, and the angle at the end of each sequence."""
         count, blocks, dt = len(self.plan.chunks), triton.cdiv(self.heads, BLOCK_H), self.dt
-        steps = self.x.new_empty(count, self.heads, 4, self.tokens, dtype=torch.float32)
+        steps = self.x.new_empty(count, self.heads, NUMBERS.value, self.tokens, dtype=torch.float32)
         steps_kernel[(count, blocks)](
             dt, self.A, self.lam, steps, self.plan.chunks, self.homes.chunks,
             *dt.stride(), *self.A.stride(), *self.lam.stride(),
@@ -263,7 +264,7 @@ class _Call:
         final = torch.empty_like(self.given.angle, memory_format=torch.contiguous_format)
         pairs = triton.next_power_of_2(self.pairs)
         turns_kernel[(count, blocks)](
-            dt, self.omega, phases, self.plan.chunks, *dt.stride(), self.omega.stride(0),
+            steps, self.omega, phases, self.plan.chunks, self.omega.stride(0),
             HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_PAIRS=pairs, BLOCK_H=BLOCK_H,
         )  # fmt: skip
         phases_kernel[(len(self.homes.sequences) * self.heads,)](

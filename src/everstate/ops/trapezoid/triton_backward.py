@@ -7,26 +7,31 @@ import triton
 import triton.language as tl
 
 from everstate.ops.trapezoid.triton_keys import (
+    DT,
+    OWN,
+    SCALE,
+    SUM,
+    WEIGHTED,
     across,
     by_rank,
     by_token,
-    decays,
     entries,
+    factors,
     load_entries,
     load_factors,
     load_halves,
     load_inputs,
     load_part,
-    load_steps,
+    load_rates,
+    load_step,
     paired,
     pairs_of,
     still,
     store_entries,
     turned,
     turning,
-    where_given,
 )
-from everstate.ops.triton_common import LOG2E, dot
+from everstate.ops.triton_common import dot
 
 
 @triton.jit
@@ -47,23 +52,24 @@ def inputs_kernel(
     start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     rows, token = entries(start, end, TOKENS, RANK, RANKS), tl.arange(0, TOKENS * RANKS) // RANKS
     cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
-    cs, scale, own, last = load_steps(steps, place, token, TOKENS)
+    sums, scale = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, SCALE)
+    last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
     k = turned(B, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, PAIRS, DTYPE)
     ks = still(B, B_bias, rows, head, B_token, B_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
     u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK)
     # The gradient of s x, first as far as it went through the state.
     dh, dhs = load_halves(leaving + place * P * N, p, P, N, PAIRS, BLOCK_T, BLOCK_S)
-    dadded = across(k, ks, dh, dhs, BLOCK_S, PRECISION) * tl.exp2((last - cs) * LOG2E)[:, None]
+    dadded = across(k, ks, dh, dhs, BLOCK_S, PRECISION) * tl.exp2(last - sums)[:, None]
     dscale = tl.sum(dadded * u.to(tl.float32), 1)
     h, hs = load_halves(entering + place * P * N, p, P, N, PAIRS, BLOCK_T, BLOCK_S)
-    dlast = tl.sum(scale * dscale, 0) + tl.exp2(last * LOG2E) * _inner(h, hs, dh, dhs, BLOCK_S)
+    dlast = tl.sum(scale * dscale, 0) + tl.exp2(last) * _inner(h, hs, dh, dhs, BLOCK_S)
     q = turned(C, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, PAIRS, DTYPE)
     qs = still(C, C_bias, rows, head, C_token, C_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
     du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
     # How much a larger sum of decays would change: all that an entry received, less all that it gave.
-    ddecay = tl.sum(across(q, qs, h, hs, BLOCK_S, PRECISION) * du.to(tl.float32), 1) * tl.exp2(cs * LOG2E)
+    ddecay = tl.sum(across(q, qs, h, hs, BLOCK_S, PRECISION) * du.to(tl.float32), 1) * tl.exp2(sums)
     product = across(k, ks, q, qs, BLOCK_S, PRECISION)
-    weights = product * decays(cs[None, :], cs[:, None], token[None, :], token[:, None])
+    weights = product * factors(sums[None, :], sums[:, None], 0.0, token[None, :], token[:, None])
     received = dot(u, tl.trans(du), None, PRECISION)
     dscale += tl.sum(received * weights, 1)
     ddecay += tl.sum(received * weights * scale[:, None], 0) - scale * dscale
@@ -73,6 +79,7 @@ def inputs_kernel(
     tl.store(ddecays + at, by_token(ddecay, RANKS) + tl.where(tokens == TOKENS - 1, dlast, 0.0))
     tl.store(dscales + at, by_token(dscale, RANKS))
     tl.store(downs + at, by_token(tl.sum(mine * received, 1), RANKS))
+    own = load_step(steps, place, token, TOKENS, OWN)
     weights = (weights * scale[:, None] + mine * own[:, None]).to(DTYPE)
     dinput = dot(weights, du, dadded * scale[:, None], PRECISION)
     _store_input_gradients(
@@ -137,32 +144,38 @@ def keys_kernel(
     for i in range(EACH):
         head = group * (HEADS // GROUPS) + split * EACH + i
         place = chunk * HEADS + head
-        cs, scale, own, last = load_steps(steps, place, token, TOKENS)
+        sums, own = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, OWN)
+        weighted = load_step(steps, place, token, TOKENS, WEIGHTED)
+        last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
         u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK)
         du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
-        factors = decays(cs[None, :], cs[:, None], token[None, :], token[:, None]) * scale[:, None]
-        factors += tl.where(token[:, None] == token[None, :], own[:, None], 0.0)
-        weights = (dot(u, tl.trans(du), None, PRECISION) * factors).to(DTYPE)
+        weights = factors(sums[None, :], weighted[:, None], own[:, None], token[None, :], token[:, None])
+        weights = (dot(u, tl.trans(du), None, PRECISION) * weights).to(DTYPE)
+        # First all of the keys, then all of the queries: both at once do not fit into the registers.
         dh = load_part(leaving + place * P * N + FIRST, p, n, P, N, WIDTH)
         dk = _last_keys(dlast_k + FIRST, homes, chunk, head, rows, n, HEADS, N, RANK, WIDTH)
-        dk = dot((u * (scale * tl.exp2((last - cs) * LOG2E))[:, None]).to(DTYPE), dh, dk, PRECISION)
-        h = load_part(entering + place * P * N + FIRST, p, n, P, N, WIDTH)
-        dq = dot((du * tl.exp2(cs * LOG2E)[:, None]).to(DTYPE), h, None, PRECISION)
+        dk = dot((u * tl.exp2(last - weighted)[:, None]).to(DTYPE), dh, dk, PRECISION)
         if TURN:
             cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
-            k = turned(B + group * B_group, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, PAIRS, DTYPE)
             q = turned(C + group * C_group, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, PAIRS, DTYPE)
+            dk = dot(weights, q, dk, PRECISION)
+            k = turned(B + group * B_group, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, PAIRS, DTYPE)
+            dangle, dk = _turned_back(dk, k, cos, sin)
         else:
-            k = still(B + group * B_group, B_bias, rows, head, B_token, B_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
             q = still(C + group * C_group, C_bias, rows, head, C_token, C_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
-        dk, dq = dot(weights, q, dk, PRECISION), dot(tl.trans(weights), k, dq, PRECISION)
-        if TURN:
-            dangle, dk, dq = _turned_back(dk, dq, k, q, cos, sin)
-            drate += _store_angle_gradients(
-                dangle, steps, omega, dturns, ddt, place, start, end, omega_token, TOKENS, RANKS, PAIRS
-            )
-        db, dc = db + dk, dc + dq
+            dk = dot(weights, q, dk, PRECISION)
+            k = still(B + group * B_group, B_bias, rows, head, B_token, B_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
+        db += dk
         _store_bias_gradient(dB_bias, dk, place * (RANK * N) + FIRST, n, RANK, RANKS, N, WIDTH)
+        h = load_part(entering + place * P * N + FIRST, p, n, P, N, WIDTH)
+        dq = dot((du * tl.exp2(sums)[:, None]).to(DTYPE), h, None, PRECISION)
+        dq = dot(tl.trans(weights), k, dq, PRECISION)
+        if TURN:
+            more, dq = _turned_back(dq, q, cos, sin)
+            drate += _store_angle_gradients(
+                dangle + more, steps, omega, dturns, ddt, place, start, end, omega_token, TOKENS, RANKS, PAIRS
+            )
+        dc += dq
         _store_bias_gradient(dC_bias, dq, place * (RANK * N) + FIRST, n, RANK, RANKS, N, WIDTH)
     base = (split.to(tl.int64) * total * (RANK * GROUPS) + group) * N + FIRST
     store_entries(dB + base, rows, n, GROUPS * N, db, WIDTH, RANK)
@@ -186,19 +199,14 @@ def _last_keys(
 
 
 @triton.jit
-def _turned_back(dk, dq, k, q, cos, sin):
-    """The gradient of the angle by entry and pair, and those of keys and queries before they were turned.
+def _turned_back(gradient, turned, cos, sin):
+    """The gradient of the angle by entry and pair, and that of keys or queries before they were turned.
 
-    With k and q as the products had them, rounded, what two entries say to each other cancels to the bit.
+    With these as the products had them, rounded, what two entries say to each other cancels to the bit.
     """
-    ka, kb = pairs_of(k)
-    qa, qb = pairs_of(q)
-    dka, dkb = pairs_of(dk)
-    dqa, dqb = pairs_of(dq)
-    dangle = dkb * ka.to(tl.float32) - dka * kb.to(tl.float32)
-    dangle += dqb * qa.to(tl.float32) - dqa * qb.to(tl.float32)
-    dk = paired(dka * cos + dkb * sin, dkb * cos - dka * sin)
-    return dangle, dk, paired(dqa * cos + dqb * sin, dqb * cos - dqa * sin)
+    a, b = pairs_of(turned)
+    da, db = pairs_of(gradient)
+    return db * a.to(tl.float32) - da * b.to(tl.float32), paired(da * cos + db * sin, db * cos - da * sin)
 
 
 @triton.jit
@@ -211,10 +219,9 @@ def _store_angle_gradients(
     tokens, pairs = tl.arange(0, TOKENS), tl.arange(0, dangle.shape[1])
     tl.store(dturns + place * PAIRS + pairs, tl.sum(dangle, 0), mask=pairs < PAIRS)
     dturn = tl.cumsum(dangle, 0, reverse=True)
-    rate = omega + start.to(tl.int64) * omega_token + (tokens[:, None] * omega_token + pairs[None, :])
-    rate = tl.load(rate, mask=where_given(start + tokens < end, pairs, PAIRS), other=0.0).to(tl.float32)
+    rate = load_rates(omega, start, end, tokens, pairs, omega_token, PAIRS)
     tl.store(ddt + place * TOKENS + tokens, tl.sum(dturn * rate, 1))
-    return dturn * tl.load(steps + place * (4 * TOKENS) + 3 * TOKENS + tokens)[:, None]
+    return dturn * load_step(steps, place, tokens, TOKENS, DT)[:, None]
 
 
 @triton.jit

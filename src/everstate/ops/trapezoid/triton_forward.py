@@ -4,14 +4,17 @@ import triton
 import triton.language as tl
 
 from everstate.ops.trapezoid.triton_keys import (
+    OWN,
+    SUM,
+    WEIGHTED,
     across,
     added_to,
-    decays,
     entries,
+    factors,
     load_entries,
     load_halves,
     load_inputs,
-    load_steps,
+    load_step,
     still,
     store_entries,
     store_halves,
@@ -49,17 +52,18 @@ def scan_kernel(
         q = turned(C, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, PAIRS, DTYPE)
         qs = still(C, C_bias, rows, head, C_token, C_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
         u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK)
-        cs, scale, own, last = load_steps(steps, place, token, TOKENS)
-        factors = decays(cs[:, None], cs[None, :], token[:, None], token[None, :]) * scale[None, :]
-        factors += tl.where(token[:, None] == token[None, :], own[None, :], 0.0)
-        weights = (across(q, qs, k, ks, BLOCK_S, PRECISION) * factors).to(DTYPE)
-        out = across(q, qs, h, hs, BLOCK_S, PRECISION) * tl.exp2(cs * LOG2E)[:, None]
+        sums, own = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, OWN)
+        weighted = load_step(steps, place, token, TOKENS, WEIGHTED)
+        last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
+        given = factors(sums[:, None], weighted[None, :], own[:, None], token[:, None], token[None, :])
+        weights = (across(q, qs, k, ks, BLOCK_S, PRECISION) * given).to(DTYPE)
+        out = across(q, qs, h, hs, BLOCK_S, PRECISION) * tl.exp2(sums)[:, None]
         out = dot(weights, u, out, PRECISION)
         if D is not None:
             out += tl.load(D + head).to(tl.float32) * u.to(tl.float32)
         store_entries(y + head * P, rows, p, HEADS * P, out, P, RANK)
-        added = tl.trans((u * (scale * tl.exp2((last - cs) * LOG2E))[:, None]).to(DTYPE))
-        h, hs = added_to(h, hs, tl.exp2(last * LOG2E), added, k, ks, BLOCK_S, PRECISION)
+        added = tl.trans((u * tl.exp2(last - weighted)[:, None]).to(DTYPE))
+        h, hs = added_to(h, hs, tl.exp2(last), added, k, ks, BLOCK_S, PRECISION)
     if tl.load(segments + 5 * segment + 4) == 1:
         sequence = tl.load(segments + 5 * segment + 2).to(tl.int64)
         store_halves(final + (sequence * HEADS + head) * P * N, p, h, hs, P, N, PAIRS, BLOCK_T, BLOCK_S)
@@ -100,18 +104,19 @@ def sweep_kernel(
         cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
         k = turned(B, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, PAIRS, DTYPE)
         ks = still(B, B_bias, rows, head, B_token, B_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
-        cs, scale, _, last = load_steps(steps, place, token, TOKENS)
+        last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
         if REVERSE:
-            u, weight = load_entries(x + head * x_head, rows, p, x_token, x_rank, P), tl.exp2(cs * LOG2E)
+            u = load_entries(x + head * x_head, rows, p, x_token, x_rank, P)
+            weight = tl.exp2(load_step(steps, place, token, TOKENS, SUM))
         else:
             u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK)
-            weight = scale * tl.exp2((last - cs) * LOG2E)
+            weight = tl.exp2(last - load_step(steps, place, token, TOKENS, WEIGHTED))
         added = tl.trans((u * weight[:, None]).to(DTYPE))
-        h, hs = added_to(h, hs, tl.exp2(last * LOG2E), added, k, ks, BLOCK_S, PRECISION)
+        h, hs = added_to(h, hs, tl.exp2(last), added, k, ks, BLOCK_S, PRECISION)
         decayed += last
     if boundaries is None:
         store_halves(ends + (segment * HEADS + head) * P * N, p, h, hs, P, N, PAIRS, BLOCK_T, BLOCK_S)
-        tl.store(kept + segment * HEADS + head, decayed)
+        tl.store(kept + segment * HEADS + head, decayed / LOG2E)
     elif tl.load(segments + 5 * segment + (3 if REVERSE else 4)) == 1:
         sequence = tl.load(segments + 5 * segment + 2).to(tl.int64)
         store_halves(ends + (sequence * HEADS + head) * P * N, p, h, hs, P, N, PAIRS, BLOCK_T, BLOCK_S)

@@ -11,7 +11,7 @@ token does not depend on how a sequence was cut, and no sequence is too long.
 import triton
 import triton.language as tl
 
-from everstate.ops.triton_common import INTERPRETED, LOG2E, dot
+from everstate.ops.triton_common import INTERPRETED, dot
 
 TURNS: tl.constexpr = tl.constexpr(0.15915493667125702)
 """1 / (2 pi), as a float32 has it, and what that lacks."""
@@ -20,15 +20,40 @@ PHASES: tl.constexpr = tl.constexpr(4294967296.0)
 """Phases of a turn."""
 RADIANS: tl.constexpr = tl.constexpr(6.283185307179586 / 4294967296.0)
 """The angle of one phase."""
+COARSE: tl.constexpr = tl.constexpr(3072.0)
+"""A float32 of this size ends at 2^-12: adding it leaves that many digits of a fraction in the lowest bits."""
+FINE: tl.constexpr = tl.constexpr(12582912.0)
+"""1.5 * 2^23: adding it leaves an integer in the lowest bits."""
+
+
+NUMBERS: tl.constexpr = tl.constexpr(5)
+"""Numbers per token and head, made by `steps_kernel`, logarithms to the base 2:"""
+SUM: tl.constexpr = tl.constexpr(0)
+"""the sum of log decays since the start of the chunk;"""
+WEIGHTED: tl.constexpr = tl.constexpr(1)
+"""that less the log of the scale, which is what the token adds to later ones;"""
+SCALE: tl.constexpr = tl.constexpr(2)
+"""the scale;"""
+OWN: tl.constexpr = tl.constexpr(3)
+"""the part of it that the token adds to its own output, `lam dt`;"""
+DT: tl.constexpr = tl.constexpr(4)
+"""and dt."""
 
 
 @triton.jit
-def phase_of(angle):
-    """The phase of an angle, right to 1e-9 of a turn whatever its size."""
+def phase_of(angle, LONG: tl.constexpr):
+    """The phase of an angle of up to 1,000 turns; LONG where thousands of them are summed, else right to 1e-7 of it.
+
+    Its first 12 bits and the others come from two float32 additions, which are several times as fast as conversions.
+    """
     turns = angle * TURNS
-    lost = tl.fma(angle, TURNS, -turns) + angle * TURNS_LOW
-    fraction = turns - tl.floor(turns + 0.5)
-    return (fraction * PHASES).to(tl.int32) + (lost * PHASES).to(tl.int32)
+    coarse = turns + COARSE
+    rest = turns - (coarse - COARSE)
+    if LONG:
+        rest += tl.fma(angle, TURNS, -turns) + angle * TURNS_LOW  # what the first product lost
+    fine = tl.fma(rest, PHASES, FINE)
+    # The bits of COARSE itself are shifted out; those of FINE are the constant.
+    return (coarse.to(tl.int32, bitcast=True) << 20) + (fine.to(tl.int32, bitcast=True) - 0x4B400000)
 
 
 @triton.jit
@@ -55,11 +80,10 @@ def sine(angle):
 
 
 @triton.jit
-def load_turns(dt, omega, tokens, exists, pairs, omega_token, PAIRS: tl.constexpr):
-    """How far each token turns each pair, `dt` given by token. Rows of `omega` are offsets within a chunk."""
-    mask = where_given(exists, pairs, PAIRS)
-    rate = tl.load(omega + (tokens[:, None] * omega_token + pairs[None, :]), mask=mask, other=0.0)
-    return phase_of(dt[:, None] * rate.to(tl.float32))
+def load_rates(omega, start, end, tokens, pairs, omega_token, PAIRS: tl.constexpr):
+    """The rows of omega of a chunk, zeros where there are none."""
+    at = omega + start.to(tl.int64) * omega_token + (tokens[:, None] * omega_token + pairs[None, :])
+    return tl.load(at, mask=where_given(start + tokens < end, pairs, PAIRS), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -69,9 +93,8 @@ def turning(
 ):  # fmt: skip
     """Cosines and sines of a chunk of a head, by entry and pair; `place` is chunk * HEADS + head."""
     tokens, pairs = tl.arange(0, TOKENS), tl.arange(0, BLOCK_T // 2)
-    dt = tl.load(steps + place * (4 * TOKENS) + 3 * TOKENS + tokens)
-    here = omega + start.to(tl.int64) * omega_token
-    turns = load_turns(dt, here, tokens, start + tokens < end, pairs, omega_token, PAIRS)
+    rate = load_rates(omega, start, end, tokens, pairs, omega_token, PAIRS)
+    turns = phase_of(load_step(steps, place, tokens, TOKENS, DT)[:, None] * rate, False)
     before = tl.load(phases + place * PAIRS + pairs, mask=pairs < PAIRS, other=0)
     angle = angle_of(tl.cumsum(turns, 0) + before[None, :])
     return by_entry(cosine(angle), RANKS), by_entry(sine(angle), RANKS)
@@ -214,10 +237,9 @@ def store_entries(base, rows, columns, stride, value, WIDTH: tl.constexpr, RANK:
 
 
 @triton.jit
-def load_steps(steps, place, token, TOKENS: tl.constexpr):
-    """By entry: sums of log decays, scales, weights of the own input; and the last sum."""
-    at = steps + place * (4 * TOKENS)
-    return tl.load(at + token), tl.load(at + TOKENS + token), tl.load(at + 2 * TOKENS + token), tl.load(at + TOKENS - 1)
+def load_step(steps, place, token, TOKENS: tl.constexpr, NUMBER: tl.constexpr):
+    """One of the numbers per token and head, by entry."""
+    return tl.load(steps + place * (NUMBERS * TOKENS) + NUMBER * TOKENS + token)
 
 
 @triton.jit
@@ -275,6 +297,6 @@ def added_to(turned, still, decay, added, keys, still_keys, BLOCK_S: tl.constexp
 
 
 @triton.jit
-def decays(cs_later, cs_earlier, later, earlier):
-    """`exp(cs_i - cs_j)` for the tokens j before token i, and zero elsewhere."""
-    return tl.where(later > earlier, tl.exp2((cs_later - cs_earlier) * LOG2E), 0.0)
+def factors(sums, weighted, own, later, earlier):
+    """What token i receives from token j before it, `scale_j exp(sum_i - sum_j)`; `own_i` from itself; else zero."""
+    return tl.where(later > earlier, tl.exp2(sums - weighted), tl.where(later == earlier, own, 0.0))

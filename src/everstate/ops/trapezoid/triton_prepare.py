@@ -7,13 +7,24 @@ import triton
 import triton.language as tl
 
 from everstate.ops.trapezoid.triton_keys import (
+    DT,
+    NUMBERS,
+    OWN,
+    SCALE,
+    SUM,
+    WEIGHTED,
     angle_of,
     cosine,
-    load_turns,
+    load_rates,
+    load_step,
     phase_of,
     sine,
     where_given,
 )
+from everstate.ops.triton_common import LOG2E
+
+NOTHING: tl.constexpr = tl.constexpr(1e-37)
+"""A scale of zero, of which there is a logarithm."""
 
 
 @triton.jit
@@ -21,10 +32,10 @@ def steps_kernel(
     dt, A, lam, steps, chunks, homes, dt_token, dt_head, A_token, A_head, lam_token, lam_head,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk and some heads: `steps[chunk, head]` = sums of A dt since the start of the chunk; what a
-    token adds to later ones, now and with the next token; what it adds to itself, `lam dt`; and dt.
+    """One program per chunk and some heads: the numbers of `triton_keys`. The scale of a token is what it adds now and
+    with the next token.
 
-    Tokens that a short chunk does not have keep the last sum and are zero elsewhere, so nobody has to ask for them.
+    Tokens that a short chunk does not have keep the last sum and add nothing, so nobody has to ask for them.
     """
     chunk, at = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -39,31 +50,29 @@ def steps_kernel(
     own = tl.load(lam, mask=exists, other=0.0).to(tl.float32) * step
     ahead = 1.0 - tl.load(lam + lam_token, mask=follows, other=1.0).to(tl.float32)
     ahead *= tl.load(dt + dt_token, mask=follows, other=0.0).to(tl.float32)
-    out = steps + (chunk * HEADS + heads[None, :]) * (4 * TOKENS) + at[:, None]
-    mask = (heads < HEADS)[None, :]
-    tl.store(out, tl.cumsum(decay, 0), mask=mask)
-    tl.store(out + TOKENS, own + ahead, mask=mask)
-    tl.store(out + 2 * TOKENS, own, mask=mask)
-    tl.store(out + 3 * TOKENS, step, mask=mask)
+    out = steps + (chunk * HEADS + heads[None, :]) * (NUMBERS * TOKENS) + at[:, None]
+    mask, sums = (heads < HEADS)[None, :], tl.cumsum(decay, 0) * LOG2E
+    tl.store(out + SUM * TOKENS, sums, mask=mask)
+    scale = own + ahead
+    tl.store(out + WEIGHTED * TOKENS, sums - tl.log2(tl.where(scale == 0.0, NOTHING, scale)), mask=mask)
+    tl.store(out + SCALE * TOKENS, scale, mask=mask)
+    tl.store(out + OWN * TOKENS, own, mask=mask)
+    tl.store(out + DT * TOKENS, step, mask=mask)
 
 
 @triton.jit
 def turns_kernel(
-    dt, omega, phases, chunks, dt_token, dt_head, omega_token,
+    steps, omega, phases, chunks, omega_token,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and some heads: how far the chunk turns each pair."""
     chunk, at, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS), tl.arange(0, BLOCK_PAIRS)
     start = tl.load(chunks + 2 * chunk)
-    exists = start + at < tl.load(chunks + 2 * chunk + 1)
-    omega += start.to(tl.int64) * omega_token
-    dt += start.to(tl.int64) * dt_token
-    for i in range(BLOCK_H):
-        head = tl.program_id(1) * BLOCK_H + i
-        if head < HEADS:
-            step = tl.load(dt + head * dt_head + at * dt_token, mask=exists, other=0.0).to(tl.float32)
-            turns = load_turns(step, omega, at, exists, pairs, omega_token, PAIRS)
-            tl.store(phases + (chunk * HEADS + head) * PAIRS + pairs, tl.sum(turns, 0), mask=pairs < PAIRS)
+    rate = load_rates(omega, start, tl.load(chunks + 2 * chunk + 1), at, pairs, omega_token, PAIRS)
+    first = tl.program_id(1) * BLOCK_H
+    for head in range(first, tl.minimum(first + BLOCK_H, HEADS)):
+        turns = phase_of(load_step(steps, chunk * HEADS + head, at, TOKENS, DT)[:, None] * rate, True)
+        tl.store(phases + (chunk * HEADS + head) * PAIRS + pairs, tl.sum(turns, 0), mask=pairs < PAIRS)
 
 
 @triton.jit
@@ -76,7 +85,7 @@ def phases_kernel(
     first, count = tl.load(spans + 2 * sequence).to(tl.int64), tl.load(spans + 2 * sequence + 1)
     at, pairs = tl.arange(0, BLOCK), tl.arange(0, BLOCK_PAIRS)
     home = (sequence * HEADS + head) * PAIRS + pairs
-    now = phase_of(tl.load(angle + home, mask=pairs < PAIRS, other=0.0))
+    now = phase_of(tl.load(angle + home, mask=pairs < PAIRS, other=0.0), True)
     for block in range(0, count, BLOCK):
         place = phases + ((first + block + at[:, None]) * HEADS + head) * PAIRS + pairs[None, :]
         mask = where_given(block + at < count, pairs, PAIRS)
@@ -251,5 +260,5 @@ def omega_gradients_kernel(
     for head in range(HEADS):
         home = chunk * HEADS + head
         later = tl.load(dturns + home * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
-        rate += tl.load(steps + home * (4 * TOKENS) + 3 * TOKENS + at)[:, None] * later[None, :]
+        rate += load_step(steps, home, at, TOKENS, DT)[:, None] * later[None, :]
     tl.store(domega + place, rate, mask=mask)
