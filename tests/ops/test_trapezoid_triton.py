@@ -36,7 +36,9 @@ def draw(
         "B": keys(),
         "C": keys(),
     }
-    fixed: dict[str, Any] = {name: d.normal(heads, rank, d_state, scale=d_state**-0.25) for name in ("B_bias", "C_bias")}
+    fixed: dict[str, Any] = {
+        name: d.normal(heads, rank, d_state, scale=d_state**-0.25) for name in ("B_bias", "C_bias")
+    }
     if rank > 1:
         fixed.update(mimo_x=d.normal(heads, rank, headdim), interleaved=False)
     return Example(

@@ -117,7 +117,8 @@ def _(
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None, ends: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty(*x.shape[:2], B.shape[2], *x.shape[2:])
-    return (y, *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (ssm, k, last, angle)))
+    empty = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)
+    return y, empty(ssm), empty(k), empty(last), empty(angle)
 
 
 @torch.library.custom_op("everstate::trapezoid_scan_backward", mutates_args=())
