@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everstate.core.kernels import refusal
+from everstate.core.kernels import refusal, shared_memory
 
 LARGEST = 16384
 """Numbers in the state of a head, each side filled up to a power of two: what fits into shared memory."""
+
+SHARED_MEMORY, MORE_SHARED_MEMORY = 99 * 1024, 163 * 1024
+"""Bytes of shared memory that suffice for numbers of 16 bits and states of up to 128, and for all others."""
 
 
 def accepts_scan(
@@ -43,4 +46,7 @@ def accepts_scan(
             "takes heads of up to 128 x 128 numbers (headdim x d_state), or up to 64 x 256 unless they are float32, "
             f"not {headdim} x {d_state} in {str(x.dtype).removeprefix('torch.')}"
         )
+    needed = SHARED_MEMORY if x.dtype.itemsize == 2 and filled[1] <= 128 else MORE_SHARED_MEMORY
+    if shared_memory(x.device) < needed:
+        return f"needs a GPU with {needed:,} bytes of shared memory, this one has {shared_memory(x.device):,}"
     return None if rank <= 16 else f"takes up to 16 ranks, not {rank}"

@@ -289,6 +289,12 @@ class _Call:
         """A state of 64 x 128 in float32 takes half of the registers of four warps."""
         return 4 if self.block * (self.sizes["BLOCK_T"] + self.sizes["BLOCK_S"]) <= 64 * 128 else 8
 
+    @property
+    def stages(self) -> int:
+        """Chunks of which a program holds what it has loaded: the next one too, but where ranks or float32 fill the
+        shared memory."""
+        return 2 if self.rank == 1 and self.x.dtype.itemsize == 2 else 1
+
     def _edges(self) -> dict[str, int]:
         """Sizes for the kernels of the ends of sequences."""
         return {
@@ -327,7 +333,7 @@ class _Call:
             self.x, self.mimo_x, self.steps, self.omega, self.phases, self.B, self.C, self.B_bias, self.C_bias, self.D,
             entering, y, final, self.plan.chunks, self.plan.segments,
             *self.x.stride()[:2], self.omega.stride(0), *self._keys(self.B), *self._keys(self.C), **self.sizes,
-            BLOCK_P=self.block, num_warps=self.warps, num_stages=2,
+            BLOCK_P=self.block, num_warps=self.warps, num_stages=self.stages,
         )  # fmt: skip
         return y, final
 
@@ -363,7 +369,7 @@ class _Call:
             x, None if dy is not None else self.mimo_x, self.steps, self.omega, self.phases, keys, bias,
             entering, chunks, ends, kept, self.plan.chunks, self.plan.segments,
             token, 0 if dy is None else x.stride(1), head, self.omega.stride(0), *self._keys(keys), **self.sizes,
-            BLOCK_P=self.block, REVERSE=dy is not None, num_warps=self.warps, num_stages=2,
+            BLOCK_P=self.block, REVERSE=dy is not None, num_warps=self.warps, num_stages=self.stages,
         )  # fmt: skip
 
     def gradients(self, dy: Tensor, dssm: Tensor, dk: Tensor, dlast: Tensor, dangle: Tensor) -> list[Tensor | None]:

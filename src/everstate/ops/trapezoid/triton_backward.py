@@ -54,17 +54,17 @@ def inputs_kernel(
     cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
     sums, scale = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, SCALE)
     last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
-    k = turned(B, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, PAIRS, DTYPE)
-    ks = still(B, B_bias, rows, head, B_token, B_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
-    u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK)
+    k = turned(B, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, RANKS, PAIRS, DTYPE)
+    ks = still(B, B_bias, rows, head, B_token, B_rank, N, RANK, RANKS, PAIRS, BLOCK_S, DTYPE)
+    u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
     # The gradient of s x, first as far as it went through the state.
     dh, dhs = load_halves(leaving + place * P * N, p, P, N, PAIRS, BLOCK_T, BLOCK_S)
     dadded = across(k, ks, dh, dhs, BLOCK_S, PRECISION) * tl.exp2(last - sums)[:, None]
     dscale = tl.sum(dadded * u.to(tl.float32), 1)
     h, hs = load_halves(entering + place * P * N, p, P, N, PAIRS, BLOCK_T, BLOCK_S)
     dlast = tl.sum(scale * dscale, 0) + tl.exp2(last) * _inner(h, hs, dh, dhs, BLOCK_S)
-    q = turned(C, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, PAIRS, DTYPE)
-    qs = still(C, C_bias, rows, head, C_token, C_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
+    q = turned(C, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, RANKS, PAIRS, DTYPE)
+    qs = still(C, C_bias, rows, head, C_token, C_rank, N, RANK, RANKS, PAIRS, BLOCK_S, DTYPE)
     du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
     # How much a larger sum of decays would change: all that an entry received, less all that it gave.
     ddecay = tl.sum(across(q, qs, h, hs, BLOCK_S, PRECISION) * du.to(tl.float32), 1) * tl.exp2(sums)
@@ -102,16 +102,16 @@ def _store_input_gradients(
     HEADS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of each rank's input, but for D, to those of x, the factors and D."""
-    start, _, rank, inside = rows
+    start, _, _, inside = rows
     if D is not None:
         dinput += tl.load(D + head).to(tl.float32) * du.to(tl.float32)
         tl.store(dD + place, tl.sum(tl.sum(u.to(tl.float32) * du.to(tl.float32), 1), 0))
     if mimo_x is not None:
-        raw = load_inputs(x, None, rows, head, p, x_token, x_head, P, RANK).to(tl.float32)
+        raw = load_inputs(x, None, rows, head, p, x_token, x_head, P, RANK, RANKS).to(tl.float32)
         ranks = tl.arange(0, RANKS)
         at = dmimo_x + place * (RANK * P) + (ranks[:, None] * P + p[None, :])
         tl.store(at, by_rank(dinput * raw, RANKS), mask=(ranks < RANK)[:, None] & (p < P)[None, :])
-        dinput *= load_factors(mimo_x, rank, head, p, P, RANK)
+        dinput *= load_factors(mimo_x, head, p, u.shape[0], P, RANK, RANKS)
     tokens = tl.arange(0, u.shape[0] // RANKS)
     out = dx + start.to(tl.int64) * (HEADS * P) + head * P + ((tokens * (HEADS * P))[:, None] + p[None, :])
     mask = (start + tokens < end)[:, None] & (p < P)[None, :]
@@ -147,7 +147,7 @@ def keys_kernel(
         sums, own = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, OWN)
         weighted = load_step(steps, place, token, TOKENS, WEIGHTED)
         last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
-        u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK)
+        u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
         du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
         weights = factors(sums[None, :], weighted[:, None], own[:, None], token[None, :], token[:, None])
         weights = (dot(u, tl.trans(du), None, PRECISION) * weights).to(DTYPE)
@@ -157,14 +157,14 @@ def keys_kernel(
         dk = dot((u * tl.exp2(last - weighted)[:, None]).to(DTYPE), dh, dk, PRECISION)
         if TURN:
             cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
-            q = turned(C + group * C_group, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, PAIRS, DTYPE)
+            q = turned(C + group * C_group, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, RANKS, PAIRS, DTYPE)
             dk = dot(weights, q, dk, PRECISION)
-            k = turned(B + group * B_group, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, PAIRS, DTYPE)
+            k = turned(B + group * B_group, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, RANKS, PAIRS, DTYPE)
             dangle, dk = _turned_back(dk, k, cos, sin)
         else:
-            q = still(C + group * C_group, C_bias, rows, head, C_token, C_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
+            q = still(C + group * C_group, C_bias, rows, head, C_token, C_rank, N, RANK, RANKS, PAIRS, BLOCK_S, DTYPE)
             dk = dot(weights, q, dk, PRECISION)
-            k = still(B + group * B_group, B_bias, rows, head, B_token, B_rank, N, RANK, PAIRS, BLOCK_S, DTYPE)
+            k = still(B + group * B_group, B_bias, rows, head, B_token, B_rank, N, RANK, RANKS, PAIRS, BLOCK_S, DTYPE)
         db += dk
         _store_bias_gradient(dB_bias, dk, place * (RANK * N) + FIRST, n, RANK, RANKS, N, WIDTH)
         h = load_part(entering + place * P * N + FIRST, p, n, P, N, WIDTH)

@@ -120,6 +120,14 @@ def by_entry(tile, RANKS: tl.constexpr):
 
 
 @triton.jit
+def of_ranks(tile, TOKENS: tl.constexpr):
+    """Rows of ranks, once for each token."""
+    WIDTH: tl.constexpr = tile.shape[1]
+    RANKS: tl.constexpr = tile.shape[0]
+    return tl.reshape(tl.broadcast_to(tile[None, :, :], (TOKENS, RANKS, WIDTH)), (TOKENS * RANKS, WIDTH))
+
+
+@triton.jit
 def by_token(tile, RANKS: tl.constexpr):
     """Rows of entries, summed over the ranks of each token."""
     if RANKS == 1:
@@ -162,35 +170,39 @@ def entries(start, end, TOKENS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.cons
 
 @triton.jit
 def _load_biased(
-    base, bias, rows, head, columns, stride, rank_stride, WIDTH: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr
+    base, bias, rows, head, columns, stride, rank_stride,
+    WIDTH: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     start, token, rank, inside = rows
     mask, at = where_given(inside, columns, WIDTH), (token * stride + rank * rank_stride)[:, None]
     tile = tl.load(base + start.to(tl.int64) * stride + (at + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
-        bias += head * (RANK * N)
         if RANK == 1:
-            tile += tl.load(bias + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+            tile += tl.load(bias + head * N + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
         else:
-            tile += tl.load(bias + (rank[:, None] * N + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
+            ranks = tl.arange(0, RANKS)
+            given = where_given(ranks < RANK, columns, WIDTH)
+            own = tl.load(bias + head * (RANK * N) + (ranks[:, None] * N + columns[None, :]), mask=given, other=0.0)
+            tile += of_ranks(own.to(tl.float32), tile.shape[0] // RANKS)
     return tile
 
 
 @triton.jit
 def turned(
     base, bias, rows, head, cos, sin, stride, rank_stride,
-    N: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.constexpr,
+    N: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The columns of keys or queries that turn; `base` is B or C of the group."""
     columns = tl.arange(0, 2 * cos.shape[1])
-    a, b = pairs_of(_load_biased(base, bias, rows, head, columns, stride, rank_stride, 2 * PAIRS, N, RANK))
+    a, b = pairs_of(_load_biased(base, bias, rows, head, columns, stride, rank_stride, 2 * PAIRS, N, RANK, RANKS))
     return paired(a * cos - b * sin, a * sin + b * cos).to(DTYPE)
 
 
 @triton.jit
 def still(
     base, bias, rows, head, stride, rank_stride,
-    N: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr, BLOCK_S: tl.constexpr, DTYPE: tl.constexpr,
+    N: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_S: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The columns that stand still, or 0 where all turn."""
     if BLOCK_S == 0:
@@ -199,25 +211,31 @@ def still(
         columns = tl.arange(0, BLOCK_S)
         own = None if bias is None else bias + 2 * PAIRS
         base += 2 * PAIRS
-        return _load_biased(base, own, rows, head, columns, stride, rank_stride, N - 2 * PAIRS, N, RANK).to(DTYPE)
+        return _load_biased(base, own, rows, head, columns, stride, rank_stride, N - 2 * PAIRS, N, RANK, RANKS).to(
+            DTYPE
+        )
 
 
 @triton.jit
-def load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P: tl.constexpr, RANK: tl.constexpr):
+def load_inputs(
+    x, mimo_x, rows, head, p, x_token, x_head, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr
+):  # fmt: skip
     """The inputs of a chunk by entry: those of the token, times the factors of the rank."""
-    start, token, rank, inside = rows
+    start, token, _, inside = rows
     at = x + start.to(tl.int64) * x_token + head * x_head
     u = tl.load(at + (token[:, None] * x_token + p[None, :]), mask=where_given(inside, p, P), other=0.0)
     if mimo_x is not None:
-        u = (u.to(tl.float32) * load_factors(mimo_x, rank, head, p, P, RANK)).to(u.dtype)
+        u = (u.to(tl.float32) * load_factors(mimo_x, head, p, u.shape[0], P, RANK, RANKS)).to(u.dtype)
     return u
 
 
 @triton.jit
-def load_factors(mimo_x, rank, head, p, P: tl.constexpr, RANK: tl.constexpr):
-    mask = where_given(rank < RANK, p, P)
-    at = mimo_x + head * (RANK * P) + (rank[:, None] * P + p[None, :])
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+def load_factors(mimo_x, head, p, ROWS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """The factors of the inputs, by entry."""
+    ranks = tl.arange(0, RANKS)
+    at = mimo_x + head * (RANK * P) + (ranks[:, None] * P + p[None, :])
+    factors = tl.load(at, mask=where_given(ranks < RANK, p, P), other=0.0).to(tl.float32)
+    return of_ranks(factors, ROWS // RANKS)
 
 
 @triton.jit
