@@ -208,12 +208,16 @@ def norm_error(got: Tensor, expected: Tensor) -> float:
 
 def peer_of(op: str, example: Example) -> Callable[[Example], list[Tensor]] | None:
     """The same op of `mamba_ssm`, where it is installed and has one."""
-    if op != "ssd_scan":
-        return None
+    peers = {"ssd_scan": mamba2_peer, "trapezoid_scan": mamba3_peer}
     try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+        return peers[op](example) if op in peers else None
     except ImportError:
         return None
+
+
+def mamba2_peer(example: Example) -> Callable[[Example], list[Tensor]]:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
     # The peer takes dt and A, and multiplies them itself.
     A = (example.timed["a"][0, 0] / example.timed["s"][0, 0]).detach().requires_grad_()
 
@@ -246,6 +250,27 @@ def peer_of_step(name: str, token: dict[str, Any], pool: Any) -> Callable[..., o
     )  # fmt: skip
     dense = [tensor.contiguous() for tensor in given]
     return lambda state: mamba3_siso_step(*dense, (state.angle, state.ssm, state.k[:, 0], state.x))
+
+
+def mamba3_peer(example: Example) -> Callable[[Example], list[Tensor]]:
+    from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
+
+    # The peer takes numbers by head and token, A times dt, and a rate for each head, of which it takes pi tanh.
+    timed, heads = {name: value.detach() for name, value in example.timed.items()}, example.timed["x"].shape[2]
+    dt, lam = (timed[name].transpose(1, 2).contiguous() for name in ("dt", "lam"))
+    rates = torch.atanh((timed["omega"] / torch.pi).clamp(-0.999, 0.999)).to(torch.bfloat16)
+    prepared = (timed["A"].transpose(1, 2) * dt, dt, lam, rates.unsqueeze(2).expand(-1, -1, heads, -1))
+    ADT, DT, Trap, Angles = (t.requires_grad_() for t in prepared)
+
+    def scan(one: Example) -> list[Tensor]:
+        B, C, x = (one.timed[name].squeeze(2) if name in "BC" else one.timed[name] for name in ("B", "C", "x"))
+        B_bias, C_bias = (one.fixed[name].squeeze(1) for name in ("B_bias", "C_bias"))
+        ssm, k, last, angle = one.state
+        states = (angle, ssm, k.squeeze(1), last)
+        settings = {"D": one.fixed["D"], "Input_States": states, "return_final_states": True}
+        return list(mamba3_siso_combined(C, B, x, ADT, DT, Trap, C_bias, B_bias, Angles, **settings))
+
+    return scan
 
 
 def compared(theirs: Timing | None, ours: Timing | None) -> dict[str, Any]:

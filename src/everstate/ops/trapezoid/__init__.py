@@ -14,6 +14,7 @@ from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
 from everstate.ops.rotary import rotate
+from everstate.ops.trapezoid.limits import accepts_scan
 from everstate.ops.trapezoid.limits_step import accepts_step
 
 
@@ -141,6 +142,7 @@ def by_rank(x: Float[Tensor, "*b h p"], rank: int, mimo_x: Float[Tensor, "h r p"
     return x.unsqueeze(-3) * mimo_x.to(x.dtype).transpose(0, 1)
 
 
+trapezoid_scan.add("triton", "everstate.ops.trapezoid.triton:trapezoid_scan", accepts_scan)
 trapezoid_scan.add("torch", "everstate.ops.trapezoid.lookahead:trapezoid_scan", anywhere)
 trapezoid_step_.add("triton", "everstate.ops.trapezoid.triton_step:trapezoid_step_", accepts_step)
 trapezoid_step_.add("torch", "everstate.ops.trapezoid.step:trapezoid_step_", anywhere)

@@ -1,0 +1,52 @@
+"""What the Triton kernels of the trapezoid cannot take. Read without Triton, which need not be there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everstate.core.kernels import refusal, shared_memory
+
+LARGEST = 16384
+"""Numbers in the state of a head, each side filled up to a power of two: what fits into shared memory."""
+
+SHARED_MEMORY, MORE_SHARED_MEMORY = 99 * 1024, 163 * 1024
+"""Bytes of shared memory that suffice for numbers of 16 bits and states of up to 128, and for all others."""
+
+
+def accepts_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    lam: Tensor,
+    omega: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: tuple[Tensor, ...],
+    *,
+    B_bias: Tensor | None = None,
+    C_bias: Tensor | None = None,
+    mimo_x: Tensor | None = None,
+    D: Tensor | None = None,
+    **settings: Any,
+) -> str | None:
+    """Why the kernels of `trapezoid_scan` do not serve these arguments, or None."""
+    why = refusal(x, dt, A, lam, omega, B, C, *state, B_bias, C_bias, mimo_x, D)
+    if why is not None:
+        return why
+    if torch.version.hip is not None:
+        return "has instructions of NVIDIA GPUs in it"
+    headdim, d_state, rank = x.shape[-1], B.shape[-1], B.shape[2]
+    filled = [max(1 << (size - 1).bit_length(), 16) for size in (headdim, d_state)]
+    widest = 128 if x.dtype == torch.float32 else 256
+    if filled[0] > 128 or filled[1] > widest or filled[0] * filled[1] > LARGEST:
+        return (
+            "takes heads of up to 128 x 128 numbers (headdim x d_state), or up to 64 x 256 unless they are float32, "
+            f"not {headdim} x {d_state} in {str(x.dtype).removeprefix('torch.')}"
+        )
+    needed = SHARED_MEMORY if x.dtype.itemsize == 2 and filled[1] <= 128 else MORE_SHARED_MEMORY
+    if shared_memory(x.device) < needed:
+        return f"needs a GPU with {needed:,} bytes of shared memory, this one has {shared_memory(x.device):,}"
+    return None if rank <= 16 else f"takes up to 16 ranks, not {rank}"

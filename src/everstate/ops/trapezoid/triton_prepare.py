@@ -1,0 +1,264 @@
+"""What the kernels of the trapezoid need before they start, what they leave to do, and the gradients of both.
+
+Small tensors only: numbers per token and head, angles per chunk and head, and the state at the ends of sequences.
+"""
+
+import triton
+import triton.language as tl
+
+from everstate.ops.trapezoid.triton_keys import (
+    DT,
+    NUMBERS,
+    OWN,
+    SCALE,
+    SUM,
+    WEIGHTED,
+    angle_of,
+    cosine,
+    load_rates,
+    load_step,
+    phase_of,
+    sine,
+    where_given,
+)
+from everstate.ops.triton_common import LOG2E
+
+NOTHING: tl.constexpr = tl.constexpr(1e-37)
+"""A scale of zero, of which there is a logarithm."""
+
+
+@triton.jit
+def steps_kernel(
+    dt, A, lam, steps, chunks, homes, dt_token, dt_head, A_token, A_head, lam_token, lam_head,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk and some heads: the numbers of `triton_keys`. The scale of a token is what it adds now and
+    with the next token.
+
+    Tokens that a short chunk does not have keep the last sum and add nothing, so nobody has to ask for them.
+    """
+    chunk, at = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    tokens = tl.load(chunks + 2 * chunk) + at
+    exists = (tokens < tl.load(chunks + 2 * chunk + 1))[:, None] & (heads < HEADS)[None, :]
+    follows = exists & (tokens + 1 < tl.load(homes + 3 * chunk + 2))[:, None]
+    rows = tokens.to(tl.int64)[:, None]
+    dt += rows * dt_token + (heads * dt_head)[None, :]
+    lam += rows * lam_token + (heads * lam_head)[None, :]
+    step = tl.load(dt, mask=exists, other=0.0).to(tl.float32)
+    decay = tl.load(A + rows * A_token + (heads * A_head)[None, :], mask=exists, other=0.0).to(tl.float32) * step
+    own = tl.load(lam, mask=exists, other=0.0).to(tl.float32) * step
+    ahead = 1.0 - tl.load(lam + lam_token, mask=follows, other=1.0).to(tl.float32)
+    ahead *= tl.load(dt + dt_token, mask=follows, other=0.0).to(tl.float32)
+    out = steps + (chunk * HEADS + heads[None, :]) * (NUMBERS * TOKENS) + at[:, None]
+    mask, sums = (heads < HEADS)[None, :], tl.cumsum(decay, 0) * LOG2E
+    tl.store(out + SUM * TOKENS, sums, mask=mask)
+    scale = own + ahead
+    tl.store(out + WEIGHTED * TOKENS, sums - tl.log2(tl.where(scale == 0.0, NOTHING, scale)), mask=mask)
+    tl.store(out + SCALE * TOKENS, scale, mask=mask)
+    tl.store(out + OWN * TOKENS, own, mask=mask)
+    tl.store(out + DT * TOKENS, step, mask=mask)
+
+
+@triton.jit
+def turns_kernel(
+    steps, omega, phases, chunks, omega_token,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk and some heads: how far the chunk turns each pair."""
+    chunk, at, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS), tl.arange(0, BLOCK_PAIRS)
+    start = tl.load(chunks + 2 * chunk)
+    rate = load_rates(omega, start, tl.load(chunks + 2 * chunk + 1), at, pairs, omega_token, PAIRS)
+    first = tl.program_id(1) * BLOCK_H
+    for head in range(first, tl.minimum(first + BLOCK_H, HEADS)):
+        turns = phase_of(load_step(steps, chunk * HEADS + head, at, TOKENS, DT)[:, None] * rate, True)
+        tl.store(phases + (chunk * HEADS + head) * PAIRS + pairs, tl.sum(turns, 0), mask=pairs < PAIRS)
+
+
+@triton.jit
+def phases_kernel(
+    phases, angle, final_angle, spans,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence and head: from how far each chunk turns to where it starts, in place."""
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    first, count = tl.load(spans + 2 * sequence).to(tl.int64), tl.load(spans + 2 * sequence + 1)
+    at, pairs = tl.arange(0, BLOCK), tl.arange(0, BLOCK_PAIRS)
+    home = (sequence * HEADS + head) * PAIRS + pairs
+    now = phase_of(tl.load(angle + home, mask=pairs < PAIRS, other=0.0), True)
+    for block in range(0, count, BLOCK):
+        place = phases + ((first + block + at[:, None]) * HEADS + head) * PAIRS + pairs[None, :]
+        mask = where_given(block + at < count, pairs, PAIRS)
+        turns = tl.load(place, mask=mask, other=0)
+        tl.store(place, tl.cumsum(turns, 0) - turns + now[None, :], mask=mask)
+        now += tl.sum(turns, 0)
+    tl.store(final_angle + home, angle_of(now), mask=pairs < PAIRS)
+
+
+@triton.jit
+def angle_gradients_kernel(
+    dturns, dfinal, dangle, spans,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The reverse of `phases_kernel`: from what each chunk says of angles to what all later ones say, in place."""
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    first, count = tl.load(spans + 2 * sequence).to(tl.int64), tl.load(spans + 2 * sequence + 1)
+    at, pairs = tl.arange(0, BLOCK), tl.arange(0, BLOCK_PAIRS)
+    home = (sequence * HEADS + head) * PAIRS + pairs
+    later = tl.load(dfinal + home, mask=pairs < PAIRS, other=0.0)
+    for block in range(0, count, BLOCK):
+        back = count - 1 - block - at
+        place = dturns + ((first + back[:, None]) * HEADS + head) * PAIRS + pairs[None, :]
+        mask = where_given(back >= 0, pairs, PAIRS)
+        here = tl.load(place, mask=mask, other=0.0)
+        sums = tl.cumsum(here, 0)
+        tl.store(place, sums - here + later[None, :], mask=mask)
+        later += tl.sum(here, 0)
+    tl.store(dangle + home, later, mask=pairs < PAIRS)
+
+
+@triton.jit
+def enter_kernel(
+    dt, lam, ssm, k, x, mimo_x, entered, spans, chunks, dt_token, dt_head, lam_token, lam_head,
+    HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence and head: the state, and what the token before still owes it."""
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    home = sequence * HEADS + head
+    token = tl.load(chunks + 2 * tl.load(spans + 2 * sequence)).to(tl.int64)
+    owed = 1.0 - tl.load(lam + token * lam_token + head * lam_head).to(tl.float32)
+    owed *= tl.load(dt + token * dt_token + head * dt_head).to(tl.float32)
+    place, mask = home * (P * N) + (p[:, None] * N + n[None, :]), where_given(p < P, n, N)
+    h = tl.load(ssm + place, mask=mask, other=0.0)
+    u = tl.load(x + home * P + p, mask=p < P, other=0.0) * owed
+    for rank in tl.static_range(RANK):
+        key = tl.load(k + ((sequence * RANK + rank) * HEADS + head) * N + n, mask=n < N, other=0.0)
+        factor = u
+        if mimo_x is not None:
+            factor = u * tl.load(mimo_x + (head * RANK + rank) * P + p, mask=p < P, other=0.0).to(tl.float32)
+        h += factor[:, None] * key[None, :]
+    tl.store(entered + place, h, mask=mask)
+
+
+@triton.jit
+def enter_gradients_kernel(
+    dt, lam, dssm, k, x, mimo_x, dowed, dk, dx, dmimo_x, spans, chunks, dt_token, dt_head, lam_token, lam_head,
+    HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The reverse of `enter_kernel`, given the gradient of the state; `dowed` is that of dt (1 - lam)."""
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    home = sequence * HEADS + head
+    token = tl.load(chunks + 2 * tl.load(spans + 2 * sequence)).to(tl.int64)
+    owed = 1.0 - tl.load(lam + token * lam_token + head * lam_head).to(tl.float32)
+    owed *= tl.load(dt + token * dt_token + head * dt_head).to(tl.float32)
+    dh = tl.load(dssm + home * (P * N) + (p[:, None] * N + n[None, :]), mask=where_given(p < P, n, N), other=0.0)
+    u = tl.load(x + home * P + p, mask=p < P, other=0.0)
+    total, du = 0.0, tl.zeros((BLOCK_P,), tl.float32)
+    for rank in tl.static_range(RANK):
+        at = ((sequence * RANK + rank) * HEADS + head) * N + n
+        key = tl.load(k + at, mask=n < N, other=0.0)
+        mine, factor = u, u * 0.0 + 1.0
+        if mimo_x is not None:
+            factor = tl.load(mimo_x + (head * RANK + rank) * P + p, mask=p < P, other=0.0).to(tl.float32)
+            mine = u * factor
+        received = tl.sum(dh * key[None, :], 1)
+        total += tl.sum(received * mine, 0)
+        tl.store(dk + at, tl.sum(dh * mine[:, None], 0) * owed, mask=n < N)
+        du += received * factor * owed
+        if mimo_x is not None:
+            tl.store(dmimo_x + (home * RANK + rank) * P + p, received * u * owed, mask=p < P)
+    tl.store(dx + home * P + p, du, mask=p < P)
+    tl.store(dowed + home, total)
+
+
+@triton.jit
+def leave_kernel(
+    x, B, B_bias, angle, last_k, last_x, spans, chunks, homes, x_token, x_head, B_token, B_rank, B_group,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence and head: the key and the input of the last token, given the angle after it."""
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    p, half = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_HALF)
+    home, exists = sequence * HEADS + head, half < N // 2
+    token = tl.load(homes + 3 * tl.load(spans + 2 * sequence) + 2).to(tl.int64) - 1
+    now = tl.load(x + token * x_token + head * x_head + p, mask=p < P, other=0.0)
+    tl.store(last_x + home * P + p, now.to(tl.float32), mask=p < P)
+    turned = tl.load(angle + home * PAIRS + half, mask=half < PAIRS, other=0.0)
+    cos, sin = cosine(turned), sine(turned)
+    for rank in tl.static_range(RANK):
+        row = B + token * B_token + rank * B_rank + (head // (HEADS // GROUPS)) * B_group + 2 * half
+        a = tl.load(row, mask=exists, other=0.0).to(tl.float32)
+        b = tl.load(row + 1, mask=exists, other=0.0).to(tl.float32)
+        if B_bias is not None:
+            own = B_bias + (head * RANK + rank) * N + 2 * half
+            a += tl.load(own, mask=exists, other=0.0).to(tl.float32)
+            b += tl.load(own + 1, mask=exists, other=0.0).to(tl.float32)
+        out = last_k + ((sequence * RANK + rank) * HEADS + head) * N + 2 * half
+        tl.store(out, a * cos - b * sin, mask=exists)
+        tl.store(out + 1, a * sin + b * cos, mask=exists)
+
+
+@triton.jit
+def steps_gradients_kernel(
+    dt, A, lam, omega, ddecays, dscales, downs, dsteps, dturns, dowed, ddt, dA, dlam, chunks, homes,
+    dt_token, dt_head, A_token, A_head, lam_token, lam_head, omega_token,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The reverse of `steps_kernel` and of the angles, given what chunks say of sums, scales, own weights and dt.
+
+    A token hears of its scale in two places: its own weight `lam dt` is in its own, its look-ahead `dt (1 - lam)` in
+    that of the token before, or in the state that entered the sequence.
+    """
+    chunk, at = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    start = tl.load(chunks + 2 * chunk)
+    sequence, first = tl.load(homes + 3 * chunk).to(tl.int64), tl.load(homes + 3 * chunk + 1)
+    real, rows = heads < HEADS, (start + at).to(tl.int64)[:, None]
+    exists = (start + at < tl.load(chunks + 2 * chunk + 1))[:, None] & real[None, :]
+    step = tl.load(dt + rows * dt_token + (heads * dt_head)[None, :], mask=exists, other=0.0).to(tl.float32)
+    decay = tl.load(A + rows * A_token + (heads * A_head)[None, :], mask=exists, other=0.0).to(tl.float32)
+    part = tl.load(lam + rows * lam_token + (heads * lam_head)[None, :], mask=exists, other=0.0).to(tl.float32)
+    own = (chunk * HEADS + heads[None, :]) * TOKENS + at[:, None]
+    dsum = tl.cumsum(tl.load(ddecays + own, mask=real[None, :], other=0.0), 0, reverse=True)
+    dscale = tl.load(dscales + own, mask=real[None, :], other=0.0)
+    before = own - 1 + tl.where(at == 0, TOKENS - HEADS * TOKENS, 0)[:, None]
+    dahead = tl.load(dscales + before, mask=real[None, :] & (start + at > first)[:, None], other=0.0)
+    entering = tl.load(dowed + sequence * HEADS + heads, mask=real, other=0.0)
+    dahead += tl.where(start + at == first, 1.0, 0.0)[:, None] * entering[None, :]
+    dweight = dscale + tl.load(downs + own, mask=real[None, :], other=0.0)
+    dstep = tl.load(dsteps + own, mask=real[None, :], other=0.0) + decay * dsum + part * dweight + (1.0 - part) * dahead
+    # What later chunks say of the angle holds for all tokens of this one.
+    here = start + at < tl.load(chunks + 2 * chunk + 1)
+    for pair in range(PAIRS):
+        rate = tl.load(omega + (start + at).to(tl.int64) * omega_token + pair, mask=here, other=0.0).to(tl.float32)
+        later = tl.load(dturns + (chunk * HEADS + heads) * PAIRS + pair, mask=real, other=0.0)
+        dstep += rate[:, None] * later[None, :]
+    out = rows * HEADS + heads[None, :]
+    tl.store(ddt + out, dstep, mask=exists)
+    tl.store(dA + out, step * dsum, mask=exists)
+    tl.store(dlam + out, step * (dweight - dahead), mask=exists)
+
+
+@triton.jit
+def omega_gradients_kernel(
+    steps, parts, dturns, domega, chunks, total,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk: the gradient of omega, from the heads in parts and from what later chunks say."""
+    chunk, at, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS), tl.arange(0, BLOCK_PAIRS)
+    tokens = tl.load(chunks + 2 * chunk) + at
+    mask = where_given(tokens < tl.load(chunks + 2 * chunk + 1), pairs, PAIRS)
+    place = tokens.to(tl.int64)[:, None] * PAIRS + pairs[None, :]
+    rate = tl.zeros((TOKENS, BLOCK_PAIRS), tl.float32)
+    for part in range(PARTS):
+        rate += tl.load(parts + part * total * PAIRS + place, mask=mask, other=0.0)
+    for head in range(HEADS):
+        home = chunk * HEADS + head
+        later = tl.load(dturns + home * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
+        rate += load_step(steps, home, at, TOKENS, DT)[:, None] * later[None, :]
+    tl.store(domega + place, rate, mask=mask)
