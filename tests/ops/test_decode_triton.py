@@ -97,7 +97,8 @@ def test_linear_with_a_convolution_behind_it(
             start=start,
             activation=activation,
         )
-        close(got, expected, 1e-2)
+        for one, other in zip(got, expected, strict=True):
+            close(one, other, 1e-2)
         assert here.dtype is pool_dtype
         if taps > 1:
             close(here, there, 6e-3)

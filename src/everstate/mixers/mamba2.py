@@ -192,13 +192,11 @@ class Mamba2(Mixer):
             z, xBC, dt = self._project(x)
             xBC = causal_conv1d_step_(xBC, self.conv_weight, self.conv_bias, conv, slots, activation="silu")
             return z, xBC, dt
-        projected = linear_conv_step_(
+        return linear_conv_step_(
             scaled(x, self.config.in_multiplier), self.in_proj.weight, self.in_proj.bias,
             self.conv_weight, self.conv_bias, conv, slots,
             start=self.d_inner, activation="silu", scale=self.in_proj.scale,
         )  # fmt: skip
-        z, xBC, dt = projected.split([self.d_inner, self.conv_dim, self.nheads], -1)
-        return z, xBC, dt
 
     def _split(self, xBC: Float[Tensor, "*b channels"]) -> tuple[Tensor, Tensor, Tensor]:
         """Cut the output of the convolution into x per head and B, C per group."""

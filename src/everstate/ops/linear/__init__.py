@@ -49,16 +49,16 @@ def linear_conv_step_(
     start: int = 0,
     activation: str | None = None,
     scale: Float[Tensor, " n"] | None = None,
-) -> Float[Tensor, "b n"]:
+) -> tuple[Float[Tensor, "b before"], Float[Tensor, "b d"], Float[Tensor, "b after"]]:
     """`linear`, and then one token of `causal_conv1d` over its outputs from `start` on, one for each of d channels.
 
-    The rows `slots` of the pool `state` are written in place; the other outputs are left as they are.
+    Gives the outputs before these, theirs, and those behind. The rows `slots` of the pool `state` are written in place.
     """
     y, stop = linear.reference(x, weight, bias, scale=scale), start + len(conv_weight)
     convolved = causal_conv1d_step_.reference(
         y[:, start:stop], conv_weight, conv_bias, state, slots, activation=activation
     )
-    return torch.cat([y[:, :start], convolved, y[:, stop:]], 1)
+    return y[:, :start], convolved, y[:, stop:]
 
 
 linear.add("triton", "everstate.ops.linear.triton:linear", accepts_linear)

@@ -40,9 +40,8 @@ def linear_conv_step_(
     start: int = 0,
     activation: str | None = None,
     scale: Float[Tensor, " n"] | None = None,
-) -> Float[Tensor, "b n"]:
+) -> tuple[Float[Tensor, "b before"], Float[Tensor, "b d"], Float[Tensor, "b after"]]:
     """See `everstate.ops.linear_conv_step_`."""
-    y = linear(x, weight, bias, scale=scale)
-    window = y[:, start : start + len(conv_weight)]
-    window.copy_(causal_conv1d_step_(window, conv_weight, conv_bias, state, slots, activation=activation))
-    return y
+    y, stop = linear(x, weight, bias, scale=scale), start + len(conv_weight)
+    convolved = causal_conv1d_step_(y[:, start:stop], conv_weight, conv_bias, state, slots, activation=activation)
+    return y[:, :start], convolved, y[:, stop:]

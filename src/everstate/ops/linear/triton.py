@@ -50,9 +50,11 @@ def linear_conv_step_(
     start: int = 0,
     activation: str | None = None,
     scale: Float[Tensor, " n"] | None = None,
-) -> Float[Tensor, "b n"]:
+) -> tuple[Float[Tensor, "b before"], Float[Tensor, "b d"], Float[Tensor, "b after"]]:
     """See `everstate.ops.linear_conv_step_`. The pool may be of lower precision: what enters it is rounded."""
-    return _linear_conv(x, weight, bias, scale, conv_weight, conv_bias, state, slots, start, activation == "silu")
+    y = _linear_conv(x, weight, bias, scale, conv_weight, conv_bias, state, slots, start, activation == "silu")
+    stop = start + len(conv_weight)
+    return y[:, :start], y[:, start:stop], y[:, stop:]
 
 
 @torch.library.custom_op("everstate::linear", mutates_args=())
