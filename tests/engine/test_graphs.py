@@ -17,21 +17,23 @@ LAYOUTS = ["mamba1", "mamba2", "mamba3", "2 * (mamba2 mlp)", "mamba2 attention m
 SAMPLINGS = {
     "greedy": [Sampling(temperature=0.0)] * 3,
     "mixed": [Sampling(temperature=0.0), Sampling(seed=3, top_k=20), Sampling(seed=4, top_p=0.9)],
+    "top k": [Sampling(seed=3, top_k=20), Sampling(seed=4, top_k=5, top_p=0.9), Sampling(temperature=0.0)],
 }
 
 
 class EagerGraph(DecodeGraph):
     """The same steps, each asked for anew."""
 
-    def __init__(self, model: LM, logits: Any, state: Any, filters: Any) -> None:
-        self.model, self.filters, self.state = model, filters, state
+    def __init__(self, model: LM, logits: Any, state: Any, filters: Any, most: int) -> None:
+        self.model, self.filters, self.most, self.state = model, filters, most, state
         self.logits, self.chosen = logits.clone(), torch.zeros(len(logits), dtype=torch.int64)
         self.u = torch.zeros(len(logits), dtype=torch.float64)
 
     def step(self, u: Any) -> Any:
         self.u.copy_(u)
-        self._step(self.state)
-        return self.chosen, self.logits
+        self._choose()
+        self.logits = self._read(self.state)
+        return self.chosen.tolist(), self.logits
 
 
 def decode(model: LM, samplings: list[Sampling], stop: set[int]) -> tuple[list[Any], Any]:

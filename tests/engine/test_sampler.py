@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everstate.core.errors import RequestError
-from everstate.engine.sampler import Filters, Sampling, choose, greedy, uniforms
+from everstate.engine.sampler import Filters, Sampling, choose, greedy, most_kept, uniforms
 
 # Probabilities 0.4, 0.3, 0.2, 0.1, in another order.
 LOGITS = torch.tensor([0.2, 0.4, 0.1, 0.3]).log()
@@ -106,3 +106,20 @@ def test_any_setting_chooses_a_token(logits: list[float], top_k: int, top_p: flo
 def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(RequestError, match=f"sampling: {next(iter(settings))}.*given"):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_picking_the_likeliest_is_sorting_all(dtype: torch.dtype) -> None:
+    """In bfloat16 many logits are equal, and the first of them counts as likelier; so do 0 and -0."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 300, generator=generator).to(dtype)
+    logits[:, ::7], logits[:, 1::7] = 0.0, -0.0
+    samplings = [Sampling(top_k=1 + i, top_p=1 - i / 100, temperature=0.1 + i / 10) for i in range(40)]
+    u, filters = torch.rand(40, generator=generator, dtype=torch.float64), Filters.of(samplings)
+    assert most_kept(samplings) == 40
+    assert torch.equal(choose(logits, u, filters, 40), choose(logits, u, filters))
+
+
+def test_few_are_kept_only_if_every_row_keeps_few() -> None:
+    few, greedy, all_ = Sampling(top_k=9), Sampling(temperature=0.0), Sampling()
+    assert [most_kept(s) for s in ([few, greedy], [few, all_], [greedy], [Sampling(top_k=2000)])] == [9, 0, 0, 0]

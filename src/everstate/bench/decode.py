@@ -22,8 +22,8 @@ from torch import Tensor
 from everstate.bench.report import Row, machine, publish
 from everstate.bench.timing import Gate, Timing, relative_error, with_threads
 from everstate.core.env import cpu_threads
-from everstate.core.errors import ConfigError
-from everstate.core.state import nbytes
+from everstate.core.errors import ConfigError, RequestError
+from everstate.core.state import nbytes, scatter_
 from everstate.engine.runner import decode_, prefill_
 from everstate.engine.sampler import Sampling
 from everstate.mixers import State
@@ -66,13 +66,19 @@ def run(
     plan = Plan(kind, width, layers, batches, 32 if quick else 128, 512 if quick else 131_072, device)
     with with_threads(cpu_threads()), Console(stderr=True).status(f"making {model}") as status:
         lm = build(plan)
-        weights = sum(p.numel() * p.element_size() for p in lm.parameters())
+        weights = weight_bytes(lm)
         rows: list[Row] = []
         for batch in batches:
             status.update(f"{batch} sequences")
-            rows += speed(lm, plan, batch, weights)
+            for state_dtype in (None, torch.bfloat16) if device != "cpu" else (None,):
+                rows += speed(lm, plan, batch, state_dtype)
         status.update(f"a stream of {plan.old:,} tokens")
         rows += ageing(lm, plan)
+        if device != "cpu":
+            lm.quantize_()
+            for batch in batches:
+                status.update(f"{batch} sequences, int8 weights")
+                rows += speed(lm, plan, batch, torch.bfloat16)
     facts = {"model": model, "quick": quick, "machine": machine(torch.device(device)), "weight_bytes": weights}
     return publish("decode", rows, facts, now, output)
 
@@ -84,19 +90,28 @@ def build(plan: Plan) -> LM:
     return LM(config, device=plan.device, dtype=dtype)
 
 
-def speed(lm: LM, plan: Plan, batch: int, weights: int) -> Iterator[Row]:
+def weight_bytes(lm: LM) -> int:
+    """Bytes of what a step reads of the model: not the embedding, unless it is the head too."""
+    read = sum(t.numel() * t.element_size() for t in (*lm.parameters(), *lm.buffers()))
+    return read - (0 if lm.head is None else lm.embedding.weight.numel() * lm.embedding.weight.element_size())
+
+
+def speed(lm: LM, plan: Plan, batch: int, state_dtype: torch.dtype | None) -> Iterator[Row]:
     """Greedy tokens of several sequences at once."""
+    name = f"{batch} sequences" + (", int8 weights" if lm.quantised else "")
+    name += "" if state_dtype is None else ", bfloat16 states"
+    try:
+        state = lm.init_state(batch, dtype=state_dtype)
+    except RequestError:
+        return  # a kind that keeps its states in float32
     prompts = prompt_tokens(plan, batch, PROMPT).tolist()
-    state = lm.init_state(batch)
-    gate = step_gate(lm, plan, batch)
+    gate = step_gate(lm, plan, batch, state_dtype)
     if not gate.passed:
-        yield Row(f"{batch} sequences", batch, gate, None)
+        yield Row(name, batch, gate, None)
         return
     timing = time_steps(lm, prefill_(lm, prompts, state), state, batch, plan.steps)
-    moved = (weights + 2 * nbytes(state)) / timing.median / 1e12
-    yield Row(
-        f"{batch} sequences", batch, gate, timing, ratio=moved, ratio_of="TB/s", state_bytes=nbytes(state) // batch
-    )
+    moved = (weight_bytes(lm) + 2 * nbytes(state)) / timing.median / 1e12
+    yield Row(name, batch, gate, timing, ratio=moved, ratio_of="TB/s", state_bytes=nbytes(state) // batch)
 
 
 def ageing(lm: LM, plan: Plan) -> Iterator[Row]:
@@ -129,11 +144,12 @@ def time_steps(lm: LM, logits: Tensor, state: State, batch: int, steps: int) -> 
 
 
 @torch.no_grad()
-def step_gate(lm: LM, plan: Plan, batch: int) -> Gate:
+def step_gate(lm: LM, plan: Plan, batch: int, state_dtype: torch.dtype | None) -> Gate:
     """The logits of a decoding step against those of reading the same tokens in one pass."""
     tokens = prompt_tokens(plan, batch, PROMPT)
     expected = lm(tokens, lm.init_state(batch))[0][:, -1]
-    state = lm.hidden(tokens[:, :-1], lm.init_state(batch))[1]
+    state = lm.init_state(batch, dtype=state_dtype)
+    scatter_(state, None, lm.hidden(tokens[:, :-1], lm.init_state(batch))[1])
     got = lm.step_(tokens[:, -1], state)
     return Gate(relative_error(got.float(), expected.float()), 1e-4 if lm.dtype == torch.float32 else 5e-2)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from everstate.checkpoints.families import FAMILIES
 from everstate.checkpoints.families.base import Family, entries, published_shapes, published_tensors
 from everstate.checkpoints.families.describe import described, differences
+from everstate.checkpoints.load import refuse_quantised
 from everstate.checkpoints.published import read_config
 from everstate.core.errors import CheckpointError
 from everstate.models import LM
@@ -36,6 +37,7 @@ def export(
     """
     folder, chosen = Path(path), FAMILIES[family]
     check_new(folder)
+    refuse_quantised(model)
     config = {**written_config(model, chosen), **_special_tokens(tokenizer)}
     if "architectures" in config:
         config["torch_dtype"] = str(dtype or model.dtype).removeprefix("torch.")

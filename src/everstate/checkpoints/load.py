@@ -25,14 +25,21 @@ def save(model: LM, tokenizer: Tokenizer | None, path: Path | str) -> None:
     """Save a model and its tokenizer (None: without) into the folder `path`, made if need be.
 
     The weights and the config are one file that is replaced atomically: an interrupted save leaves the previous model.
-    Raises `CheckpointError` when the disk refuses.
+    Raises `CheckpointError` when the disk refuses, and for weights of 8 bits.
     """
     folder = Path(path)
+    refuse_quantised(model)
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
     name = "" if tokenizer is None else fingerprint(tokenizer)
     metadata = {"format": FORMAT, "config": model.config.to_toml(), "tokenizer": name}
     write_tensors(folder / WEIGHTS, model.state_dict(), metadata)
+
+
+def refuse_quantised(model: LM) -> None:
+    """Raise `CheckpointError` for weights that `quantize_` has rounded: no format here holds them."""
+    if model.quantised:
+        raise CheckpointError("8-bit weights cannot be saved; save the model as it was before quantize_")
 
 
 def load(

@@ -17,9 +17,12 @@ from everstate.cli.loading import Device, Dtype, Revision, TokenizerAt, dtype_of
 from everstate.core.errors import DataError, RequestError
 
 if TYPE_CHECKING:
+    import torch
+
     from everstate.engine import Session
     from everstate.tokenizers import Tokenizer
 
+WEIGHTS = "int8"
 CHUNK = 65_536
 """Bytes of a file or of standard input that are read at once."""
 
@@ -46,6 +49,8 @@ def generate(
     revision: Revision = None,
     dtype: Dtype = None,
     device: Device = "cpu",
+    weights: Annotated[str | None, typer.Option(help="int8 rounds the weights to 8 bits, faster on a GPU.")] = None,
+    state_dtype: Annotated[str | None, typer.Option(help="bfloat16 halves recurrent states; default float32.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the text.")] = False,
 ) -> None:
     """Continue a prompt from an argument, a file or standard input, and print the text as it is written."""
@@ -55,24 +60,40 @@ def generate(
     from everstate.engine import Sampling, Session
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    kept = _state_dtype(weights, state_dtype, resume)
     with reading_bar() as watch:
-        weights, words = checkpoints.load(
+        lm, words = checkpoints.load(
             model, tokenizer=tokenizer, revision=revision, device=device, dtype=dtype_of(dtype), watch=watch
         )
-    session = Session(weights, words, context=context) if resume is None else Session.load(resume, weights, words)
+    lm = lm if weights is None else lm.quantize_()
+    session = Session.load(resume, lm, words) if resume else Session(lm, words, context=context, state_dtype=kept)
     started = time.perf_counter()
-    if chunks is not None and chat:
-        session.read_tokens(_message(words, chunks, name))
-    elif chunks is not None:
-        session.read_stream(chunks, name=name)
-    read = time.perf_counter()
-    prompt_tokens = session.tokens_read
+    if chunks is not None:
+        _read(session, words, chunks, name, chat)
+    read, prompt_tokens = time.perf_counter(), session.tokens_read
     text = _show(session.write(max_tokens, sampling), silent=as_json)
     if save_state is not None:
         session.save(save_state)
     if as_json:
         seconds = {"read_seconds": read - started, "write_seconds": time.perf_counter() - read}
         typer.echo(json.dumps({"text": text, **_counts(session, prompt_tokens), **seconds}, ensure_ascii=False))
+
+
+def _state_dtype(weights: str | None, name: str | None, resume: Path | None) -> torch.dtype | None:
+    """The dtype of a new session's states, after what the options cannot mean has been refused."""
+    if weights not in (None, WEIGHTS):
+        raise RequestError(f"--weights {weights} is not known; give {WEIGHTS}, or leave it out for those of the model")
+    if resume is not None and name is not None:
+        raise RequestError("a saved state has a dtype of its own; leave out --state-dtype or --resume")
+    return dtype_of(name)
+
+
+def _read(session: Session, words: Tokenizer, chunks: Iterator[str | bytes], name: str, chat: bool) -> None:
+    """Read the prompt, as a message with `chat`."""
+    if chat:
+        session.read_tokens(_message(words, chunks, name))
+    else:
+        session.read_stream(chunks, name=name)
 
 
 def _message(tokenizer: Tokenizer, chunks: Iterator[str | bytes], name: str) -> list[int]:

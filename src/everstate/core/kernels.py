@@ -14,6 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # A plain global, because torch.compile traces through it.
 _interpreting = False
+_overlapping = False
 
 
 @contextmanager
@@ -28,6 +29,26 @@ def interpreting() -> Iterator[None]:
         yield
     finally:
         _interpreting = before
+
+
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """Let a kernel of one token start inside the `with` block while the one before it still runs.
+
+    What it reads before that one has ended are weights, so nothing may write these just before. A GPU of compute
+    capability 9.0 or newer can; on others nothing changes.
+    """
+    global _overlapping
+    before, _overlapping = _overlapping, True
+    try:
+        yield
+    finally:
+        _overlapping = before
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels on this device start before the kernel before them has ended."""
+    return _overlapping and device.type == "cuda" and capability(device) >= (9, 0)
 
 
 def refusal(*inputs: Tensor | None, pairs: bool = False) -> str | None:

@@ -7,9 +7,10 @@ than running them. A graph asks once.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from everstate.core.kernels import overlapping
 from everstate.core.state import clone
 from everstate.engine.sampler import Filters, choose, greedy
 from everstate.mixers import State
@@ -37,33 +38,50 @@ class DecodeGraph:
     """`step` chooses a token for every row of `state`, in place, and reads it.
 
     It is captured on the caller's own state, so that nothing is copied in or out; the state must not be replaced while
-    the graph is in use. `filters` None takes the most likely token.
+    the graph is in use. `filters` None takes the most likely token; see `choose` for `most`. Choosing and reading are
+    graphs of their own: the host has the chosen tokens as soon as the one is done, and asks for the next step while the
+    other runs.
     """
 
-    def __init__(self, model: LM, logits: Float[Tensor, "b v"], state: State, filters: Filters | None) -> None:
+    def __init__(
+        self, model: LM, logits: Float[Tensor, "b v"], state: State, filters: Filters | None, most: int = 0
+    ) -> None:
         self.model = model
-        self.filters = filters
+        self.filters, self.most = filters, most
         self.logits = logits.clone()
         self.chosen = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         self.u = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-        self._graph = torch.cuda.CUDAGraph()
-        self._warm_up(state)
-        with torch.cuda.graph(self._graph):
-            self._step(state)
-        # A capture runs nothing, but its buffers are new memory: put back what the first choice is made from.
+        self._fetched = torch.zeros(len(logits), dtype=torch.int64, pin_memory=True)
+        self._is_chosen = torch.cuda.Event()
+        self._choosing, self._reading = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # The weights are those of a model that decodes: no kernel has just written them.
+        with overlapping():
+            self._warm_up(state)
+            with torch.cuda.graph(self._reading):
+                self.logits = self._read(state)
+            with torch.cuda.graph(self._choosing):
+                self._choose()
+                self._fetched.copy_(self.chosen, non_blocking=True)
+        # A capture runs nothing, and its buffers are new memory: put there what the first choice is made from.
         self.logits.copy_(logits)
 
-    def step(self, u: Float[Tensor, " b"]) -> tuple[Int[Tensor, " b"], Float[Tensor, "b v"]]:
-        """The chosen tokens, and the logits after them; both are overwritten by the next step."""
+    def step(self, u: Float[Tensor, " b"]) -> tuple[list[int], Float[Tensor, "b v"]]:
+        """The chosen tokens, and the logits after them, which the next step overwrites."""
         if self.filters is not None:
             self.u.copy_(u)
-        self._graph.replay()
-        return self.chosen, self.logits
+        self._choosing.replay()
+        self._is_chosen.record()
+        self._reading.replay()
+        self._is_chosen.synchronize()
+        return self._fetched.tolist(), self.logits
 
-    def _step(self, state: State) -> None:
-        chosen = greedy(self.logits) if self.filters is None else choose(self.logits, self.u, self.filters)
-        self.chosen.copy_(chosen)
-        self.logits.copy_(self.model.step_(self.chosen, state))
+    def _choose(self) -> None:
+        self.chosen.copy_(
+            greedy(self.logits) if self.filters is None else choose(self.logits, self.u, self.filters, self.most)
+        )
+
+    def _read(self, state: State) -> Float[Tensor, "b v"]:
+        return self.model.step_(self.chosen, state)
 
     def _warm_up(self, state: State) -> None:
         """Compile kernels and create workspaces, which a capture may not, on a state that nobody needs."""
@@ -72,5 +90,6 @@ class DecodeGraph:
         with torch.cuda.stream(stream):
             scratch = clone(state)
             for _ in range(2):
-                self._step(scratch)
+                self._choose()
+                self._read(scratch)
         torch.cuda.current_stream().wait_stream(stream)

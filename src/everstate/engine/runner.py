@@ -13,7 +13,7 @@ from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
 from everstate.core.state import gather, scatter_
 from everstate.engine.graphs import DecodeGraph, worth_capturing
-from everstate.engine.sampler import Filters, Sampling, choose, greedy, uniforms
+from everstate.engine.sampler import Filters, Sampling, choose, greedy, most_kept, uniforms
 from everstate.mixers import State
 from everstate.models import LM
 
@@ -80,7 +80,7 @@ def decode_(
     filters = Filters.of(samplings, device) if any(s.temperature > 0 for s in samplings) else None
     draws = _draws(samplings, positions, max_tokens, device)
     write = _write_captured if worth_capturing(model, max_tokens) else _write
-    yield from write(model, logits, state, filters, draws, ends)
+    yield from write(model, logits, state, filters, most_kept(samplings), draws, ends)
 
 
 def _draws(
@@ -94,13 +94,13 @@ def _draws(
 
 
 def _write(
-    model: LM, logits: Float[Tensor, "b v"], state: State, filters: Filters | None, draws: Iterator[Tensor],
-    ends: frozenset[int],
+    model: LM, logits: Float[Tensor, "b v"], state: State, filters: Filters | None, most: int,
+    draws: Iterator[Tensor], ends: frozenset[int],
 ) -> Iterator[Written]:  # fmt: skip
     """Step by step, without the rows that have ended."""
     rows, slots, device = list(range(len(logits))), None, model.device
     for u in draws:
-        chosen = greedy(logits) if filters is None else choose(logits, gather(u, slots), gather(filters, slots))
+        chosen = greedy(logits) if filters is None else choose(logits, gather(u, slots), gather(filters, slots), most)
         logits = model.step_(chosen, state, slots)
         # The one place where a device is waited for.
         tokens = chosen.tolist()
@@ -114,16 +114,16 @@ def _write(
 
 
 def _write_captured(
-    model: LM, logits: Float[Tensor, "b v"], state: State, filters: Filters | None, draws: Iterator[Tensor],
-    ends: frozenset[int],
+    model: LM, logits: Float[Tensor, "b v"], state: State, filters: Filters | None, most: int,
+    draws: Iterator[Tensor], ends: frozenset[int],
 ) -> Iterator[Written]:  # fmt: skip
     """Step by step as a graph. It steps rows that have ended too, whose states are put back at the end."""
-    graph, ended = DecodeGraph(model, logits, state, filters), dict[int, State]()
+    graph, ended = DecodeGraph(model, logits, state, filters, most), dict[int, State]()
     slot = [torch.tensor([row], device=model.device) for row in range(len(logits))]
     try:
         for u in draws:
-            chosen, after = graph.step(u)
-            tokens, after = chosen.tolist(), after.clone()
+            tokens, after = graph.step(u)
+            after = after.clone()
             writing = [row for row in range(len(tokens)) if row not in ended]
             yield {row: (tokens[row], after[row]) for row in writing}
             ended |= {row: gather(state, slot[row]) for row in writing if tokens[row] in ends}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from everstate.core.config import Config
 from everstate.core.errors import RequestError
+from everstate.ops import argmax
 
 
 class Sampling(Config):
@@ -37,6 +38,10 @@ class Sampling(Config):
     """The same seed gives the same text, whatever else runs in the batch and wherever a session was saved."""
 
 
+FEW = 1024
+"""Tokens up to which those that `top_k` keeps are picked out instead of sorting all."""
+
+
 class Filters(NamedTuple):
     """The settings of several rows as tensors; a `top_k` of 0 keeps all."""
 
@@ -57,16 +62,22 @@ class Filters(NamedTuple):
 
 def greedy(logits: Float[Tensor, "b v"]) -> Int[Tensor, " b"]:
     """The most likely token of each row: what `choose` gives at temperature 0, without a sort."""
-    return logits.argmax(-1)
+    return argmax(logits)
 
 
-def choose(logits: Float[Tensor, "b v"], u: Float[Tensor, " b"], filters: Filters) -> Int[Tensor, " b"]:
+def most_kept(samplings: Sequence[Sampling]) -> int:
+    """The most tokens that any row keeps, if each keeps few by its `top_k`; otherwise 0."""
+    kept = [s.top_k for s in samplings if s.temperature > 0]
+    return max(kept) if kept and min(kept) > 0 and max(kept) <= FEW else 0
+
+
+def choose(logits: Float[Tensor, "b v"], u: Float[Tensor, " b"], filters: Filters, most: int = 0) -> Int[Tensor, " b"]:
     """The token of each row at the point u in [0, 1) of the distribution that the filters leave, likeliest first.
 
-    On any device, without making it wait. Rows do not meet.
+    On any device, without making it wait. Rows do not meet. `most`, which `most_kept` gives, spares sorting all tokens.
     """
     temperature = filters.temperature.unsqueeze(1)
-    values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    values, order = _likeliest(logits, most)
     p = torch.softmax(values.double() / torch.where(temperature > 0, temperature, 1.0), -1)
     rank = torch.arange(p.shape[1], device=p.device).expand_as(p)
     top_k = filters.top_k.unsqueeze(1)
@@ -79,6 +90,20 @@ def choose(logits: Float[Tensor, "b v"], u: Float[Tensor, " b"], filters: Filter
     # The last kept token takes what rounding leaves of the sum.
     chosen = torch.minimum(found, (rank * kept).amax(-1, keepdim=True))
     return torch.where(filters.temperature > 0, order.gather(1, chosen).squeeze(1), greedy(logits))
+
+
+def _likeliest(logits: Float[Tensor, "b v"], most: int) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]:
+    """The logits in falling order and where they are, equal ones by place: all, or the first `most`."""
+    size = logits.shape[1]
+    if not 0 < most < size:
+        return torch.sort(logits, dim=-1, descending=True, stable=True)
+    # One whole number for value and place, so that no two are equal: `topk` gives equal ones in any order.
+    bits = (logits.float() + 0.0).view(torch.int32)
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    places = torch.arange(size - 1, -1, -1, device=logits.device)
+    keys = torch.topk(rising * 2**32 + places, most).values
+    order = size - 1 - keys % 2**32
+    return logits.gather(1, order), order
 
 
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,19 +22,27 @@ from everstate.tokenizers import StreamDecoder, Tokenizer, encode_stream
 class Session:
     """A model in the middle of one sequence, in memory that does not grow with what was read.
 
-    `context` bounds how far full attention can look back (other models have no such bound).
+    `context` bounds how far full attention can look back (other models have no such bound). `state_dtype` is that of
+    recurrent states, by default float32; see `LM.init_state`.
 
     >>> session = Session(model, tokenizer)
     >>> session.read("Once upon a time")
     >>> print("".join(session.write(max_tokens=20)))
     """
 
-    def __init__(self, model: LM, tokenizer: Tokenizer, *, context: int | None = None) -> None:
+    def __init__(
+        self,
+        model: LM,
+        tokenizer: Tokenizer,
+        *,
+        context: int | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.tokens_read = 0
         self._context = context
-        self._state = model.init_state(1, context=context)
+        self._state = model.init_state(1, context=context, dtype=state_dtype)
         self._logits: Float[Tensor, " v"] | None = None
 
     @property

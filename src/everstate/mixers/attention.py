@@ -18,7 +18,17 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots, gather
-from everstate.mixers.base import Mixer, Multiplier, RMSNorm, divide, init_linear_, refuse_delta_t, scaled, uniform_
+from everstate.mixers.base import (
+    Linear,
+    Mixer,
+    Multiplier,
+    RMSNorm,
+    divide,
+    init_linear_,
+    refuse_delta_t,
+    scaled,
+    uniform_,
+)
 from everstate.ops import AttentionState, attention, attention_step_, causal_conv1d, causal_conv1d_step_, rotary
 
 
@@ -93,10 +103,10 @@ class Attention(Mixer):
                 "numbers, and pairs are rotated; choose them so that the product is even and not 0"
             )
         width, width_kv = self.nheads * self.head_dim, self.nheads_kv * self.head_dim
-        self.q_proj = nn.Linear(d_model, width, bias=config.bias)
-        self.k_proj = nn.Linear(d_model, width_kv, bias=config.bias)
-        self.v_proj = nn.Linear(d_model, width_kv, bias=config.bias)
-        self.gate_proj = nn.Linear(d_model, width, bias=config.bias) if config.output_gate else None
+        self.q_proj = Linear(d_model, width, bias=config.bias)
+        self.k_proj = Linear(d_model, width_kv, bias=config.bias)
+        self.v_proj = Linear(d_model, width_kv, bias=config.bias)
+        self.gate_proj = Linear(d_model, width, bias=config.bias) if config.output_gate else None
         self.q_norm = self.k_norm = None
         if config.qk_norm != "none":
             whole, one_plus = config.qk_norm == "full", config.qk_norm_kind == "rms1p"
@@ -107,7 +117,7 @@ class Attention(Mixer):
             self.conv_weight = nn.Parameter(torch.empty(sum(self.widths), config.d_conv))
             self.conv_bias = nn.Parameter(torch.empty(sum(self.widths)))
         out_bias = config.bias if config.out_bias is None else config.out_bias
-        self.out_proj = nn.Linear(width, d_model, bias=out_bias)
+        self.out_proj = Linear(width, d_model, bias=out_bias)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:
@@ -128,10 +138,10 @@ class Attention(Mixer):
         """
         window = self.config.window
         capacity = (window or self.config.context) if context is None else min(context, window or context)
-        make = self.k_proj.weight.new_zeros
+        make, dtype = self.k_proj.weight.new_zeros, self.k_proj.dtype
         cache = AttentionState(
-            k=make(batch, capacity, self.nheads_kv, self.head_dim),
-            v=make(batch, capacity, self.nheads_kv, self.head_dim),
+            k=make(batch, capacity, self.nheads_kv, self.head_dim, dtype=dtype),
+            v=make(batch, capacity, self.nheads_kv, self.head_dim, dtype=dtype),
             pos=make(batch, dtype=torch.int64),
         )
         if self.conv_weight is None:

@@ -22,7 +22,7 @@ from everstate.core.errors import ConfigError, RequestError
 from everstate.core.packing import Packing
 from everstate.core.registry import Registry
 from everstate.core.state import Slots, gather, scatter_
-from everstate.ops import rms_norm
+from everstate.ops import add_rms_norm, linear, rms_norm
 
 State = Any
 """A NamedTuple of tensors, or a tuple of such states; batch is dimension 0. See `everstate.core.state`."""
@@ -67,6 +67,8 @@ class Mixer(Special, ABC):
     """
 
     Config: ClassVar[type[Config]]
+    narrows: ClassVar[bool] = False
+    """Whether `step_` takes states in bfloat16 and float16 too."""
     causal: ClassVar[bool] = True
     """False for an encoder layer, which sees the whole sequence and cannot be stepped."""
 
@@ -174,6 +176,47 @@ def scaled(x: Float[Tensor, "*b"], multiplier: float) -> Float[Tensor, "*b"]:
     return x if multiplier == 1.0 else x * multiplier
 
 
+class Linear(Special):
+    """A linear map. `scale` is None, or belongs to weights of 8 bits: one factor for each output."""
+
+    scale: Float[Tensor, " n"] | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_buffer("scale", None)
+        self._dtype: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what it reads and gives: that of the weights, or the one they had before they were 8 bits wide."""
+        return self._dtype or self.weight.dtype
+
+    def matrix(self) -> Float[Tensor, "n k"]:
+        """The weights as the numbers that they stand for."""
+        return self.weight if self.scale is None else (self.weight * self.scale[:, None]).to(self.dtype)
+
+    @torch.no_grad()
+    def quantize_(self) -> None:
+        """Round the weights to 8 bits: whole numbers from -127 to 127, times the `scale` of their output."""
+        if self.scale is not None:
+            return
+        self._dtype, wide = self.weight.dtype, self.weight.to(state_dtype(self.weight.dtype))
+        largest = wide.abs().amax(1)
+        scale = torch.where(largest > 0, largest, 127.0) / 127
+        self.weight = nn.Parameter((wide / scale[:, None]).round().to(torch.int8), requires_grad=False)
+        self.scale = scale
+
+    def forward(self, x: Float[Tensor, "*b k"], norm: RMSNorm | None = None) -> Float[Tensor, "*b n"]:
+        """See `everstate.ops.linear`; with `norm`, of the norm of x."""
+        if norm is None:
+            return linear(x, self.weight, self.bias, scale=self.scale)
+        return linear(x, self.weight, self.bias, scale=self.scale, norm=norm.factor(), eps=norm.eps)
+
+
 class RMSNorm(Special):
     """The learned scale of `ops.rms_norm`; with `one_plus` the weight is how far the scale is from 1 (as in Gemma)."""
 
@@ -191,9 +234,16 @@ class RMSNorm(Special):
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """See `everstate.ops.rms_norm`."""
+        return rms_norm(x, self.factor(), eps=self.eps)
+
+    def add(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:
+        """`x + y`, and its norm in the dtype of y."""
+        return add_rms_norm(x, y, self.factor(), eps=self.eps)
+
+    def factor(self) -> Float[Tensor, " d"]:
+        """What the normalised numbers are multiplied by."""
         # Added in float32: next to 1, half precision would lose most of a small weight.
-        weight = 1 + self.weight.to(state_dtype(self.weight.dtype)) if self.one_plus else self.weight
-        return rms_norm(x, weight, eps=self.eps)
+        return 1 + self.weight.to(state_dtype(self.weight.dtype)) if self.one_plus else self.weight
 
 
 class LayerNorm(Special):
@@ -217,6 +267,11 @@ class LayerNorm(Special):
         dtype = state_dtype(x.dtype)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         return nn.functional.layer_norm(x.to(dtype), weight.shape, weight, bias, self.eps).to(x.dtype)
+
+    def add(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:
+        """`x + y`, and its norm in the dtype of y."""
+        x = x + y
+        return x, self(x).to(y.dtype)
 
 
 NormKind = Literal["rms", "rms1p", "layer"]
@@ -297,7 +352,7 @@ def divide(name: str, whole: int, by: str, part: int) -> int:
     return whole // part
 
 
-def init_linear_(linear: nn.Linear, generator: torch.Generator) -> None:
+def init_linear_(linear: Linear, generator: torch.Generator) -> None:
     """Uniform in +-1 / sqrt(fan_in), bias zero."""
     uniform_(linear.weight, linear.in_features**-0.5, generator)
     if linear.bias is not None:

@@ -7,13 +7,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from everstate.core.config import Config
 from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Empty, Mixer, init_linear_, parse_mixer
+from everstate.mixers.base import Empty, Linear, Mixer, init_linear_, parse_mixer
 
 
 class BidirectionalConfig(Config):
@@ -41,7 +41,7 @@ class Bidirectional(Mixer):
         part, mixer_class = parse_mixer(config.mixer)
         self.forwards = mixer_class(d_model, part)
         self.backwards = None if config.shared else mixer_class(d_model, part)
-        self.out_proj = nn.Linear(2 * d_model, d_model) if config.combine == "concat" else None
+        self.out_proj = Linear(2 * d_model, d_model) if config.combine == "concat" else None
 
     def init_(self, generator: torch.Generator) -> None:
         self.forwards.init_(generator)

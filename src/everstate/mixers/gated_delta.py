@@ -17,6 +17,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.mixers.base import (
+    Linear,
     Mixer,
     RMSNorm,
     TimeSteps,
@@ -72,8 +73,8 @@ class Projection(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, rank: int | None) -> None:
         super().__init__()
-        self.down = None if rank is None else nn.Linear(d_in, rank, bias=False)
-        self.up = nn.Linear(d_in if rank is None else rank, d_out, bias=False)
+        self.down = None if rank is None else Linear(d_in, rank, bias=False)
+        self.up = Linear(d_in if rank is None else rank, d_out, bias=False)
 
     def init_(self, generator: torch.Generator) -> None:
         """Uniform in +-1 / sqrt(fan_in)."""
@@ -105,17 +106,17 @@ class GatedDelta(Mixer):
         divide("nheads", config.nheads, "nheads_k", self.nheads_k)
         width_k, width_v = self.nheads_k * config.headdim_k, config.nheads * config.headdim_v
         self.widths = [width_k, width_k, width_v]
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.in_proj = Linear(d_model, sum(self.widths), bias=False)
         self.conv_weight = nn.Parameter(torch.empty(sum(self.widths), config.d_conv))
         by_channel = config.decay == "channel"
         decays = config.nheads * (config.headdim_k if by_channel else 1)
         self.decay_proj = Projection(d_model, decays, config.rank if by_channel else None)
         self.dt_bias = nn.Parameter(torch.empty(decays))
         self.A_log = nn.Parameter(torch.empty(config.nheads))
-        self.beta_proj = nn.Linear(d_model, config.nheads, bias=False)
+        self.beta_proj = Linear(d_model, config.nheads, bias=False)
         self.gate_proj = Projection(d_model, width_v, config.rank)
         self.norm = RMSNorm(config.headdim_v, config.norm_eps)
-        self.out_proj = nn.Linear(width_v, d_model, bias=False)
+        self.out_proj = Linear(width_v, d_model, bias=False)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:

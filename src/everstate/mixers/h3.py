@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Mixer, divide, init_linear_, uniform_
+from everstate.mixers.base import Linear, Mixer, divide, init_linear_, uniform_
 from everstate.mixers.s4d import DiagonalConfig, DiagonalSystem
 from everstate.ops import causal_conv1d, causal_conv1d_step_
 
@@ -50,11 +50,11 @@ class H3(Mixer):
         super().__init__()
         self.config = config
         self.nheads = divide("d_model", d_model, "headdim", config.headdim)
-        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=config.bias)
+        self.in_proj = Linear(d_model, 3 * d_model, bias=config.bias)
         self.shift_weight = nn.Parameter(torch.empty(d_model, config.d_state))
         self.system = DiagonalSystem(self.nheads, config)
         self.D = nn.Parameter(torch.empty(self.nheads))
-        self.out_proj = nn.Linear(d_model, d_model, bias=config.bias)
+        self.out_proj = Linear(d_model, d_model, bias=config.bias)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:

@@ -17,7 +17,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Mixer, Special, TimeSteps, init_linear_, log_uniform
+from everstate.mixers.base import Linear, Mixer, Special, TimeSteps, init_linear_, log_uniform
 from everstate.ops.lti_conv import Mode
 
 Activation = Literal["gelu", "silu", "identity"]
@@ -130,7 +130,7 @@ class TimeInvariant(Mixer):
         self.config = config
         self.system = system
         self.D = nn.Parameter(torch.empty(d_model))
-        self.out_proj = nn.Linear(d_model, (1 + config.glu) * d_model, bias=config.bias)
+        self.out_proj = Linear(d_model, (1 + config.glu) * d_model, bias=config.bias)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:
@@ -167,7 +167,7 @@ class TimeInvariant(Mixer):
         return project(y + self.D * x, self.out_proj, self.config)
 
 
-def project(y: Float[Tensor, "*b d"], out_proj: nn.Linear, config: OutputConfig) -> Float[Tensor, "*b d"]:
+def project(y: Float[Tensor, "*b d"], out_proj: Linear, config: OutputConfig) -> Float[Tensor, "*b d"]:
     """Activation, output projection, gate."""
     out: Tensor = out_proj(ACTIVATIONS[config.activation](y))
     return glu(out) if config.glu else out

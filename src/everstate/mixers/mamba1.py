@@ -18,6 +18,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.mixers.base import (
+    Linear,
     Mixer,
     RMSNorm,
     TimeSteps,
@@ -70,11 +71,11 @@ class Mamba1(Mixer):
         self.config = config
         self.d_inner = config.d_inner or config.expand * d_model
         self.dt_rank = -(-d_model // 16) if config.dt_rank == "auto" else config.dt_rank
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=config.bias)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=config.bias)
         self.conv_weight = nn.Parameter(torch.empty(self.d_inner, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(self.d_inner)) if config.conv_bias else None
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * config.d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=False)
+        self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * config.d_state, bias=False)
+        self.dt_proj = Linear(self.dt_rank, self.d_inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(self.d_inner))
         self.A_log = nn.Parameter(torch.empty(self.d_inner, config.d_state))
         self.D = nn.Parameter(torch.empty(self.d_inner))
@@ -82,7 +83,7 @@ class Mamba1(Mixer):
         self.dt_norm = RMSNorm(self.dt_rank, eps) if learned else None
         self.B_norm = RMSNorm(config.d_state, eps) if learned else None
         self.C_norm = RMSNorm(config.d_state, eps) if learned else None
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
+        self.out_proj = Linear(self.d_inner, d_model, bias=config.bias)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:

@@ -19,6 +19,7 @@ from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.mixers.base import (
+    Linear,
     Mixer,
     Multiplier,
     RMSNorm,
@@ -32,7 +33,15 @@ from everstate.mixers.base import (
     scaled,
     uniform_,
 )
-from everstate.ops import causal_conv1d, causal_conv1d_step_, gated_rms_norm, ssd_scan, ssd_step_
+from everstate.ops import (
+    causal_conv1d,
+    causal_conv1d_step_,
+    gated_rms_norm,
+    linear_conv_step_,
+    mamba2_step_,
+    rms_norm,
+    ssd_scan,
+)
 
 
 class Mamba2Config(TimeSteps):
@@ -78,6 +87,7 @@ class Mamba2(Mixer):
     """`in_proj -> [z | x | B | C | dt]`, convolution over `[x | B | C]`, SSD scan, gated norm, `out_proj`."""
 
     Config = Mamba2Config
+    narrows = True
     no_decay = frozenset({"A_log", "D", "dt_bias", "conv_bias"})
     in_float32 = frozenset({"A_log", "D", "dt_bias"})
 
@@ -92,14 +102,14 @@ class Mamba2(Mixer):
         if not 0 < config.A_init_range[0] <= config.A_init_range[1]:
             raise ConfigError(f"mamba2: A_init_range {config.A_init_range} is not 0 < low <= high; give (low, high)")
         self.conv_dim = self.d_inner + 2 * config.ngroups * config.d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=config.bias)
+        self.in_proj = Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=config.bias)
         self.conv_weight = nn.Parameter(torch.empty(self.conv_dim, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(self.conv_dim)) if config.conv_bias else None
         self.dt_bias = nn.Parameter(torch.empty(self.nheads))
         self.A_log = nn.Parameter(torch.empty(self.nheads))
         self.D = nn.Parameter(torch.empty((self.nheads, config.headdim) if config.D_has_hdim else self.nheads))
         self.norm = RMSNorm(self.d_inner, config.norm_eps) if config.norm else None
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
+        self.out_proj = Linear(self.d_inner, d_model, bias=config.bias)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:
@@ -147,12 +157,21 @@ class Mamba2(Mixer):
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b d"]:
-        z, xBC, dt = self._project(x)
-        xBC = causal_conv1d_step_(xBC, self.conv_weight, self.conv_bias, state.conv, slots, activation="silu")
+        config = self.config
+        z, xBC, dt = self._project_step_(x, state.conv, slots)
         u, B, C = self._split(xBC)
-        a, dt = self._decay(dt, delta_t)
-        y = ssd_step_(u, a, dt, B, C, state.ssm, slots, D=self.D)
-        return self._finish(y.flatten(-2), z)
+        # The gate may come behind the norm, and then it belongs to that.
+        gate = None if config.norm_before_gate else z.unflatten(-1, (self.nheads, config.headdim))
+        y = mamba2_step_(
+            u, dt, self.A_log, B, C, state.ssm, slots,
+            dt_bias=self.dt_bias, D=self.D, z=gate, dt_limit=config.dt_limit, delta_t=delta_t,
+        ).flatten(-2)  # fmt: skip
+        if gate is None:
+            return self._finish(y, z)
+        if self.norm is None or config.ngroups == 1:
+            return scaled(self.out_proj(y, self.norm), config.out_multiplier)
+        y = rms_norm(y, self.norm.weight, eps=self.norm.eps, groups=config.ngroups)
+        return scaled(self.out_proj(y), config.out_multiplier)
 
     def flops_per_token(self, context: int) -> int:
         projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv_weight.numel())
@@ -166,6 +185,18 @@ class Mamba2(Mixer):
             parts = projected.split([self.d_inner, self.d_inner, width, width, self.nheads], -1)
             projected = torch.cat([scaled(part, m) for part, m in zip(parts, multipliers, strict=True)], -1)
         return projected.split([self.d_inner, self.conv_dim, self.nheads], -1)
+
+    def _project_step_(self, x: Float[Tensor, "b d"], conv: Tensor, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
+        """The gate z, the outputs of the convolution, and dt, for one token."""
+        if self.config.multipliers is not None:
+            z, xBC, dt = self._project(x)
+            xBC = causal_conv1d_step_(xBC, self.conv_weight, self.conv_bias, conv, slots, activation="silu")
+            return z, xBC, dt
+        return linear_conv_step_(
+            scaled(x, self.config.in_multiplier), self.in_proj.weight, self.in_proj.bias,
+            self.conv_weight, self.conv_bias, conv, slots,
+            start=self.d_inner, activation="silu", scale=self.in_proj.scale,
+        )  # fmt: skip
 
     def _split(self, xBC: Float[Tensor, "*b channels"]) -> tuple[Tensor, Tensor, Tensor]:
         """Cut the output of the convolution into x per head and B, C per group."""

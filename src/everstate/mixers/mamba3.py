@@ -19,6 +19,7 @@ from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.mixers.base import (
+    Linear,
     Mixer,
     RMSNorm,
     TimeSteps,
@@ -79,7 +80,7 @@ class Mamba3(Mixer):
         self.interleaved = not config.is_mimo if config.rope_interleaved is None else config.rope_interleaved
         n, shape = config.d_state, (self.nheads, self.rank, config.headdim)
         width = 2 * self.d_inner + 2 * n * config.ngroups * self.rank + 3 * self.nheads + self.pairs
-        self.in_proj = nn.Linear(d_model, width, bias=False)
+        self.in_proj = Linear(d_model, width, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(self.nheads))
         self.B_bias = nn.Parameter(torch.empty(self.nheads, self.rank, n))
         self.C_bias = nn.Parameter(torch.empty(self.nheads, self.rank, n))
@@ -90,7 +91,7 @@ class Mamba3(Mixer):
         self.mimo_z = nn.Parameter(torch.empty(shape)) if config.is_mimo else None
         self.mimo_o = nn.Parameter(torch.empty(shape)) if config.is_mimo else None
         self.norm = RMSNorm(self.d_inner, config.norm_eps) if config.out_norm else None
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from everstate.core.config import Config
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Mixer, RMSNorm, init_linear_, refuse_delta_t
+from everstate.mixers.base import Linear, Mixer, RMSNorm, init_linear_, refuse_delta_t
 from everstate.ops import AttentionState, attention, attention_step_
 
 
@@ -55,14 +55,14 @@ class MLA(Mixer):
         self.config = config
         self.d_key = config.d_nope + config.d_shared
         width, rank = config.nheads * self.d_key, config.q_rank
-        self.q_proj = nn.Linear(d_model, width, bias=False) if rank is None else None
-        self.q_a_proj = None if rank is None else nn.Linear(d_model, rank, bias=config.bias)
+        self.q_proj = Linear(d_model, width, bias=False) if rank is None else None
+        self.q_a_proj = None if rank is None else Linear(d_model, rank, bias=config.bias)
         self.q_a_norm = None if rank is None else RMSNorm(rank, config.norm_eps)
-        self.q_b_proj = None if rank is None else nn.Linear(rank, width, bias=False)
-        self.kv_a_proj = nn.Linear(d_model, config.d_latent + config.d_shared, bias=config.bias)
+        self.q_b_proj = None if rank is None else Linear(rank, width, bias=False)
+        self.kv_a_proj = Linear(d_model, config.d_latent + config.d_shared, bias=config.bias)
         self.kv_a_norm = RMSNorm(config.d_latent, config.norm_eps)
-        self.kv_b_proj = nn.Linear(config.d_latent, config.nheads * (config.d_nope + config.d_value), bias=False)
-        self.out_proj = nn.Linear(config.nheads * config.d_value, d_model, bias=config.bias)
+        self.kv_b_proj = Linear(config.d_latent, config.nheads * (config.d_nope + config.d_value), bias=False)
+        self.out_proj = Linear(config.nheads * config.d_value, d_model, bias=config.bias)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:
@@ -136,7 +136,7 @@ class MLA(Mixer):
     def _expansions(self) -> tuple[Float[Tensor, "h n c"], Float[Tensor, "h v c"]]:
         """The matrices of each head from a latent vector to its part of the key and to its value."""
         config = self.config
-        heads = self.kv_b_proj.weight.unflatten(0, (config.nheads, -1))
+        heads = self.kv_b_proj.matrix().unflatten(0, (config.nheads, -1))
         keys, values = heads.split([config.d_nope, config.d_value], 1)
         return keys, values
 

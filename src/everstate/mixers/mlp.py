@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from everstate.core.config import Config
 from everstate.core.errors import ConfigError
-from everstate.mixers.base import ChannelMixer, Multiplier, init_linear_, scaled
+from everstate.mixers.base import ChannelMixer, Linear, Multiplier, init_linear_, scaled
 from everstate.ops.activations import Activation, activate
 
 
@@ -45,8 +45,8 @@ class MLP(ChannelMixer):
         if config.gate_multiplier != 1.0 and not config.gated:
             raise ConfigError("mlp: gate_multiplier was given and gated is false; leave one of them out")
         d_hidden = config.d_hidden or default_d_hidden(d_model, config.gated)
-        self.in_proj = nn.Linear(d_model, (1 + config.gated) * d_hidden, bias=config.bias)
-        self.out_proj = nn.Linear(d_hidden, d_model, bias=config.bias)
+        self.in_proj = Linear(d_model, (1 + config.gated) * d_hidden, bias=config.bias)
+        self.out_proj = Linear(d_hidden, d_model, bias=config.bias)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:

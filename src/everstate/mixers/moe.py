@@ -13,7 +13,7 @@ from torch.nn.functional import linear, sigmoid
 
 from everstate.core.config import Config
 from everstate.core.errors import ConfigError
-from everstate.mixers.base import ChannelMixer, Special, divide, init_linear_, uniform_
+from everstate.mixers.base import ChannelMixer, Linear, Special, divide, init_linear_, uniform_
 from everstate.mixers.mlp import MLP, MLPConfig, default_d_hidden
 from everstate.ops import experts, route
 from everstate.ops.activations import Activation
@@ -102,17 +102,17 @@ class MoE(ChannelMixer):
         width = config.d_latent or d_model
         self.router = Router(d_model, config.nexperts)
         self.register_buffer("router_bias", torch.empty(config.nexperts) if config.correction_bias else None)
-        self.latent_in = None if config.d_latent is None else nn.Linear(d_model, width, bias=False)
+        self.latent_in = None if config.d_latent is None else Linear(d_model, width, bias=False)
         self.in_proj = Stacked(config.nexperts, width, (1 + config.gated) * d_hidden)
         self.out_proj = Stacked(config.nexperts, d_hidden, width)
-        self.latent_out = None if config.d_latent is None else nn.Linear(width, d_model, bias=False)
+        self.latent_out = None if config.d_latent is None else Linear(width, d_model, bias=False)
         self.shared, self.shared_gate = None, None
         if config.shared_gate and config.d_shared is None:
             raise ConfigError("moe: shared_gate was given and there is no shared expert; give d_shared")
         if config.d_shared is not None:
             shared = MLPConfig(d_hidden=config.d_shared, activation=config.activation, gated=config.gated)
             self.shared = MLP(d_model, shared)
-            self.shared_gate = nn.Linear(d_model, 1, bias=False) if config.shared_gate else None
+            self.shared_gate = Linear(d_model, 1, bias=False) if config.shared_gate else None
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:

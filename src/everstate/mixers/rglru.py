@@ -19,6 +19,7 @@ from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing, first_tokens
 from everstate.core.state import Slots, gather, scatter_
 from everstate.mixers.base import (
+    Linear,
     Mixer,
     Special,
     divide,
@@ -97,13 +98,13 @@ class RGLRU(Mixer):
         headdim = divide("d_inner", self.d_inner, "nheads", config.nheads)
         if not 0 < config.a_init_range[0] <= config.a_init_range[1] < 1:
             raise ConfigError(f"rglru: a_init_range {config.a_init_range} is not 0 < low <= high < 1; give (low, high)")
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner)
+        self.in_proj = Linear(d_model, 2 * self.d_inner)
         self.conv_weight = nn.Parameter(torch.empty(self.d_inner, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(self.d_inner))
         self.input_gate = BlockDiagonal(config.nheads, headdim)
         self.recurrence_gate = BlockDiagonal(config.nheads, headdim)
         self.a_param = nn.Parameter(torch.empty(self.d_inner))
-        self.out_proj = nn.Linear(self.d_inner, d_model)
+        self.out_proj = Linear(self.d_inner, d_model)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Mixer, TimeSteps, divide, init_linear_, log_uniform
+from everstate.mixers.base import Linear, Mixer, TimeSteps, divide, init_linear_, log_uniform
 from everstate.mixers.hippo import hippo_eigen
 from everstate.mixers.lti import OutputConfig, as_complex, conjugate_pairs, normal_, project
 from everstate.ops import linear_scan, linear_step_
@@ -59,7 +59,7 @@ class S5(Mixer):
         self.B = nn.Parameter(torch.empty(self.pairs, d_model, 2))
         self.C = nn.Parameter(torch.empty(d_model, self.pairs, 2))
         self.D = nn.Parameter(torch.empty(d_model))
-        self.out_proj = nn.Linear(d_model, (1 + config.glu) * d_model, bias=config.bias)
+        self.out_proj = Linear(d_model, (1 + config.glu) * d_model, bias=config.bias)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:

@@ -16,7 +16,7 @@ from everstate.core.config import Config
 from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Mixer, forward_by_segments, init_linear_, is_long, refuse_delta_t, uniform_
+from everstate.mixers.base import Linear, Mixer, forward_by_segments, init_linear_, is_long, refuse_delta_t, uniform_
 from everstate.ops import causal_conv1d, causal_conv1d_step_
 
 
@@ -45,10 +45,10 @@ class ShortConv(Mixer):
     def __init__(self, d_model: int, config: ShortConvConfig) -> None:
         super().__init__()
         self.config = config
-        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=config.bias)
+        self.in_proj = Linear(d_model, 3 * d_model, bias=config.bias)
         self.conv_weight = nn.Parameter(torch.empty(d_model, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(d_model)) if config.bias else None
-        self.out_proj = nn.Linear(d_model, d_model, bias=config.bias)
+        self.out_proj = Linear(d_model, d_model, bias=config.bias)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from everstate.core.dtypes import state_dtype
 from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
-from everstate.core.state import Slots, tensors
+from everstate.core.state import Slots, map_state, tensors
 from everstate.mixers import Mixer, State, build_mixer
-from everstate.mixers.base import Norm, allocate_, build_norm, cast_, scaled
+from everstate.mixers.base import Linear, Norm, allocate_, build_norm, cast_, scaled
 from everstate.models.config import ModelConfig
+from everstate.ops import linear
 
 EMBEDDING_STD = 0.02
 
@@ -36,9 +37,22 @@ class Block(nn.Module):
         """What the mixer reads of the residual stream."""
         return (x if self.norm_after else self.norm(x)).to(dtype)
 
+    def take(
+        self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"] | None, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b d"]]:
+        """The residual stream with what the block before gave it, and what the mixer reads of it."""
+        if y is None or self.norm_after:
+            x = x if y is None else x + y
+            return x, self.input(x, dtype)
+        return self.norm.add(x, y)
+
+    def give(self, y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """What the residual stream is to be given of what the mixer gave."""
+        return scaled(self.norm(y) if self.norm_after else y, self.multiplier)
+
     def add(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """The residual stream after the mixer has given `y`."""
-        return x + scaled(self.norm(y) if self.norm_after else y, self.multiplier)
+        return x + self.give(y)
 
 
 class LM(nn.Module):
@@ -72,7 +86,7 @@ class LM(nn.Module):
                 for name in config.blocks
             )
             self.norm = build_norm(config.norm, config.d_model, config.norm_eps)
-            self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
         cast_(self, dtype)
         if torch.device(device).type != "meta":
             allocate_(self, device)
@@ -91,6 +105,24 @@ class LM(nn.Module):
             for name, parameter in block.mixer.named_parameters():
                 if name.endswith("out_proj.weight"):
                     parameter.div_(len(self.blocks) ** 0.5)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are 8 bits wide; see `quantize_`."""
+        return any(isinstance(part, Linear) and part.scale is not None for part in self.modules())
+
+    def quantize_(self) -> LM:
+        """Round the weights of all linear maps, the head's too, to 8 bits, with one factor for each output.
+
+        Decoding then reads half as many bytes. The model can be run and no longer trained or saved. Returns itself.
+        """
+        if self.head is None:
+            self.head = Linear(self.config.d_model, self.config.vocab_size, bias=False)
+            self.head.weight = nn.Parameter(self.embedding.weight.detach())
+        for part in self.modules():
+            if isinstance(part, Linear):
+                part.quantize_()
+        return self
 
     @property
     def layers(self) -> list[Block]:
@@ -115,14 +147,19 @@ class LM(nn.Module):
     @property
     def head_weight(self) -> Float[Tensor, "v d"]:
         """The weight of the output head, be it tied or not."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        return self.embedding.weight if self.head is None else self.head.matrix()
 
-    def init_state(self, batch: int, *, context: int | None = None) -> State:
+    def init_state(self, batch: int, *, context: int | None = None, dtype: torch.dtype | None = None) -> State:
         """The state before the first token of `batch` sequences: one state per block.
 
         `context` bounds how many past tokens full attention can look back to; models without it do not read it.
+        `dtype` is that of recurrent states, by default float32; with bfloat16 they take half the memory, and what is
+        added to a state is rounded. Raises `RequestError` where a layer cannot step such states.
         """
-        return tuple(block.mixer.init_state(batch, context=context) for block in self.layers)
+        state = tuple(block.mixer.init_state(batch, context=context) for block in self.layers)
+        if dtype is None:
+            return state
+        return tuple(_narrowed(block.mixer, part, dtype) for block, part in zip(self.layers, state, strict=True))
 
     def forward(
         self,
@@ -158,7 +195,8 @@ class LM(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
         """The head, applied to outputs of `hidden`."""
-        logits, cap = nn.functional.linear(hidden, self.head_weight), self.config.logit_softcap
+        cap = self.config.logit_softcap
+        logits = linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @torch.no_grad()
@@ -174,18 +212,20 @@ class LM(nn.Module):
         Raises `RequestError` for ids outside the vocabulary, and for rows that do not fit the tokens or occur twice.
         """
         self._check_step(tokens, state, slots)
-        x = self._embed(tokens)
+        x, y = self._embed(tokens), None
         for block, pool in zip(self.layers, state, strict=True):
-            x = block.add(x, block.mixer.step_(block.input(x, self.dtype), pool, slots, delta_t))
-        return self.logits(self._finish(x))
+            x, h = block.take(x, y, self.dtype)
+            y = block.give(block.mixer.step_(h, pool, slots, delta_t))
+        return self.logits(self._finish(x, y))
 
     def _embed(self, tokens: Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
         """The residual stream before the first block."""
         return scaled(self.embedding(tokens).to(state_dtype(self.dtype)), self.config.embedding_multiplier)
 
-    def _finish(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """What the head reads; the multiplier of the logits is in it, so that every loss has it too."""
-        return scaled(self.norm(x), self.config.logit_multiplier).to(self.dtype)
+    def _finish(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
+        """What the head reads after the last block gave `y`; the multiplier of the logits is in it, for every loss."""
+        h = self.norm(x) if y is None else self.norm.add(x, y)[1]
+        return scaled(h, self.config.logit_multiplier).to(self.dtype)
 
     def _check(self, tokens: Tensor, state: State, packing: Packing | None) -> None:
         """The border: what a user can get wrong about a segment."""
@@ -237,3 +277,20 @@ class LM(nn.Module):
                 f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}; "
                 "ids go from 0 to vocab_size - 1: use the tokenizer that belongs to the model"
             )
+
+
+def _narrowed(mixer: Mixer, state: State, dtype: torch.dtype) -> State:
+    """The state with its float32 tensors in `dtype`. Raises `RequestError` where the mixer cannot step that."""
+
+    def narrow(tensor: Tensor) -> Tensor:
+        if tensor.dtype is dtype or not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        if tensor.dtype is torch.float32 and mixer.narrows and dtype in (torch.bfloat16, torch.float16):
+            return tensor.to(dtype)
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            return tensor  # a cache of attention, in the dtype of the weights
+        raise RequestError(
+            f"{type(mixer).__name__} cannot keep its state in {dtype}, only in {tensor.dtype}; leave the dtype out"
+        )
+
+    return map_state(narrow, state)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from everstate.core.op import OPS, anywhere, on, op, use
+from everstate.ops.argmax import argmax
 from everstate.ops.attention import AttentionState, attention, attention_step_
 from everstate.ops.conv1d import causal_conv1d, causal_conv1d_step_
 from everstate.ops.cross_entropy import linear_cross_entropy
 from everstate.ops.delta import gated_delta_scan, gated_delta_step_
 from everstate.ops.experts import experts, route
+from everstate.ops.linear import linear, linear_conv_step_
 from everstate.ops.linear_scan import linear_scan, linear_step_
 from everstate.ops.lti_conv import lti_conv
 from everstate.ops.lti_diagonal import lti_diagonal, lti_diagonal_step_, lti_kernel_diagonal
 from everstate.ops.lti_dplr import lti_dplr, lti_dplr_step_, lti_kernel_dplr
 from everstate.ops.mamba3 import mamba3_scan, mamba3_step_
 from everstate.ops.mamba3.ends import Mamba3Layer
-from everstate.ops.norm import gated_rms_norm, rms_norm
+from everstate.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 from everstate.ops.rotary import rotary, rotate
 from everstate.ops.selective_scan import selective_scan, selective_step_
-from everstate.ops.ssd import ssd_scan, ssd_step_
+from everstate.ops.ssd import mamba2_step_, ssd_scan, ssd_step_
 from everstate.ops.trapezoid import TrapezoidState, trapezoid_scan, trapezoid_step_
 
 __all__ = [
@@ -25,7 +27,9 @@ __all__ = [
     "AttentionState",
     "Mamba3Layer",
     "TrapezoidState",
+    "add_rms_norm",
     "anywhere",
+    "argmax",
     "attention",
     "attention_step_",
     "causal_conv1d",
@@ -34,6 +38,8 @@ __all__ = [
     "gated_delta_scan",
     "gated_delta_step_",
     "gated_rms_norm",
+    "linear",
+    "linear_conv_step_",
     "linear_cross_entropy",
     "linear_scan",
     "linear_step_",
@@ -44,6 +50,7 @@ __all__ = [
     "lti_dplr_step_",
     "lti_kernel_diagonal",
     "lti_kernel_dplr",
+    "mamba2_step_",
     "mamba3_scan",
     "mamba3_step_",
     "on",

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from everstate.core.kernels import processors
+from everstate.core.kernels import overlaps, processors
 
 WAVES = 8
 """Programs per multiprocessor below which a tile is halved: enough loads in flight to keep the memory busy."""
@@ -44,3 +44,31 @@ def slot_of(slots, row):
 @triton.jit
 def silu(x):
     return x / (1.0 + tl.exp(-x))
+
+
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """What a kernel with `start_next` and `wait_for_last` is launched with; see `core.kernels.overlapping`."""
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
+
+
+@triton.jit
+def start_next(OVERLAP: tl.constexpr):
+    """From here on the next kernel may start, as soon as every program of this one has come here and there is room."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(OVERLAP: tl.constexpr):
+    """Wait until the kernel before this one, and with it all before that, has ended; only weights are read earlier."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def fetch(pointers, wanted):
+    """Bring lines of 128 bytes from memory into the cache of the GPU (level 2), and do not wait for them."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
+        [pointers.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

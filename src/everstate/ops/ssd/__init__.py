@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import silu, softplus
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
-from everstate.ops.ssd.limits import accepts_scan, accepts_step
+from everstate.ops.ssd.limits import accepts_mamba2_step, accepts_scan, accepts_step
 
 
 @op
@@ -76,7 +79,37 @@ def ssd_step_(
     return y[:, 0]
 
 
+@op
+def mamba2_step_(
+    x: Float[Tensor, "b h p"],
+    dt: Float[Tensor, "b h"],
+    A_log: Float[Tensor, " h"],
+    B: Float[Tensor, "b g n"],
+    C: Float[Tensor, "b g n"],
+    state: Float[Tensor, "slots h p n"],
+    slots: Slots = None,
+    *,
+    dt_bias: Float[Tensor, " h"],
+    D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None = None,
+    z: Float[Tensor, "b h p"] | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    delta_t: Float[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b h p"]:
+    """`ssd_step_` of what a Mamba-2 layer projects, and `y silu(z)` where z is given.
+
+    The step is `clamp(softplus(dt + dt_bias), dt_limit) delta_t` and the log decay `-exp(A_log)` times that.
+    """
+    dtype = state_dtype(x.dtype)
+    step = softplus(dt.to(dtype) + dt_bias.to(dtype)).clamp(*dt_limit)
+    step = step if delta_t is None else step * delta_t.to(dtype).unsqueeze(-1)
+    gate = None if z is None else silu(z.to(dtype))
+    y = ssd_step_.reference(x.to(dtype), -torch.exp(A_log.to(dtype)) * step, step, B, C, state, slots, D=D)
+    return (y if gate is None else y * gate).to(x.dtype)
+
+
 ssd_scan.add("triton", "everstate.ops.ssd.triton:ssd_scan", accepts_scan)
 ssd_scan.add("torch", "everstate.ops.ssd.chunked:ssd_scan", anywhere)
 ssd_step_.add("triton", "everstate.ops.ssd.triton_step:ssd_step_", accepts_step)
 ssd_step_.add("torch", "everstate.ops.ssd.step:ssd_step_", anywhere)
+mamba2_step_.add("triton", "everstate.ops.ssd.triton_step:mamba2_step_", accepts_mamba2_step)
+mamba2_step_.add("torch", "everstate.ops.ssd.step:mamba2_step_", anywhere)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -70,3 +71,22 @@ def accepts_step(
     if state.stride(-1) != 1:
         return f"takes a pool whose last dimension is dense, not one of strides {state.stride()}"
     return None
+
+
+def accepts_mamba2_step(
+    x: Tensor,
+    dt: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    slots: Slots = None,
+    *,
+    dt_bias: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    delta_t: Tensor | None = None,
+) -> str | None:
+    """Why the kernel of `mamba2_step_` does not serve these arguments, or None."""
+    return step_refusal(state, A_log, dt_bias, z, delta_t) or accepts_step(x, dt, dt, B, C, state, slots, D=D)

@@ -1,5 +1,7 @@
 """One SSD token on a GPU: one launch reads and writes each number of the state once."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.state import Slots
-from everstate.ops.triton_rows import dense, slot_of, tile_of, warps_of
+from everstate.ops.triton_rows import (
+    dense,
+    launch_options,
+    silu,
+    slot_of,
+    start_next,
+    tile_of,
+    wait_for_last,
+    warps_of,
+)
 
 
 def ssd_step_(
@@ -25,25 +36,30 @@ def ssd_step_(
     return _step(x, a, s, B, C, state, slots, D)
 
 
+def mamba2_step_(
+    x: Float[Tensor, "b h p"],
+    dt: Float[Tensor, "b h"],
+    A_log: Float[Tensor, " h"],
+    B: Float[Tensor, "b g n"],
+    C: Float[Tensor, "b g n"],
+    state: Float[Tensor, "slots h p n"],
+    slots: Slots = None,
+    *,
+    dt_bias: Float[Tensor, " h"],
+    D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None = None,
+    z: Float[Tensor, "b h p"] | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    delta_t: Float[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b h p"]:
+    """See `everstate.ops.mamba2_step_`."""
+    return _mamba2_step(x, dt, A_log, B, C, state, slots, dt_bias, D, z, *dt_limit, delta_t)
+
+
 @torch.library.custom_op("everstate::ssd_step_", mutates_args={"state"})
 def _step(
     x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, D: Tensor | None
 ) -> Tensor:
-    (batch, heads, headdim), (groups, d_state) = x.shape, B.shape[1:]
-    y = x.new_empty(batch, heads, headdim)
-    if batch == 0:
-        return y
-    x, B, C = dense(x), dense(B), dense(C)
-    width = triton.next_power_of_2(d_state)
-    tile = tile_of(headdim, width, batch * heads, x.device)
-    _step_kernel[(batch * heads * triton.cdiv(headdim, tile),)](
-        x, a, s, B, C, state, slots, D, y,
-        *x.stride()[:2], *a.stride(), *s.stride(), *B.stride()[:2], *C.stride()[:2], *state.stride()[:3],
-        *_strides_of_skip(D),
-        HEADS=heads, GROUPS=groups, P=headdim, N=d_state, BLOCK_P=tile, BLOCK_N=width,
-        num_warps=warps_of(tile * width),
-    )  # fmt: skip
-    return y
+    return _run(x, a, s, B, C, state, slots, D)
 
 
 @_step.register_fake
@@ -51,6 +67,46 @@ def _(
     x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, D: Tensor | None
 ) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("everstate::mamba2_step_", mutates_args={"state"})
+def _mamba2_step(
+    x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, dt_bias: Tensor,
+    D: Tensor | None, z: Tensor | None, lowest: float, highest: float, delta_t: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return _run(x, A_log, dt, B, C, state, slots, D, dt_bias, z, lowest, highest, delta_t)
+
+
+@_mamba2_step.register_fake
+def _(
+    x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, dt_bias: Tensor,
+    D: Tensor | None, z: Tensor | None, lowest: float, highest: float, delta_t: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape)
+
+
+def _run(
+    x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, D: Tensor | None,
+    dt_bias: Tensor | None = None, z: Tensor | None = None, lowest: float = 0.0, highest: float = math.inf,
+    delta_t: Tensor | None = None,
+) -> Float[Tensor, "b h p"]:  # fmt: skip
+    """Launch the kernel; with `dt_bias`, `a` is A_log and `s` is dt before its bias."""
+    (batch, heads, headdim), (groups, d_state) = x.shape, B.shape[1:]
+    y = x.new_empty(batch, heads, headdim)
+    if batch == 0:
+        return y
+    x, B, C, z = dense(x), dense(B), dense(C), None if z is None else dense(z)
+    width = triton.next_power_of_2(d_state)
+    tile = tile_of(headdim, width, batch * heads, x.device)
+    _step_kernel[(batch * heads * triton.cdiv(headdim, tile),)](
+        x, a, s, B, C, state, slots, D, y, dt_bias, z, delta_t, lowest, highest,
+        *x.stride()[:2], *(a.stride() if a.ndim == 2 else (0, a.stride(0))), *s.stride(), *B.stride()[:2],
+        *C.stride()[:2], *state.stride()[:3], *_strides_of_skip(D), *((0, 0) if z is None else z.stride()[:2]),
+        0 if dt_bias is None else dt_bias.stride(0), 0 if delta_t is None else delta_t.stride(0),
+        HEADS=heads, GROUPS=groups, P=headdim, N=d_state, BLOCK_P=tile, BLOCK_N=width,
+        num_warps=warps_of(tile * width), **launch_options(x.device),
+    )  # fmt: skip
+    return y
 
 
 def _strides_of_skip(D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None) -> tuple[int, int]:
@@ -61,14 +117,26 @@ def _strides_of_skip(D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None) -> tu
 
 
 @triton.jit
+def softplus(x):
+    """`log(1 + exp(x))`; the quotient gives back what rounding takes from 1 + a small number."""
+    small = tl.exp(tl.minimum(x, 20.0))
+    grown = 1.0 + small
+    lost = grown == 1.0
+    accurate = tl.where(lost, small, tl.log(grown) * (small / tl.where(lost, 1.0, grown - 1.0)))
+    return tl.where(x > 20.0, x, accurate)
+
+
+@triton.jit
 def _step_kernel(
-    x, a, s, B, C, state, slots, D, y,
+    x, a, s, B, C, state, slots, D, y, dt_bias, z, delta_t, lowest, highest,
     x_row, x_head, a_row, a_head, s_row, s_head, B_row, B_group, C_row, C_group,
-    state_slot, state_head, state_p, D_head, D_p,
+    state_slot, state_head, state_p, D_head, D_p, z_row, z_head, bias_head, delta_row,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per row, head and tile of p, which nobody else reads or writes."""
+    start_next(OVERLAP)
+    wait_for_last(OVERLAP)
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     tile, head = tl.program_id(0) % TILES, tl.program_id(0) // TILES % HEADS
     row = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
@@ -77,8 +145,15 @@ def _step_kernel(
     inside = (p < P)[:, None] & (n < N)[None, :]
     own = state + slot_of(slots, row) * state_slot + head * state_head + p[:, None] * state_p + n[None, :]
     h = tl.load(own, mask=inside, other=0.0).to(tl.float32)
-    decay = tl.exp(tl.load(a + row * a_row + head * a_head).to(tl.float32))
+    log_decay = tl.load(a + row * a_row + head * a_head).to(tl.float32)
     scale = tl.load(s + row * s_row + head * s_head).to(tl.float32)
+    if dt_bias is not None:
+        scale = softplus(scale + tl.load(dt_bias + head * bias_head).to(tl.float32))
+        scale = tl.minimum(tl.maximum(scale, lowest), highest)
+        if delta_t is not None:
+            scale = scale * tl.load(delta_t + row * delta_row).to(tl.float32)
+        log_decay = -tl.exp(log_decay) * scale
+    decay = tl.exp(log_decay)
     u = tl.load(x + row * x_row + head * x_head + p, mask=p < P, other=0.0).to(tl.float32)
     k = tl.load(B + row * B_row + group * B_group + n, mask=n < N, other=0.0).to(tl.float32)
     q = tl.load(C + row * C_row + group * C_group + n, mask=n < N, other=0.0).to(tl.float32)
@@ -87,4 +162,6 @@ def _step_kernel(
     out = tl.sum(h * q[None, :], 1)
     if D is not None:
         out += tl.load(D + head * D_head + p * D_p, mask=p < P, other=0.0).to(tl.float32) * u
+    if z is not None:
+        out = out * silu(tl.load(z + row * z_row + head * z_head + p, mask=p < P, other=0.0).to(tl.float32))
     tl.store(y + (row * HEADS + head) * P + p, out.to(y.dtype.element_ty), mask=p < P)

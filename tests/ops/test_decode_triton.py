@@ -1,0 +1,185 @@
+"""The ops of one token in every implementation against their float64 references: on the GPU, or in the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from everstate.core.errors import BackendError
+from everstate.core.op import REFERENCE
+from everstate.ops import add_rms_norm, argmax, linear, linear_conv_step_, mamba2_step_, use
+from everstate.ops.linear import limits
+
+BACKENDS = ["triton", "torch"]
+LOW = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+ROWS = [1, 3, 8]
+MANY_ROWS = [9, 33, 64]
+
+
+def draws(device: torch.device, dtype: torch.dtype) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    scale = weight.abs().amax(1) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def wide(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def exact(op: Any, *arguments: Any, **settings: Any) -> Any:
+    with use(REFERENCE):
+        return op(*(wide(a) for a in arguments), **{name: wide(v) for name, v in settings.items()})
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Norm of the difference, relative."""
+    assert got.shape == expected.shape
+    assert (got.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), LOW)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", ROWS + MANY_ROWS)
+def test_linear(
+    rows: int, backend: str, dtype: torch.dtype, tolerance: float, quantise: bool, kernel_device: torch.device
+) -> None:
+    if backend == "triton" and dtype is torch.float32 and rows > limits.EXACT_ROWS:
+        pytest.skip("refused, as another test says")
+    draw = draws(kernel_device, dtype)
+    for width, outputs in ((136, 70), (4100, 9)):
+        x, weight, bias, norm = draw(rows, width), draw(outputs, width), draw(outputs), draw(width)
+        weight, scale = quantised(weight) if quantise else (weight, None)
+        for settings in ({}, {"bias": bias}, {"norm": norm, "eps": 1e-3}, {"bias": bias, "norm": norm}):
+            if backend == "triton" and dtype is torch.float16 and rows > limits.EXACT_ROWS and "norm" in settings:
+                continue  # refused, as another test says
+            with use(backend):
+                got = linear(x, weight, scale=scale, **settings)
+            assert got.dtype is dtype
+            close(got, exact(linear, x, weight, scale=scale, **settings), tolerance)
+
+
+@pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_linear_with_a_convolution_behind_it(
+    rows: int, backend: str, taps: int, pool_dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    draw = draws(kernel_device, torch.bfloat16)
+    width, outputs, start, channels = 72, 90, 21, 50
+    x, weight, bias = draw(rows, width), draw(outputs, width), draw(outputs)
+    conv_weight, conv_bias, pool = draw(channels, taps), draw(channels), draw(rows + 2, channels, taps - 1)
+    pool, slots = pool.to(pool_dtype), torch.arange(rows + 2, device=kernel_device).flip(0)[:rows]
+    for bias_, where, activation in ((None, slots, "silu"), (bias, None, None)):
+        here = pool.clone() if where is not None else pool[:rows].clone()
+        there = here.double()
+        with use(backend):
+            got = linear_conv_step_(
+                x, weight, bias_, conv_weight, conv_bias, here, where, start=start, activation=activation
+            )
+        expected = exact(
+            linear_conv_step_,
+            x,
+            weight,
+            bias_,
+            conv_weight,
+            conv_bias,
+            there,
+            where,
+            start=start,
+            activation=activation,
+        )
+        for one, other in zip(got, expected, strict=True):
+            close(one, other, 1e-2)
+        assert here.dtype is pool_dtype
+        if taps > 1:
+            close(here, there, 6e-3)
+            assert where is None or torch.equal(here[:2], pool[:2])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), LOW)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_of_mamba2(
+    backend: str, state_dtype: torch.dtype, dtype: torch.dtype, tolerance: float, kernel_device: torch.device
+) -> None:
+    draw, narrow = draws(kernel_device, dtype), draws(kernel_device, torch.float32)
+    rows, heads, headdim, groups, d_state = 3, 4, 6, 2, 20
+    x, z, dt = draw(rows, heads, headdim), draw(rows, heads, headdim), draw(rows, heads) * 4
+    A_log, dt_bias, D = narrow(heads), narrow(heads) - 12, narrow(heads, headdim)
+    B, C, pool = draw(rows, groups, d_state), draw(rows, groups, d_state), narrow(5, heads, headdim, d_state)
+    pool, slots, delta_t = pool.to(state_dtype), torch.tensor([4, 0, 2], device=kernel_device), narrow(rows).abs()
+    for settings in (
+        {"z": z, "D": D}, {"D": D[:, 0]}, {"dt_limit": (0.01, 0.5), "delta_t": delta_t},
+    ):  # fmt: skip
+        here, there = pool.clone(), pool.double()
+        with use(backend):
+            got = mamba2_step_(x, dt, A_log, B, C, here, slots, dt_bias=dt_bias, **settings)
+        expected = exact(mamba2_step_, x, dt, A_log, B, C, there, slots, dt_bias=dt_bias, **settings)
+        assert got.dtype is dtype and here.dtype is state_dtype
+        low = state_dtype is torch.bfloat16
+        close(got, expected, max(tolerance, 6e-3 if low else 0))
+        close(here, there, 6e-3 if low else 1e-5)
+        assert torch.equal(here[[1, 3]], pool[[1, 3]])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), LOW)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sum_and_norm(backend: str, dtype: torch.dtype, tolerance: float, kernel_device: torch.device) -> None:
+    x, y, weight = draws(kernel_device, torch.float32)(3, 2, 70), *(
+        draws(kernel_device, dtype)(*shape) for shape in ((3, 2, 70), (70,))
+    )  # fmt: skip
+    with use(backend):
+        summed, normed = add_rms_norm(x, y, weight, eps=1e-3)
+    expected = exact(add_rms_norm, x, y, weight, eps=1e-3)
+    assert (summed.dtype, normed.dtype) == (torch.float32, dtype)
+    close(summed, expected[0], 1e-6)
+    close(normed, expected[1], tolerance)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rows": 65}, "takes 1 to 64 rows of bfloat16, not 65"),
+        ({"rows": 9, "dtype": torch.float32}, "takes 1 to 8 rows of float32, not 9"),
+        ({"weight_dtype": torch.float16}, "of one dtype"),
+        ({"gradient": True}, "no gradient"),
+        ({"rows": 9, "dtype": torch.float16, "norm": True}, "might overflow"),
+    ],
+)
+def test_what_a_linear_kernel_does_not_take(changes: Any, sentence: str, kernel_device: torch.device) -> None:
+    dtype = changes.get("dtype", torch.bfloat16)
+    draw = draws(kernel_device, dtype)
+    x, weight = draw(changes.get("rows", 1), 16), draw(3, 16).to(changes.get("weight_dtype", dtype))
+    with use("triton"), pytest.raises(BackendError, match=sentence):
+        linear(x, weight.requires_grad_(changes.get("gradient", False)), norm=draw(16) if "norm" in changes else None)
+
+
+def test_rows_do_not_meet(kernel_device: torch.device) -> None:
+    draw = draws(kernel_device, torch.bfloat16)
+    for rows in (4, 40):
+        x, weight, norm = draw(rows, 200), draw(50, 200), draw(200)
+        touched = x.clone()
+        touched[1] = draw(200)
+        with use("triton"):
+            before, after = (linear(u, weight, norm=norm) for u in (x, touched))
+        others = torch.arange(rows, device=kernel_device) != 1
+        assert torch.equal(before[others], after[others]) and not torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 7, 1000, 20_011])
+def test_the_first_of_the_largest(width: int, dtype: torch.dtype, kernel_device: torch.device) -> None:
+    x = draws(kernel_device, dtype)(3, width)
+    x[1] = 0.5
+    x[2, width // 2 :] = x.max() + 1
+    with use("triton"):
+        assert argmax(x).tolist() == [int(x[0].float().argmax()), 0, width // 2]
