@@ -87,7 +87,7 @@ class MasterAdamW(torch.optim.Optimizer):
             gradients = widened
         beta1, beta2 = group["betas"]
         fused_adamw(
-            masters, gradients, *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq")), [],
+            masters, gradients, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
             [s["step"] for s in states], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
