@@ -22,7 +22,7 @@ from everstate.core.errors import ConfigError, RequestError
 from everstate.core.packing import Packing
 from everstate.core.registry import Registry
 from everstate.core.state import Slots, gather, scatter_
-from everstate.ops import rms_norm
+from everstate.ops import add_rms_norm, rms_norm
 
 State = Any
 """A NamedTuple of tensors, or a tuple of such states; batch is dimension 0. See `everstate.core.state`."""
@@ -191,9 +191,16 @@ class RMSNorm(Special):
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """See `everstate.ops.rms_norm`."""
+        return rms_norm(x, self.factor(), eps=self.eps)
+
+    def add(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:
+        """`x + y`, and its norm in the dtype of y."""
+        return add_rms_norm(x, y, self.factor(), eps=self.eps)
+
+    def factor(self) -> Float[Tensor, " d"]:
+        """What the normalised numbers are multiplied by."""
         # Added in float32: next to 1, half precision would lose most of a small weight.
-        weight = 1 + self.weight.to(state_dtype(self.weight.dtype)) if self.one_plus else self.weight
-        return rms_norm(x, weight, eps=self.eps)
+        return 1 + self.weight.to(state_dtype(self.weight.dtype)) if self.one_plus else self.weight
 
 
 class LayerNorm(Special):
@@ -217,6 +224,11 @@ class LayerNorm(Special):
         dtype = state_dtype(x.dtype)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         return nn.functional.layer_norm(x.to(dtype), weight.shape, weight, bias, self.eps).to(x.dtype)
+
+    def add(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:
+        """`x + y`, and its norm in the dtype of y."""
+        x = x + y
+        return x, self(x).to(y.dtype)
 
 
 NormKind = Literal["rms", "rms1p", "layer"]

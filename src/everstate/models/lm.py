@@ -36,9 +36,19 @@ class Block(nn.Module):
         """What the mixer reads of the residual stream."""
         return (x if self.norm_after else self.norm(x)).to(dtype)
 
-    def add(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """The residual stream after the mixer has given `y`."""
-        return x + scaled(self.norm(y) if self.norm_after else y, self.multiplier)
+    def take(
+        self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"] | None, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b d"]]:
+        """The residual stream with what the block before gave it, and what the mixer reads of it."""
+        if y is None or self.norm_after:
+            x = x if y is None else x + y
+            return x, self.input(x, dtype)
+        x, h = self.norm.add(x, y)
+        return x, h.to(dtype)
+
+    def give(self, y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """What the residual stream is to be given of what the mixer gave."""
+        return scaled(self.norm(y) if self.norm_after else y, self.multiplier)
 
 
 class LM(nn.Module):
@@ -149,12 +159,13 @@ class LM(nn.Module):
     ) -> tuple[Float[Tensor, "b l d"], State]:
         """`forward` without the head: what a loss or a prefill needs, at a fraction of the memory of all logits."""
         self._check(tokens, state, packing)
-        x, after = self._embed(tokens), []
+        x, y, after = self._embed(tokens), None, []
         for block, before in zip(self.layers, state, strict=True):
-            y, new = block.mixer(block.input(x, self.dtype), before, packing, delta_t)
-            x = block.add(x, y)
+            x, h = block.take(x, y, self.dtype)
+            y, new = block.mixer(h, before, packing, delta_t)
+            y = block.give(y)
             after.append(new)
-        return self._finish(x), tuple(after)
+        return self._finish(x, y), tuple(after)
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
         """The head, applied to outputs of `hidden`."""
@@ -174,18 +185,23 @@ class LM(nn.Module):
         Raises `RequestError` for ids outside the vocabulary, and for rows that do not fit the tokens or occur twice.
         """
         self._check_step(tokens, state, slots)
-        x = self._embed(tokens)
+        x, y = self._embed(tokens), None
         for block, pool in zip(self.layers, state, strict=True):
-            x = block.add(x, block.mixer.step_(block.input(x, self.dtype), pool, slots, delta_t))
-        return self.logits(self._finish(x))
+            x, h = block.take(x, y, self.dtype)
+            y = block.give(block.mixer.step_(h, pool, slots, delta_t))
+        return self.logits(self._finish(x, y))
 
     def _embed(self, tokens: Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
         """The residual stream before the first block."""
         return scaled(self.embedding(tokens).to(state_dtype(self.dtype)), self.config.embedding_multiplier)
 
-    def _finish(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """What the head reads; the multiplier of the logits is in it, so that every loss has it too."""
-        return scaled(self.norm(x), self.config.logit_multiplier).to(self.dtype)
+    def _finish(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
+        """What the head reads, `y` being what the last block gave.
+
+        The multiplier of the logits is in it, so that every loss has it too.
+        """
+        h = self.norm(x) if y is None else self.norm.add(x, y)[1]
+        return scaled(h, self.config.logit_multiplier).to(self.dtype)
 
     def _check(self, tokens: Tensor, state: State, packing: Packing | None) -> None:
         """The border: what a user can get wrong about a segment."""

@@ -8,11 +8,12 @@ from everstate.ops.conv1d import causal_conv1d, causal_conv1d_step_
 from everstate.ops.cross_entropy import linear_cross_entropy
 from everstate.ops.delta import gated_delta_scan, gated_delta_step_
 from everstate.ops.experts import experts, route
+from everstate.ops.glu import glu
 from everstate.ops.linear_scan import linear_scan, linear_step_
 from everstate.ops.lti_conv import lti_conv
 from everstate.ops.lti_diagonal import lti_diagonal, lti_diagonal_step_, lti_kernel_diagonal
 from everstate.ops.lti_dplr import lti_dplr, lti_dplr_step_, lti_kernel_dplr
-from everstate.ops.norm import gated_rms_norm, rms_norm
+from everstate.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 from everstate.ops.rotary import rotary, rotate
 from everstate.ops.selective_scan import selective_scan, selective_step_
 from everstate.ops.ssd import ssd_scan, ssd_step_
@@ -22,6 +23,7 @@ __all__ = [
     "OPS",
     "AttentionState",
     "TrapezoidState",
+    "add_rms_norm",
     "anywhere",
     "attention",
     "attention_step_",
@@ -31,6 +33,7 @@ __all__ = [
     "gated_delta_scan",
     "gated_delta_step_",
     "gated_rms_norm",
+    "glu",
     "linear_cross_entropy",
     "linear_scan",
     "linear_step_",

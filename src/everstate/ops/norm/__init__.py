@@ -9,7 +9,7 @@ from torch.nn.functional import silu
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
-from everstate.ops.norm.limits import accepts_gated, accepts_norm
+from everstate.ops.norm.limits import accepts_add, accepts_gated, accepts_norm
 
 
 @op
@@ -48,7 +48,18 @@ def gated_rms_norm(
     return y.to(x.dtype)
 
 
+@op
+def add_rms_norm(
+    x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], *, eps: float = 1e-5
+) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b d"]]:
+    """`x + y`, and its `rms_norm` in the dtype of y: a residual stream x that takes in what a layer gave."""
+    x = x + y
+    return x, rms_norm.reference(x, weight, eps=eps).to(y.dtype)
+
+
 rms_norm.add("triton", "everstate.ops.norm.triton:rms_norm", accepts_norm)
 rms_norm.add("torch", "everstate.ops.norm.lean:rms_norm", anywhere)
 gated_rms_norm.add("triton", "everstate.ops.norm.triton:gated_rms_norm", accepts_gated)
 gated_rms_norm.add("torch", "everstate.ops.norm.lean:gated_rms_norm", anywhere)
+add_rms_norm.add("triton", "everstate.ops.norm.triton_add:add_rms_norm", accepts_add)
+add_rms_norm.add("torch", "everstate.ops.norm.lean:add_rms_norm", anywhere)

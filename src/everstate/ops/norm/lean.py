@@ -37,6 +37,14 @@ def gated_rms_norm(
     return y.to(x.dtype)
 
 
+def add_rms_norm(
+    x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], *, eps: float = 1e-5
+) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b d"]]:
+    """See `everstate.ops.add_rms_norm`."""
+    x = x + y
+    return x, rms_norm(x, weight, eps=eps).to(y.dtype)
+
+
 def _normalise(
     x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"] | None, eps: float, groups: int
 ) -> Float[Tensor, "*b d"]:

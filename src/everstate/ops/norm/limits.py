@@ -22,6 +22,11 @@ def accepts_gated(x: Tensor, z: Tensor, weight: Tensor | None, *, groups: int = 
     return refusal(x, z, weight) or _refusal_of_width(x, groups)
 
 
+def accepts_add(x: Tensor, y: Tensor, weight: Tensor, **settings: Any) -> str | None:
+    """Why the kernel of `add_rms_norm` does not serve these arguments, or None."""
+    return refusal(x, y, weight) or _refusal_of_width(x, 1)
+
+
 def _refusal_of_width(x: Tensor, groups: int) -> str | None:
     width = x.shape[-1] // groups
     if x.numel() == 0:
