@@ -36,13 +36,13 @@ class SSMPeer(nn.Module):
         self.norm_f = _norm()(model.config.d_model, eps=model.config.norm_eps, **place)
         self._copy_(model)
 
-    def forward(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
-        """What `LM.hidden` computes."""
+    def forward(self, tokens: Int[Tensor, "b l"], inference_params: Any = None) -> Float[Tensor, "b l d"]:
+        """What `LM.hidden` computes; `inference_params` hold the states of the layers, if these are to step."""
         from mamba_ssm.ops.triton.layer_norm import layer_norm_fn
 
         x, residual = self.embedding(tokens), None
         for layer in self.layers:
-            x, residual = layer(x, residual)
+            x, residual = layer(x, residual, inference_params=inference_params)
         return cast(
             Tensor,
             layer_norm_fn(
