@@ -119,4 +119,4 @@ def restore_optimizer_(model: nn.Module, optimizer: torch.optim.Optimizer, tenso
     parameters = dict(model.named_parameters())
     for path, value in tensors.items():
         name, _, key = path.rpartition(".")
-        optimizer.state[parameters[name]][key] = value
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
