@@ -204,7 +204,7 @@ def far_scan() -> Iterator[float]:
 def far_rows(name: str) -> Iterator[float]:
     """The last rows of many, alone; and their gradients."""
     width, kept = 2048, 50
-    given = rows(name, width, FAR // width + kept, torch.bfloat16)
+    given = {key: t.bfloat16() for key, t in rows(name, width, FAR // width + kept, torch.bfloat16).items()}
     timed = [key for key in given if key != "weight"]
     near = {key: value[-kept:].clone() if key in timed else value for key, value in given.items()}
     for inputs in (given, near):
