@@ -52,7 +52,7 @@ def file(tmp_path: Path) -> Path:
         ("train.cooldown=0.0", "not in (0, 1]"),
         ("train.min_lr=1.0", "above lr"),
         ("train.decay=cosin", "'cosine'"),
-        ("train.dtype=bfloat16", "'float32' or 'float64'"),
+        ("train.dtype=float16", "'float32', 'float64' or 'bfloat16'"),
         ("train.steps=0", "greater than 0"),
         ("train=3", "valid dictionary"),
     ],

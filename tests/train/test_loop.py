@@ -98,8 +98,13 @@ def test_a_run_leaves_a_model_its_metrics_and_its_checkpoint(make_recipe: MakeRe
 @pytest.mark.parametrize("model", [{}, HYBRID], ids=["ssm", "hybrid"])
 @pytest.mark.parametrize(
     "settings",
-    [{"log_every": 1}, {"log_every": 4, "save_every": 0}, {"log_every": 4, "state_passing": False, "accumulate": 1}],
-    ids=["each step", "within a line", "no state passing"],
+    [
+        {"log_every": 1},
+        {"log_every": 4, "save_every": 0},
+        {"log_every": 4, "state_passing": False, "accumulate": 1},
+        {"log_every": 4, "dtype": "bfloat16"},
+    ],
+    ids=["each step", "within a line", "no state passing", "half precision"],
 )
 def test_a_resumed_run_is_the_uninterrupted_run(
     make_recipe: MakeRecipe, tmp_path: Path, model: dict[str, Any], settings: dict[str, Any]

@@ -7,7 +7,7 @@ from torch import nn
 
 from everstate.mixers.base import Special
 from everstate.models import LM, ModelConfig
-from everstate.train.optim import adamw, optimizer_tensors, parameter_groups, restore_optimizer_
+from everstate.train.optim import MasterAdamW, adamw, optimizer_tensors, parameter_groups, restore_optimizer_
 
 
 def tiny() -> LM:
@@ -62,7 +62,7 @@ def test_a_restored_optimizer_goes_on_as_the_first() -> None:
             model(tokens, model.init_state(1))[0].square().mean().backward()
             optimizer.step()
 
-    def build() -> tuple[LM, torch.optim.AdamW]:
+    def build() -> tuple[LM, torch.optim.Optimizer]:
         model = tiny()
         return model, adamw(model, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
@@ -73,4 +73,44 @@ def test_a_restored_optimizer_goes_on_as_the_first() -> None:
     restore_optimizer_(second, other, {k: t.clone() for k, t in optimizer_tensors(first, one).items()})
     steps(first, one, 3)
     steps(second, other, 3)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_steps_too_small_for_bfloat16_add_up_in_the_master_copy() -> None:
+    """The same gradients give the masters what torch's AdamW gives weights of float32."""
+    settings = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    low, wide = (LM(ModelConfig(d_model=32, vocab_size=11, layout="mamba2"), dtype=dtype) for dtype in
+                 (torch.bfloat16, torch.float32))  # fmt: skip
+    wide.load_state_dict(low.state_dict())
+    begun = [p.detach().clone() for p in wide.parameters()]
+    optimizers = adamw(low, **settings), adamw(wide, **settings)
+    assert (type(optimizers[0]), type(optimizers[1])) == (MasterAdamW, torch.optim.AdamW)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        for p, q in zip(low.parameters(), wide.parameters(), strict=True):
+            p.grad = (torch.randn(p.shape, generator=generator) + 0.5).to(p.dtype)
+            q.grad = p.grad.to(q.dtype)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, start in zip(low.parameters(), wide.parameters(), begun, strict=True):
+        master = optimizers[0].state[p].get("master", p)
+        assert master.dtype == torch.float32
+        assert torch.equal(master, q) and not torch.equal(q, start)
+        assert torch.equal(p, q.to(p.dtype))
+
+
+def test_a_restored_master_goes_on_as_the_first() -> None:
+    def steps(model: LM, optimizer: torch.optim.Optimizer) -> None:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.3)
+        optimizer.step()
+
+    first, second = (LM(ModelConfig(d_model=32, vocab_size=11, layout="mamba2"), dtype=torch.bfloat16, seed=s)
+                     for s in (0, 1))  # fmt: skip
+    one, other = (adamw(m, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1) for m in (first, second))
+    steps(first, one)
+    second.load_state_dict(first.state_dict())
+    restore_optimizer_(second, other, {k: t.clone() for k, t in optimizer_tensors(first, one).items()})
+    steps(first, one)
+    steps(second, other)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

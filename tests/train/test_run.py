@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from everstate.core.errors import ConfigError
 from everstate.data import Batch, Document, Loader, Texts
 from everstate.models import LM, ModelConfig
 from everstate.ops import linear_cross_entropy
@@ -108,3 +110,36 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_mean_over_all_batches(ma
     for one, other in zip(run.model.parameters(), model.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-8, atol=1e-12)
     assert run.tokens == 2 * 3 * 2 * 24
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_line(make_recipe: MakeRecipe) -> None:
+    for name, sentence in (("gpu", "names no device"), ("cuda:99", "PyTorch sees .* GPUs here")):
+        with pytest.raises(ConfigError, match=sentence):
+            Run(make_recipe(train={"device": name}), ByteTokenizer(), documents(*TEXTS))
+
+
+def test_a_run_in_bfloat16_learns_what_one_in_float32_learns(make_recipe: MakeRecipe) -> None:
+    """Rates at which no step of bfloat16 weights would show: only their float32 copies add them up."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        run = Run(make_recipe(train={"dtype": dtype}), ByteTokenizer(), documents(*TEXTS))
+        assert run.model.dtype == getattr(torch, dtype)
+        for _ in range(30):
+            run.sums.zero_()
+            run.step_(3e-4)
+        losses[dtype] = run.sums[0].item()
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_on_a_gpu_learns_what_one_on_a_cpu_learns(dtype: str, make_recipe: MakeRecipe) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    losses = {}
+    for device in ("cpu", "cuda"):
+        run = Run(make_recipe(train={"device": device, "dtype": dtype}), ByteTokenizer(), documents(*TEXTS))
+        for _ in range(10):
+            run.step_(1e-2)
+        losses[device] = run.sums[0].item()
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-4 if dtype == "float32" else 0.05)

@@ -19,6 +19,7 @@ from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
+from everstate.bench.peer_decode import peer_steps
 from everstate.bench.report import Row, machine, publish
 from everstate.bench.timing import Gate, Timing, relative_error, with_threads
 from everstate.core.env import cpu_threads
@@ -68,10 +69,12 @@ def run(
         lm = build(plan)
         weights = weight_bytes(lm)
         rows: list[Row] = []
+        left_out: list[str] = []
         for batch in batches:
             status.update(f"{batch} sequences")
             for state_dtype in (None, torch.bfloat16) if device != "cpu" else (None,):
                 rows += speed(lm, plan, batch, state_dtype)
+            rows += peer_steps(lm, plan.kind, batch, plan.steps, rows[-1], left_out)
         status.update(f"a stream of {plan.old:,} tokens")
         rows += ageing(lm, plan)
         if device != "cpu":
@@ -80,6 +83,7 @@ def run(
                 status.update(f"{batch} sequences, int8 weights")
                 rows += speed(lm, plan, batch, torch.bfloat16)
     facts = {"model": model, "quick": quick, "machine": machine(torch.device(device)), "weight_bytes": weights}
+    facts["left_out"] = left_out
     return publish("decode", rows, facts, now, output)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,7 @@ class Row:
     timing: None if only the gate was asked for, or if it did not pass.
     ratio, ratio_of: the figure that counts, and its unit, such as 4.2 times "the speed of transformers".
     state_bytes: held by one sequence meanwhile, where that is the point.
+    figures: what else was measured, by name and unit such as `first_s`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     ratio: float | None = None
     ratio_of: str = ""
     state_bytes: int | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     def table(self) -> dict[str, Any]:
         """As plain values."""
@@ -49,6 +51,7 @@ class Row:
             facts |= {"repeats": len(self.timing.seconds), "tokens_per_second": self.tokens / self.timing.median}
         if self.ratio is not None:
             facts |= {"ratio": self.ratio, "ratio_of": self.ratio_of}
+        facts |= self.figures
         return facts if self.state_bytes is None else {**facts, "state_bytes": self.state_bytes}
 
 
@@ -96,10 +99,16 @@ def _commit() -> str:
 def publish(
     benchmark: str, rows: Sequence[Row], facts: dict[str, Any], now: datetime, output: Path | None
 ) -> dict[str, Any]:
-    """Print the table, and as the last line the whole result as JSON; write that to `output` too."""
+    """Print the table, and as the last line the whole result as JSON; write that to `output` too.
+
+    `facts["left_out"]`, where there is one, are sentences for the reader, as about a peer that is not there.
+    """
     result = {"benchmark": benchmark, "date": now.isoformat(timespec="seconds"), **facts}
     result |= {"passed": all(row.gate.passed for row in rows), "rows": [row.table() for row in rows]}
-    Console().print(_table(benchmark, rows))
+    console = Console()
+    console.print(_table(benchmark, rows))
+    for sentence in dict.fromkeys(facts.get("left_out", [])):
+        console.print(f"left out: {sentence}", markup=False, highlight=False)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -131,4 +140,6 @@ def _comparison(row: Row) -> str:
         return f"[red]wrong by {row.gate.error:.0e}[/]"
     if row.ratio is not None:
         return f"{row.ratio:.2f} x {row.ratio_of}"
+    if row.figures:
+        return ", ".join(f"{name} {value:.3g}" for name, value in row.figures.items())
     return f"error {row.gate.error:.0e}"

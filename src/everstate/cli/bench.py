@@ -52,6 +52,37 @@ def decode(
 
 
 @app.command()
+def prefill(
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Kind and size; repeat.")] = None,
+    quick: Annotated[bool, typer.Option(help="Tiny models: seconds instead of minutes.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+) -> None:
+    """Whole models with random weights read a prompt of 8,192 tokens."""
+    from everstate.bench import prefill as measure
+
+    models = tuple(model or ("mamba2-130m", "mamba2-1.3b", "mamba2-2.7b"))
+    result = measure.run(models=models, quick=quick, device=device, output=output, now=datetime.now(UTC))
+    raise typer.Exit(0 if result["passed"] else 1)
+
+
+@app.command()
+def train(
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="mamba1, mamba2 ...; repeat.")] = None,
+    quick: Annotated[bool, typer.Option(help="Tiny models: seconds instead of minutes.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also time the step under torch.compile.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+) -> None:
+    """A training step of models of about 360M parameters."""
+    from everstate.bench import train as measure
+
+    models, now = tuple(model or ("mamba2", "mamba3")), datetime.now(UTC)
+    result = measure.run(models=models, quick=quick, compiled=compiled, device=device, output=output, now=now)
+    raise typer.Exit(0 if result["passed"] else 1)
+
+
+@app.command()
 def load(
     gigabytes: Annotated[float, typer.Option(min=1.0, help="Size of the checkpoint, on disk and in memory.")] = 2.0,
     repeats: Annotated[int, typer.Option(min=1, help="Turns that are counted.")] = 5,

@@ -14,7 +14,8 @@ from torch import Tensor
 from everstate.core.config import Config
 from everstate.core.errors import ConfigError
 from everstate.mixers.base import ChannelMixer, Linear, Multiplier, init_linear_, scaled
-from everstate.ops.activations import Activation, activate
+from everstate.ops import glu
+from everstate.ops.activations import ACTIVATIONS, Activation
 
 
 class MLPConfig(Config):
@@ -58,7 +59,8 @@ class MLP(ChannelMixer):
         if config.gate_multiplier != 1.0:
             gate, up = h.chunk(2, -1)
             h = torch.cat([gate * config.gate_multiplier, up], -1)
-        return scaled(self.out_proj(activate(h, config.activation, config.gated)), config.out_multiplier)
+        h = glu(h, config.activation) if config.gated else ACTIVATIONS[config.activation](h)
+        return scaled(self.out_proj(h), config.out_multiplier)
 
     def flops_per_token(self, context: int) -> int:
         return 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())

@@ -44,15 +44,12 @@ class Block(nn.Module):
         if y is None or self.norm_after:
             x = x if y is None else x + y
             return x, self.input(x, dtype)
-        return self.norm.add(x, y)
+        x, h = self.norm.add(x, y)
+        return x, h.to(dtype)
 
     def give(self, y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """What the residual stream is to be given of what the mixer gave."""
         return scaled(self.norm(y) if self.norm_after else y, self.multiplier)
-
-    def add(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """The residual stream after the mixer has given `y`."""
-        return x + self.give(y)
 
 
 class LM(nn.Module):
@@ -186,12 +183,13 @@ class LM(nn.Module):
     ) -> tuple[Float[Tensor, "b l d"], State]:
         """`forward` without the head: what a loss or a prefill needs, at a fraction of the memory of all logits."""
         self._check(tokens, state, packing)
-        x, after = self._embed(tokens), []
+        x, y, after = self._embed(tokens), None, []
         for block, before in zip(self.layers, state, strict=True):
-            y, new = block.mixer(block.input(x, self.dtype), before, packing, delta_t)
-            x = block.add(x, y)
+            x, h = block.take(x, y, self.dtype)
+            y, new = block.mixer(h, before, packing, delta_t)
+            y = block.give(y)
             after.append(new)
-        return self._finish(x), tuple(after)
+        return self._finish(x, y), tuple(after)
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
         """The head, applied to outputs of `hidden`."""

@@ -89,7 +89,10 @@ class TrainSettings(Config):
     state_passing: bool = True
     """Whether a segment, in training and in evaluation, starts from the state at the end of the one before it."""
     seed: NonNegativeInt = 0
-    dtype: Literal["float32", "float64"] = "float32"
+    device: str = "cpu"
+    """Where the model is trained: cpu, cuda, cuda:1."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of the weights. What a step changes are float32 copies of weights of bfloat16."""
     threads: NonNegativeInt = 0
     """0 for all cores that the process may use."""
     log_every: PositiveInt = 10
@@ -117,7 +120,7 @@ class TrainSettings(Config):
 # tokenizer are the same is seen from themselves.
 FREE = frozenset(
     {"data.path", "data.tokenizer"}
-    | {f"train.{key}" for key in ("out", "steps", "tokens", "epochs", "minutes", "threads")}
+    | {f"train.{key}" for key in ("out", "steps", "tokens", "epochs", "minutes", "device", "threads")}
     | {f"train.{key}" for key in ("log_every", "eval_every", "eval_bytes", "save_every")}
     | {f"train.{key}" for key in ("lr", "min_lr", "warmup", "decay", "cooldown", "clip")}
 )

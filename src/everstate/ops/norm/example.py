@@ -21,5 +21,11 @@ def _norm_before_gate(draw: Draw, batch: int, length: int, sequences: int) -> Ex
     return example._replace(fixed={**example.fixed, "norm_before_gate": True})
 
 
+def _add(draw: Draw, batch: int, length: int, sequences: int) -> Example:
+    timed = {"x": draw.normal(batch, length, 12), "y": draw.normal(batch, length, 12)}
+    return Example(timed=timed, fixed={"weight": draw.normal(12)}, packs=False)
+
+
 rms_norm: Variants = {"groups": _norm}
 gated_rms_norm: Variants = {"norm after gate": _gated, "norm before gate": _norm_before_gate}
+add_rms_norm: Variants = {"residual": _add}

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from everstate.core.kernels import refusal
-from everstate.ops.limits import step_refusal
 
 WIDEST = 16_384
 """Numbers of a row that a program holds in registers."""
@@ -25,7 +24,7 @@ def accepts_gated(x: Tensor, z: Tensor, weight: Tensor | None, *, groups: int = 
 
 def accepts_add(x: Tensor, y: Tensor, weight: Tensor, **settings: Any) -> str | None:
     """Why the kernel of `add_rms_norm` does not serve these arguments, or None."""
-    return step_refusal(x, y, weight) or _refusal_of_width(x, 1)
+    return refusal(x, y, weight) or _refusal_of_width(x, 1)
 
 
 def _refusal_of_width(x: Tensor, groups: int) -> str | None:

@@ -1,0 +1,139 @@
+"""`everstate bench prefill`: whole models read one prompt of 8,192 tokens, by kind and size, beside peers.
+
+Random weights of published shapes. The time is that of `prefill_`, as a user sees it: from a list of tokens to the
+logits after them and the state that decoding goes on from. A peer computes the same outputs, and keeps no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from rich.console import Console
+from torch import Tensor
+
+from everstate.bench.build import build, preferred, weight_bytes
+from everstate.bench.decode import KINDS, TINY, VOCABULARY, WIDTHS
+from everstate.bench.kernels import norm_error
+from everstate.bench.peer import PEER_NAME, Peer, available
+from everstate.bench.peer_ssm import SSMPeer, name_of, unavailable
+from everstate.bench.report import Row, machine, publish
+from everstate.bench.timing import Gate, Timing, interleave, with_threads
+from everstate.core.env import cpu_threads
+from everstate.core.errors import ConfigError
+from everstate.core.op import REFERENCE
+from everstate.core.state import nbytes
+from everstate.engine.runner import prefill_
+from everstate.models import LM, ModelConfig
+from everstate.ops import use
+
+LENGTH, QUICK_LENGTH = 8192, 300
+REPEATS = 10
+ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest error of what the head reads, of norms, over all tokens."""
+SPLIT = 1000
+"""Tokens of the segments that must say the same as one pass; no multiple of a chunk."""
+
+
+def run(*, models: tuple[str, ...], quick: bool, device: str, output: Path | None, now: datetime) -> dict[str, Any]:
+    """Measure, print a table and a line of JSON, write that to `output`, and return it.
+
+    A model is a kind and a size, such as `mamba2-1.3b`. `quick` takes tiny models, which proves only that everything
+    works. Raises `ConfigError` for a model that has no published shape.
+    """
+    for model in models:
+        kind, _, size = model.partition("-")
+        if kind not in KINDS or size not in WIDTHS:
+            known = f"{', '.join(KINDS)}, a dash, and {', '.join(WIDTHS)}"
+            raise ConfigError(f"bench prefill: {model!r} is not one of {known}")
+    rows: list[Row] = []
+    left_out: list[str] = []
+    with with_threads(cpu_threads()), Console(stderr=True).status("starting") as status:
+        for model in models:
+            status.update(model)
+            rows += prefills(model, quick, device, left_out)
+    facts = {"quick": quick, "machine": machine(torch.device(device)), "left_out": left_out}
+    return publish("prefill", rows, facts, now, output)
+
+
+def prefills(name: str, quick: bool, device: str, left_out: list[str]) -> Iterator[Row]:
+    """Ours and every peer of one model, in turn."""
+    kind, _, size = name.partition("-")
+    width, layers = TINY if quick else WIDTHS[size]
+    length = QUICK_LENGTH if quick else LENGTH
+    model = build(
+        ModelConfig(d_model=width, vocab_size=VOCABULARY, layout=f"{layers} * ({kind})"), device, preferred(device)
+    )
+    tokens = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    prompt, state = tokens.tolist(), model.init_state(1)
+    calls: dict[str, Callable[[], object]] = {name: lambda: prefill_(model, prompt, state)}
+    gates = {name: exact_gate(model, tokens)}
+    for peer, hidden, logits in peers_of(model, kind, left_out):
+        gates[peer] = Gate(norm_error(hidden(tokens), hidden_of(model, tokens).double()), ALLOWED[model.dtype])
+        calls[peer] = _last_logits(hidden, logits, tokens)
+    timings = interleave(calls, gates[name], REPEATS, device)
+    first = timings.get(name)
+    yield Row(
+        f"{name} {length:,}", length, gates[name], first, state_bytes=nbytes(state), figures=_of_limit(model, first)
+    )
+    for peer, timing in timings.items():
+        if peer != name and first is not None:
+            yield Row(f"  {peer}", length, gates[peer], timing, ratio=timing.ratio(first), ratio_of="the time")
+
+
+@torch.no_grad()
+def exact_gate(model: LM, tokens: Int[Tensor, "1 l"]) -> Gate:
+    """Against the torch forms in float32 over all tokens, and against reading in segments."""
+    hidden = hidden_of(model, tokens)
+    exact = build(model.config, model.device, torch.float32)
+    exact.load_state_dict(model.state_dict())
+    with use("torch", REFERENCE):
+        error = norm_error(hidden, hidden_of(exact, tokens).double())
+    parts, state = [], model.init_state(1)
+    for segment in tokens.split(min(SPLIT, tokens.shape[1] // 2 + 1), 1):
+        part, state = model.hidden(segment, state)
+        parts.append(part)
+    return Gate(max(error, norm_error(torch.cat(parts, 1), hidden.double())), ALLOWED[model.dtype])
+
+
+@torch.no_grad()
+def hidden_of(model: LM, tokens: Int[Tensor, "b l"]) -> Tensor:
+    """What the head reads."""
+    return model.hidden(tokens, model.init_state(len(tokens)))[0]
+
+
+Function = Callable[[Tensor], Tensor]
+
+
+def peers_of(model: LM, kind: str, left_out: list[str]) -> Iterator[tuple[str, Function, Function]]:
+    """Name, hidden outputs of tokens and logits of hidden outputs of the peers that there are."""
+    why = unavailable(kind) if model.device.type == "cuda" else "mamba_ssm runs on a GPU"
+    if why is None:
+        peer = SSMPeer(model, model.dtype)
+        yield name_of(kind), torch.no_grad()(peer.forward), peer.logits
+    else:
+        left_out.append(why)
+    if not available(kind):
+        left_out.append(f"transformers is not installed or has no {kind}")
+    elif model.device.type == "cuda":
+        # Without kernels of its own it makes tensors of tens of gigabytes, or a loop over all tokens.
+        left_out.append(f"{PEER_NAME} on a GPU without the packages of kernels that it wants")
+    else:
+        other = Peer(model)
+        yield PEER_NAME, other.hidden, model.logits
+
+
+def _last_logits(hidden: Function, logits: Function, tokens: Tensor) -> Callable[[], object]:
+    return lambda: logits(hidden(tokens)[:, -1])
+
+
+def _of_limit(model: LM, timing: Timing | None) -> dict[str, float]:
+    """Part of the rate of a large product that the matrices of the model alone ask for."""
+    if timing is None or model.device.type == "cpu":
+        return {}
+    flops = 2 * (weight_bytes(model) / model.embedding.weight.element_size() - model.embedding.weight.numel()) * LENGTH
+    return {"of_peak": flops / timing.median / 790e12}

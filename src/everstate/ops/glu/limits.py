@@ -1,0 +1,17 @@
+"""What the Triton kernel of the gated activation cannot take. Read without Triton, which need not be there."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from everstate.core.kernels import refusal
+from everstate.ops.activations import Activation
+
+
+def accepts(h: Tensor, activation: Activation = "silu") -> str | None:
+    """Why the kernel of `glu` does not serve these arguments, or None."""
+    if activation not in ("silu", "relu2"):
+        return f"takes silu and relu2, not {activation}"
+    if h.numel() == 0:
+        return "was given no rows"
+    return refusal(h)

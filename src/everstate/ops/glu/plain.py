@@ -1,0 +1,13 @@
+"""The gated activation in the dtype of its input, in which PyTorch has each part."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from everstate.ops.activations import Activation, activate
+
+
+def glu(h: Float[Tensor, "*b f2"], activation: Activation = "silu") -> Float[Tensor, "*b f"]:
+    """See `everstate.ops.glu`."""
+    return activate(h, activation, True)
