@@ -3,7 +3,7 @@
 The formulas are those of `everstate.ops.ssd.chunked`. What is different here:
 
 - Few long sequences are cut into segments, as `everstate.ops.triton_segments` says.
-- `C B^T` of a chunk is the same for all heads of a group. A kernel of its own computes it once.
+- `C B^T` is made again for every head of a group: loaded, it would have to be rounded first.
 - Backward keeps no activations but the inputs. Two sweeps write the state that enters each chunk and the gradient of
   the state that leaves it; then every chunk is independent, and programs loop over heads: so B and C are loaded once,
   and their gradients are sums in registers.
@@ -71,7 +71,7 @@ def _scan(
     y, final = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
     tile = min(call.block_p, TILE_P)
     _scan_kernel[call.walkers](
-        call.rows(call.x, tile), call.decays, call.scales, call.rows(call.B), call.rows(call.C), call.gram(),
+        call.rows(call.x, tile), call.decays, call.scales, call.rows(call.B), call.rows(call.C),
         call.diagonal, D, call.entering(call.x, call.B, state, reverse=False), call.rows(rows_of(y), tile), final,
         call.plan.chunks, call.plan.segments, *call.strides, **call.sizes,
         SKIP=call.skip, BLOCK_P=tile, num_warps=call.warps, num_stages=call.stages(2),
@@ -233,14 +233,6 @@ class _Call:
             splits *= 2
         return splits
 
-    def gram(self) -> Float[Tensor, "chunks g q q"]:
-        """What of `C B^T` entries of a chunk receive from each other, for every chunk and group."""
-        gram = self.x.new_empty(len(self.plan.chunks), self.groups, CHUNK, CHUNK)
-        _gram_kernel[(len(self.plan.chunks) * self.groups,)](
-            self.B, self.C, gram, self.plan.chunks, *self.strides[2:], **_only(self.sizes, _GRAM)
-        )
-        return gram
-
     def entering(self, x: Tensor, keys: Tensor, state: Tensor, *, reverse: bool) -> Float[Tensor, "segments h p n"]:
         """The state that enters each segment; reversed in time, the gradient of the state that leaves it."""
         segments, sequences = self.plan.segments, self.plan.sequences
@@ -308,7 +300,6 @@ class _Call:
         return dB.sum(0) if splits > 1 else dB[0], dC.sum(0) if splits > 1 else dC[0]
 
 
-_GRAM = ("GROUPS", "N", "RANK", "BLOCK", "BLOCK_N", "PRECISION")
 _SWEEP = ("HEADS", "GROUPS", "P", "N", "RANK", "BLOCK", "BLOCK_N", "PRECISION", "FULL")
 _KEYS = ("HEADS", "GROUPS", "P", "N", "RANK", "BLOCK", "BLOCK_N", "PRECISION")
 
@@ -419,27 +410,8 @@ def _load_decays(decays, scales, chunk, head, HEADS: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _gram_kernel(
-    B, C, gram, chunks, B_token, B_group, C_token, C_group,
-    GROUPS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One program per chunk and group: `C B^T`, zero where an entry receives nothing."""
-    chunk, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
-    at, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK_N)
-    start = tl.load(chunks + 2 * chunk)
-    inside = start + at < tl.load(chunks + 2 * chunk + 1)
-    dtype = gram.dtype.element_ty
-    k = load_rows(B + group * B_group, start, at, inside, n, B_token, N).to(dtype)
-    q = load_rows(C + group * C_group, start, at, inside, n, C_token, N).to(dtype)
-    product = tl.where(_receives(at[:, None], at[None, :], RANK), dot(q, tl.trans(k), None, PRECISION), 0.0)
-    out = gram + tl.program_id(0).to(tl.int64) * BLOCK * BLOCK
-    tl.store(out + at[:, None] * BLOCK + at[None, :], product.to(dtype))
-
-
-@triton.jit
 def _scan_kernel(
-    x, decays, scales, B, C, gram, diagonal, D, entering, y, final, chunks, segments,
+    x, decays, scales, B, C, diagonal, D, entering, y, final, chunks, segments,
     x_token, x_head, B_token, B_group, C_token, C_group,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, SKIP: tl.constexpr,
@@ -457,16 +429,14 @@ def _scan_kernel(
     place, exists = _place(p, n, P, N)
     h = tl.load(entering + (segment * HEADS + head) * P * N + place, mask=exists, other=0.0)
     skip = _load_skip(D, head, p, P, SKIP)
-    grams = gram + group * BLOCK * BLOCK + (at[:, None] * BLOCK + at[None, :])
     for step in range(count):
         inside = (at < EACH) & (start + at < end)
         cs, last, scale = _load_decays(decays, scales, first + step, head, HEADS, BLOCK)
         u = _load_tile(x, start, at, inside, head * x_head, p, p0, x_token, P, FULL)
         k = _load_tile(B, start, at, inside, group * B_group, n, 0, B_token, N, FULL).to(u.dtype)
         q = _load_tile(C, start, at, inside, group * C_group, n, 0, C_token, N, FULL).to(u.dtype)
-        product = tl.load(grams + (first + step).to(tl.int64) * (GROUPS * BLOCK * BLOCK)).to(tl.float32)
-        # Where nothing is received, product is zero, and the bound keeps the power finite.
-        weights = product * tl.exp2(tl.minimum(cs[:, None] - cs[None, :], 126.0)) * scale[None, :]
+        weights = dot(q, tl.trans(k), None, PRECISION) * tl.exp2(cs[:, None] - cs[None, :]) * scale[None, :]
+        weights = tl.where(_receives(at[:, None], at[None, :], RANK), weights, 0.0)
         if RANK > 1:
             weights += _own(diagonal, start, at[:, None], at[None, :], head, end, HEADS, RANK)
         out = dot(q, h.to(u.dtype), None, PRECISION) * tl.exp2(cs)[:, None]
