@@ -150,8 +150,9 @@ def mean_loss(model: LM) -> Callable[[Tensor], Tensor]:
 
     def loss(tokens: Int[Tensor, "b l1"]) -> Float[Tensor, ""]:
         hidden, _ = model.hidden(tokens[:, :-1], model.init_state(len(tokens), context=0))
-        softcap = model.config.logit_softcap
-        return linear_cross_entropy(hidden, model.head_weight, tokens[:, 1:], softcap=softcap).mean()
+        softcap, targets = model.config.logit_softcap, tokens[:, 1:]
+        total = linear_cross_entropy(hidden, model.head_weight, targets, softcap=softcap, reduction="sum")
+        return total / targets.numel()
 
     return loss
 

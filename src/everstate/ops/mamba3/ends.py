@@ -96,7 +96,8 @@ def leave(
         y = gated_norm(y.flatten(-2), gate.flatten(-2), layer.norm, **settings).unflatten(-1, (heads, -1))
     if layer.mimo_o is not None:
         y = y * layer.mimo_o.transpose(0, 1)
-    return y.sum(-3).flatten(-2).to(z.dtype)
+    y = y.squeeze(-3) if y.shape[-3] == 1 else y.sum(-3)  # a sum of one would be a copy
+    return y.flatten(-2).to(z.dtype)
 
 
 def heavy_tail(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
