@@ -252,10 +252,9 @@ def _conv_kernel(
     if bias is not None:
         constant += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
     window = _past(x, past, before, x_token, state_k, inside, K)
-    # Loads begin a group ahead: the compiler moves none before a store.
-    coming = _group(x, 0, count, x_token, inside, GROUP)
     for first in range(0, count, GROUP):
-        inputs, coming = coming, _group(x, first + GROUP, count, x_token, inside, GROUP)
+        # All loads before the first store, behind which the compiler would not move them.
+        inputs = _group(x, first, count, x_token, inside, GROUP)
         for i in tl.static_range(GROUP):
             window = window + (inputs[i].to(tl.float32),)
             out = _product(window, taps, constant, K)
@@ -344,13 +343,9 @@ def _chunk_gradients(
     window, slopes = _past(x, past, before, x_token, state_k, inside, K), ()
     for _ in tl.static_range(K - 1):
         slopes = slopes + (tl.zeros(inside.shape, tl.float32),)
-    coming, coming_upstream = (
-        _group(x, 0, rest, x_token, inside, GROUP),
-        _group(dy, 0, rest, dy_token, inside, GROUP),
-    )
     for first in range(0, count + K - 1, GROUP):
-        inputs, coming = coming, _group(x, first + GROUP, rest, x_token, inside, GROUP)
-        upstream, coming_upstream = coming_upstream, _group(dy, first + GROUP, rest, dy_token, inside, GROUP)
+        inputs = _group(x, first, rest, x_token, inside, GROUP)
+        upstream = _group(dy, first, rest, dy_token, inside, GROUP)
         for i in tl.static_range(GROUP):
             window = window + (inputs[i].to(tl.float32),)
             slope = _slope(upstream[i], window, taps, constant, K, SILU)

@@ -17,8 +17,8 @@ from torch import Tensor
 from everstate.ops.cross_entropy import IGNORE
 from everstate.ops.triton_common import LOG2E
 
-LOGITS = 2**27
-"""Logits in memory at a time: 256 MB in bfloat16, enough tokens to fill the GPU in each product."""
+MEMORY = 2**29
+"""Bytes of logits at a time. With each chunk the gradient of the weight is read and written once more."""
 
 BLOCK = 8192
 """Logits of a token that a program takes at a time."""
@@ -37,7 +37,7 @@ def linear_cross_entropy(
     reduction: str = "none",
 ) -> Float[Tensor, "*t"] | Float[Tensor, ""]:
     """See `everstate.ops.linear_cross_entropy`."""
-    rows, size = x.flatten(0, -2), chunk_size or _chunk_of(weight.shape[0])
+    rows, size = x.flatten(0, -2), chunk_size or _chunk_of(weight.shape[0] * x.element_size())
     inputs = (rows, weight, bias, targets.flatten().contiguous(), softcap, size)
     if reduction == "none":
         losses: Tensor = _losses(*inputs)[0]
@@ -47,9 +47,9 @@ def linear_cross_entropy(
     return summed
 
 
-def _chunk_of(vocabulary: int) -> int:
+def _chunk_of(bytes_of_a_token: int) -> int:
     """Tokens whose logits fit, in whole tiles of a product."""
-    fitting = max(LOGITS // vocabulary, 1)
+    fitting = max(MEMORY // bytes_of_a_token, 1)
     return fitting if fitting < 256 else fitting // 256 * 256
 
 

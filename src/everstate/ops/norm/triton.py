@@ -145,6 +145,16 @@ def _norm_kernel(
 
 
 @triton.jit
+def _read_row(x, dy, z, row, x_row, dy_row, z_row, columns, inside, MODE: tl.constexpr):
+    """A row of each, that of x in place of z where there is none."""
+    own_x = _read(x, row, x_row, columns, inside)
+    own_z = own_x
+    if MODE != 0:
+        own_z = _read(z, row, z_row, columns, inside)
+    return own_x, _read(dy, row, dy_row, columns, inside), own_z
+
+
+@triton.jit
 def _norm_backward_kernel(
     dy, x, z, weight, dx, dz, sums, rows, dy_row, x_row, z_row, eps,
     GROUPS: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -156,19 +166,19 @@ def _norm_backward_kernel(
     if weight is not None:
         scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     summed = tl.zeros((BLOCK,), tl.float32)
-    # Each row is on its way while the one before is worked on.
+    # Each row is on its way while the one before is worked on, if there are registers for both.
+    AHEAD: tl.constexpr = BLOCK <= 4096
     row = tl.program_id(0)
-    next_x, next_dy = _read(x, row, x_row, columns, inside), _read(dy, row, dy_row, columns, inside)
-    next_z = next_x
-    if MODE != 0:
-        next_z = _read(z, row, z_row, columns, inside)
+    own_x, own_dy, own_z = _read_row(x, dy, z, row, x_row, dy_row, z_row, columns, inside, MODE)
     for _ in range(row, rows, tl.num_programs(0)):
         at_row, row = row, row + tl.num_programs(0)
-        given, upstream, logit = next_x.to(tl.float32), next_dy.to(tl.float32), next_z.to(tl.float32)
-        coming = inside & (row < rows)
-        next_x, next_dy = _read(x, row, x_row, columns, coming), _read(dy, row, dy_row, columns, coming)
-        if MODE != 0:
-            next_z = _read(z, row, z_row, columns, coming)
+        if not AHEAD:
+            own_x, own_dy, own_z = _read_row(x, dy, z, at_row, x_row, dy_row, z_row, columns, inside, MODE)
+        given, upstream, logit = own_x.to(tl.float32), own_dy.to(tl.float32), own_z.to(tl.float32)
+        if AHEAD:
+            own_x, own_dy, own_z = _read_row(
+                x, dy, z, row, x_row, dy_row, z_row, columns, inside & (row < rows), MODE
+            )  # fmt: skip
         u, gate, slope = given, given, given
         if MODE != 0:
             open_part = tl.sigmoid(logit)

@@ -265,13 +265,15 @@ def _rotary_kernel(
     pair = tl.arange(0, BLOCK_P)[None, :]
     cos, sin = _cos_sin(position * tl.load(frequencies + pair, mask=pair < WIDTH // 2, other=0.0))
     start = tl.program_id(1) * each
-    own = x + row * x_row + at * x_token
-    out = y + token * heads * P
-    for head in range(start, tl.minimum(start + each, heads)):
-        a, b = _load_pairs(own + head * x_head, inside, WIDTH // 2, BLOCK_P, INTERLEAVED)
+    own = x + row * x_row + at * x_token + start.to(tl.int64) * x_head
+    out = y + (token * heads + start) * P
+    for _ in range(start, tl.minimum(start + each, heads)):
+        a, b = _load_pairs(own, inside, WIDTH // 2, BLOCK_P, INTERLEAVED)
         a, b = _turn(a, b, cos, sin, INVERSE)
-        _store_pairs(out + head * P, inside, a, b, WIDTH // 2, BLOCK_P, INTERLEAVED)
+        _store_pairs(out, inside, a, b, WIDTH // 2, BLOCK_P, INTERLEAVED)
         if WIDTH < P:
             rest = WIDTH + tl.arange(0, BLOCK_REST)[None, :]
-            still = tl.load(own + head * x_head + rest, mask=inside & (rest < P), other=0.0)
-            tl.store(out + head * P + rest, still, mask=inside & (rest < P))
+            still = tl.load(own + rest, mask=inside & (rest < P), other=0.0)
+            tl.store(out + rest, still, mask=inside & (rest < P))
+        own += x_head
+        out += P
