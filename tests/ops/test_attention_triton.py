@@ -193,6 +193,17 @@ def test_what_does_not_fit_is_refused(kernel_device: torch.device) -> None:
     assert attention(**timed, state=state)[0].isfinite().all()
 
 
+def test_what_torch_does_faster_is_left_to_it(kernel_device: torch.device) -> None:
+    timed, state = draw(kernel_device, 1, 9, 2, 1, 16, 0, [0], torch.bfloat16)
+    with use("triton"), pytest.raises(BackendError, match="slower than torch's own kernels"):
+        attention(**timed, state=state)
+    with use("triton"):
+        y, _ = attention(**timed, state=state, window=4)
+        packed, _ = attention(**timed, state=state, packing=Packing.of_lengths([9]))
+    assert error(packed, attention(**timed, state=state)[0].double()) < 2e-2
+    assert error(y[:, :4], packed[:, :4].double()) < 2e-2
+
+
 def test_a_gpu_with_little_shared_memory_is_refused(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from everstate.core.kernels import refusal, shared_memory
+from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.ops.attention.cache import AttentionState
 from everstate.ops.limits import step_refusal
@@ -20,10 +21,18 @@ SHARED_MEMORY_STEP, SHARED_MEMORY_STEP_WIDE = 80 * 1024, 160 * 1024
 """The same of a token; the second for heads of more than 128 numbers in float32."""
 
 
-def accepts(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, **settings: Any) -> str | None:
+def accepts(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, *, window: int | None = None, scale: float | None = None,
+    softcap: float | None = None, packing: Packing | None = None,
+) -> str | None:  # fmt: skip
     """Why the kernels of `attention` do not serve these arguments, or None."""
     why = refusal(q, k, v, state.k, state.v) or _refusal_of_heads(q, k, v)
-    return why or _refusal_of_memory(q, SHARED_MEMORY_WIDE if q.shape[-1] > 128 else SHARED_MEMORY)
+    if why is not None:
+        return why
+    bare = softcap is None and packing is None and (window is None or window >= q.shape[1])
+    if bare and state.k.shape[1] == 0 and q.dtype != torch.float32:
+        return "is slower than torch's own kernels where nothing was read before and only the future is masked"
+    return _refusal_of_memory(q, SHARED_MEMORY_WIDE if q.shape[-1] > 128 else SHARED_MEMORY)
 
 
 def accepts_step(

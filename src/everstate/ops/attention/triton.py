@@ -80,8 +80,8 @@ def _backward(
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     dy = dy.contiguous()
     delta = torch.empty_like(lse)
-    _delta_kernel[(lse.numel(),)](
-        dy, y, delta, P=call.headdim, BLOCK_P=triton.next_power_of_2(call.headdim), num_warps=1
+    _delta_kernel[(triton.cdiv(lse.numel(), 32),)](
+        dy, y, delta, lse.numel(), P=call.headdim, BLOCK_P=triton.next_power_of_2(call.headdim), BLOCK=32, num_warps=4
     )
     upstream = dy, lse, delta
     plan, tile = call.plan("queries")
@@ -171,9 +171,9 @@ class _Call:
             sides = (32, 32) if wide else (64, 32)
             return {"BLOCK_M": min(sides), "BLOCK_N": min(sides), "num_warps": 4, "num_stages": 1 if wide else 2}
         if kind == "keys":
-            return {"BLOCK_M": 32 if wide else 64, "BLOCK_N": 64 if wide else 128, "num_warps": 8, "num_stages": 2}
-        stages = 3 if kind == "forward" and not wide else 2
-        return {"BLOCK_M": 128, "BLOCK_N": 32 if wide else 64, "num_warps": 8, "num_stages": stages}
+            return {"BLOCK_M": 32 if wide else 64, "BLOCK_N": 64, "num_warps": 8 if wide else 4, "num_stages": 2}
+        narrow = wide or kind == "queries"
+        return {"BLOCK_M": 128, "BLOCK_N": 32 if narrow else 64, "num_warps": 8, "num_stages": 2 if wide else 3}
 
 
 def _rows_of(t: Float[Tensor, "b l h p"]) -> Float[Tensor, "t h p"]:
@@ -308,12 +308,13 @@ def _forward_kernel(
 
 
 @triton.jit
-def _delta_kernel(dy, y, delta, P: tl.constexpr, BLOCK_P: tl.constexpr):
-    """One program per token and head: how much all weights together pull y along dy."""
-    row, p = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_P)
-    upstream = tl.load(dy + row * P + p, mask=p < P, other=0.0).to(tl.float32)
-    out = tl.load(y + row * P + p, mask=p < P, other=0.0).to(tl.float32)
-    tl.store(delta + row, tl.sum(upstream * out, 0))
+def _delta_kernel(dy, y, delta, rows, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per some tokens and heads: how much all weights of each together pull y along dy."""
+    row, p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_P)
+    inside = (row < rows)[:, None] & (p < P)[None, :]
+    upstream = tl.load(dy + row[:, None] * P + p[None, :], mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(y + row[:, None] * P + p[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(delta + row, tl.sum(upstream * out, 1), mask=row < rows)
 
 
 @triton.jit

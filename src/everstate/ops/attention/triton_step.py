@@ -90,8 +90,7 @@ def _tiles(q: Tensor, per_group: int, headdim: int) -> dict[str, int]:
     block_p = max(triton.next_power_of_2(headdim), least)
     block_s = max(min(8192 // block_p // (2 if wide else 1), 128), 32)
     block_m = min(max(triton.next_power_of_2(per_group), least), 64)
-    sizes = {"BLOCK_M": block_m, "BLOCK_S": block_s, "BLOCK_P": block_p}
-    return {**sizes, "num_warps": 4, "num_stages": 2 if wide else 3}
+    return {"BLOCK_M": block_m, "BLOCK_S": block_s, "BLOCK_P": block_p, "num_warps": 4, "num_stages": 2}
 
 
 def _splits(programs: int, reach: int, device: torch.device) -> int:

@@ -23,6 +23,8 @@ from everstate.ops.triton_common import dot
 
 FEW = 32
 """Rows up to which each is served by itself."""
+GEMV = 4096
+"""Numbers of a matrix that a program has on their way at once."""
 RANKED = 8192
 """Rows up to which a row counts those before it, which is one launch; more are sorted by PyTorch."""
 
@@ -76,9 +78,9 @@ def _(x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, 
 
 
 def _gemv_tile(summed: int, pairs: int, rows: int, device: torch.device) -> tuple[int, int]:
-    """How many columns and rows of a matrix a program reads at once: 4096 numbers, fewer rows to fill the GPU."""
+    """How many columns and rows of a matrix a program reads at once, fewer rows to fill the GPU."""
     block_k = min(triton.next_power_of_2(summed), 1024)
-    block_n = max(4096 // block_k, 1)
+    block_n = max(GEMV // block_k, 1)
     while block_n > 1 and pairs * triton.cdiv(rows, block_n) < 4 * processors(device):
         block_n //= 2
     return block_k, block_n
