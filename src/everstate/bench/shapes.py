@@ -86,12 +86,24 @@ def _selective_scan(draw: Draw, d_inner: int, length: int) -> Example:
     return Example(
         timed={
             "x": draw.normal(1, length, d_inner),
-            "dt": draw.uniform(1, length, d_inner, low=0.001, high=0.1),
+            "dt": draw.normal(1, length, d_inner),
             "B": draw.normal(1, length, 16),
             "C": draw.normal(1, length, 16),
+            "z": draw.normal(1, length, d_inner),
         },
         state=draw.normal(1, d_inner, 16),
-        fixed={"A": -draw.uniform(d_inner, 16, low=1.0, high=16.0), "D": draw.normal(d_inner)},
+        fixed={
+            "A": -draw.uniform(d_inner, 16, low=1.0, high=16.0),
+            "D": draw.normal(d_inner),
+            "dt_bias": draw.uniform(d_inner, low=-7.0, high=-2.0),  # steps of about 0.001 to 0.1
+        },
+    )
+
+
+def _linear_scan(draw: Draw, d_inner: int, length: int) -> Example:
+    return Example(
+        timed={"a": draw.uniform(1, length, d_inner), "b": draw.normal(1, length, d_inner)},
+        state=draw.normal(1, d_inner),
     )
 
 
@@ -128,6 +140,7 @@ SHAPES: dict[str, Callable[[Draw, int, int], Example]] = {
     "ssd_scan": _ssd_scan,
     "trapezoid_scan": _trapezoid_scan,
     "selective_scan": _selective_scan,
+    "linear_scan": _linear_scan,
     "causal_conv1d": _causal_conv1d,
     "gated_rms_norm": _gated_rms_norm,
 }

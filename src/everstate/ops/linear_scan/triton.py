@@ -23,9 +23,10 @@ from torch import Tensor
 from everstate.core.kernels import processors
 from everstate.core.packing import Packing
 from everstate.ops.linear_scan import scan_dtypes
+from everstate.ops.triton_common import INTERPRETED
 
-BLOCK = 32
-"""Channels of a program, which is one warp."""
+BLOCK = 256 if INTERPRETED.value else 32
+"""Channels of a program, which is one warp; the interpreter takes as long for many as for few."""
 
 TILE = 16
 """Tokens that are loaded at once."""
@@ -256,6 +257,13 @@ def _of_token(tile, at, token):
 
 
 @triton.jit
+def _parts_of(real, imag, at, token, PAIRS: tl.constexpr):
+    """Both parts of one token."""
+    one = _of_token(real, at, token)
+    return one, _of_token(imag, at, token) if PAIRS else tl.zeros(one.shape, tl.float32)
+
+
+@triton.jit
 def _where(tokens, value, tile):
     """A tile with `value` at some tokens."""
     return tl.where(tokens[None, :], value[:, None], tile)
@@ -298,10 +306,14 @@ def _scan_kernel(
         a_real, a_imag = _parts(_places(a, row, token, a_row, a_token, a_at, at), there, 1.0, PAIRS)
         b_real, b_imag = _parts(_places(b, row, token, b_row, b_token, b_at, at), there, 0.0, COMPLEX)
         for t in tl.static_range(TILE):
-            real, imag = _times(_of_token(a_real, at, t), _of_token(a_imag, at, t), real, imag, PAIRS, COMPLEX)
-            real += _of_token(b_real, at, t)
-            imag += _of_token(b_imag, at, t)
-            b_real, b_imag = _where(at == t, real, b_real), _where(at == t, imag, b_imag)
+            x_real, x_imag = _parts_of(a_real, a_imag, at, t, PAIRS)
+            y_real, y_imag = _parts_of(b_real, b_imag, at, t, COMPLEX)
+            real, imag = _times(x_real, x_imag, real, imag, PAIRS, COMPLEX)
+            real += y_real
+            imag += y_imag
+            b_real = _where(at == t, real, b_real)
+            if COMPLEX:
+                b_imag = _where(at == t, imag, b_imag)
         _store_parts(_places(h, row, token, h_row, h_token, channels * TWO, at), there, b_real, b_imag, COMPLEX)
     if tl.load(segments + 6 * segment + 5) == 1:
         _store_parts(final + (sequence * CHANNELS + channels) * TWO, exists, real, imag, COMPLEX)
@@ -328,16 +340,17 @@ def _ends_kernel(
         b_real, b_imag = _parts(_places(b, row, token, b_row, b_token, b_at, at), there, 0.0, COMPLEX)
         for i in tl.static_range(TILE):
             t = TILE - 1 - i if REVERSE else i
-            x_real, x_imag = _of_token(a_real, at, t), _of_token(a_imag, at, t)
+            x_real, x_imag = _parts_of(a_real, a_imag, at, t, PAIRS)
+            y_real, y_imag = _parts_of(b_real, b_imag, at, t, COMPLEX)
             all_real, all_imag = _times(x_real, x_imag, all_real, all_imag, PAIRS, PAIRS)
             if REVERSE:
-                real += _of_token(b_real, at, t)
-                imag += _of_token(b_imag, at, t)
+                real += y_real
+                imag += y_imag
                 real, imag = _times(x_real, -x_imag, real, imag, PAIRS, COMPLEX)
             else:
                 real, imag = _times(x_real, x_imag, real, imag, PAIRS, COMPLEX)
-                real += _of_token(b_real, at, t)
-                imag += _of_token(b_imag, at, t)
+                real += y_real
+                imag += y_imag
     _store_parts(ends + (segment * CHANNELS + channels) * TWO, exists, real, imag, COMPLEX)
     _store_parts(kept + (segment * CHANNELS + channels) * (2 if PAIRS else 1), exists, all_real, all_imag, PAIRS)
 
@@ -386,10 +399,14 @@ def _gradient_kernel(
         g_real, g_imag = _parts(_places(dh, row, token, dh_row, dh_token, dh_at, at), there, 0.0, COMPLEX)
         for i in tl.static_range(TILE):
             t = TILE - 1 - i
-            real += _of_token(g_real, at, t)
-            imag += _of_token(g_imag, at, t)
-            g_real, g_imag = _where(at == t, real, g_real), _where(at == t, imag, g_imag)
-            real, imag = _times(_of_token(a_real, at, t), -_of_token(a_imag, at, t), real, imag, PAIRS, COMPLEX)
+            x_real, x_imag = _parts_of(a_real, a_imag, at, t, PAIRS)
+            y_real, y_imag = _parts_of(g_real, g_imag, at, t, COMPLEX)
+            real += y_real
+            imag += y_imag
+            g_real = _where(at == t, real, g_real)
+            if COMPLEX:
+                g_imag = _where(at == t, imag, g_imag)
+            real, imag = _times(x_real, -x_imag, real, imag, PAIRS, COMPLEX)
         _store_parts(_places(db, row, token, h_row, h_token, channels * TWO, at), there, g_real, g_imag, COMPLEX)
         if da is not None:
             at_start = starts & (token + at == first)

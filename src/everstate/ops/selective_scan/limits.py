@@ -10,7 +10,7 @@ from everstate.core.kernels import refusal
 from everstate.core.state import Slots
 from everstate.ops.limits import step_refusal
 
-LARGEST = 64
+LARGEST = 32
 """Numbers in the state of a channel that one thread holds, beside those of A."""
 
 LARGEST_STEP = 1024
