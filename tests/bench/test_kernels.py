@@ -10,6 +10,7 @@ import torch
 
 from everstate.bench import kernels
 from everstate.bench.shapes import SHAPES, STEPS
+from everstate.core.errors import ConfigError
 from everstate.core.state import tensors
 from everstate.ops import OPS
 from everstate.ops.example import Draw
@@ -31,6 +32,11 @@ def test_the_gate_sees_a_step(name: str, dtype: torch.dtype, kernel_device: torc
     assert tensors(pool)[0].dtype == dtype
     assert OPS[op].explain(**token, state=pool)["triton"] == "accepts"
     assert 1e-4 < kernels.step_error(op, token, pool) <= kernels.ALLOWED[torch.bfloat16]
+
+
+def test_an_op_without_kernels_is_not_measured() -> None:
+    with pytest.raises(ConfigError, match="lti_conv is not measured on a GPU; give some of ssd_scan, "):
+        kernels.run(quick=True, output=None, now=datetime.now(UTC), device="cpu", only=["lti_conv"])
 
 
 def test_tokens_are_cut_into_sequences() -> None:

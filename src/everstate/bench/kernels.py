@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from everstate.bench.report import Row, machine, publish
 from everstate.bench.shapes import GPU_SHAPES, STEPS
 from everstate.bench.timing import Gate, Timing, interleave
+from everstate.core.errors import ConfigError
 from everstate.core.op import REFERENCE
 from everstate.core.state import clone, map_state, nbytes, tensors
 from everstate.ops import OPS, rms_norm, use
@@ -41,18 +42,24 @@ GATE_TOKENS, REPEATS = 300, 20
 Call = Callable[[], object]
 
 
-def run(*, quick: bool, output: Path | None, now: datetime, device: str) -> dict[str, Any]:
-    """Measure, print a table and a line of JSON, write that to `output`, and return it."""
+def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure, print a table and a line of JSON, write that to `output`, and return it.
+
+    `only` names the ops to measure, by default all that have kernels. Raises `ConfigError` for other names.
+    """
+    known = [*(op for op in GPU_SHAPES if "triton" in OPS[op].backends()), *STEPS]
+    if unknown := [name for name in only if name not in known]:
+        raise ConfigError(f"bench ops: {', '.join(unknown)} is not measured on a GPU; give some of {', '.join(known)}")
     d_inner, total = (QUICK_D_INNER, QUICK_TOKENS) if quick else (D_INNER, TOKENS)
     first_call_s: dict[str, float] = {}
     rows: list[Row] = []
     with Console(stderr=True).status("starting") as status:
-        for op in (op for op in GPU_SHAPES if "triton" in OPS[op].backends()):
-            status.update(op)
-            rows += scans(op, d_inner, total, device, first_call_s)
-        for name in STEPS:
+        for name in only or known:
             status.update(name)
-            rows += steps(name, d_inner, STEP_BATCHES[:2] if quick else STEP_BATCHES, device)
+            if name in STEPS:
+                rows += steps(name, d_inner, STEP_BATCHES[:2] if quick else STEP_BATCHES, device)
+            else:
+                rows += scans(name, d_inner, total, device, first_call_s)
     facts = {"quick": quick, "machine": machine(torch.device(device)), "d_inner": d_inner}
     return publish("kernels", rows, {**facts, "first_call_s": first_call_s}, now, output)
 

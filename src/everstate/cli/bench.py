@@ -22,12 +22,14 @@ def ops(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda for the kernels of a GPU.")] = "cpu",
+    op: Annotated[list[str] | None, typer.Option(help="On a GPU, only this op; repeat.")] = None,
 ) -> None:
     """On a CPU every op against its reference and Mamba layers against transformers; on a GPU its kernels."""
     if device != "cpu":
         from everstate.bench import kernels
 
-        result = kernels.run(quick=quick, output=output, now=datetime.now(UTC), device=device)
+        only = tuple(op or ())
+        result = kernels.run(quick=quick, output=output, now=datetime.now(UTC), device=device, only=only)
         raise typer.Exit(0 if result["passed"] else 1)
     from everstate.bench import ops as measure
 
