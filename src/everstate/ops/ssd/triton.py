@@ -548,10 +548,12 @@ def _inputs_kernel(
         # How much a larger sum of decays would change: all that an entry received, less all that it gave.
         ddecay = tl.sum(dot(q.to(u.dtype), tl.trans(h), None, PRECISION) * du.to(tl.float32), 1) * tl.exp2(cs)
         weights = gram * tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 126.0))
-        dadded = dot(weights.to(u.dtype), du, dadded, PRECISION)
+        weights = weights.to(u.dtype)
+        dadded = dot(weights, du, dadded, PRECISION)
         dscale = tl.sum(dadded * u.to(tl.float32), 1)
+        # Both sides with the same rounded weights: then two entries of the same decay cancel, as they must.
         received = dot(u, tl.trans(du), None, PRECISION)
-        ddecay += tl.sum(received * weights * scale[:, None], 0) - scale * dscale
+        ddecay += tl.sum(received * weights.to(tl.float32) * scale[:, None], 0) - scale * dscale
         place = (chunk.to(tl.int64) * HEADS + head) * BLOCK + at
         tl.store(ddecays + place, ddecay + tl.where(at == BLOCK - 1, dlast, 0.0))
         tl.store(dscales + place, dscale)
