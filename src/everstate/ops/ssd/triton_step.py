@@ -97,7 +97,7 @@ def _run(
         return y
     x, B, C, z = dense(x), dense(B), dense(C), None if z is None else dense(z)
     width = triton.next_power_of_2(d_state)
-    tile = tile_of(headdim, width, batch * heads, x.device, least=4 if dt_bias is None else 16)
+    tile = tile_of(headdim, width, batch * heads, x.device)
     _step_kernel[(batch * heads * triton.cdiv(headdim, tile),)](
         x, a, s, B, C, state, slots, D, y, dt_bias, z, delta_t, lowest, highest,
         *x.stride()[:2], *(a.stride() if a.ndim == 2 else (0, a.stride(0))), *s.stride(), *B.stride()[:2],
