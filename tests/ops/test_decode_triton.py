@@ -11,12 +11,10 @@ from torch import Tensor
 from everstate.core.errors import BackendError
 from everstate.core.op import REFERENCE
 from everstate.ops import add_rms_norm, argmax, linear, linear_conv_step_, mamba2_step_, use
-from everstate.ops.linear import limits
 
 BACKENDS = ["triton", "torch"]
 LOW = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
-ROWS = [1, 3, 8]
-MANY_ROWS = [9, 33, 64]
+ROWS = [1, 3, 4]
 
 
 def draws(device: torch.device, dtype: torch.dtype) -> Any:
@@ -47,19 +45,15 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("quantise", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), LOW)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rows", ROWS + MANY_ROWS)
+@pytest.mark.parametrize("rows", ROWS)
 def test_linear(
     rows: int, backend: str, dtype: torch.dtype, tolerance: float, quantise: bool, kernel_device: torch.device
 ) -> None:
-    if backend == "triton" and dtype is torch.float32 and rows > limits.EXACT_ROWS:
-        pytest.skip("refused, as another test says")
     draw = draws(kernel_device, dtype)
     for width, outputs in ((136, 70), (4100, 9)):
         x, weight, bias, norm = draw(rows, width), draw(outputs, width), draw(outputs), draw(width)
         weight, scale = quantised(weight) if quantise else (weight, None)
         for settings in ({}, {"bias": bias}, {"norm": norm, "eps": 1e-3}, {"bias": bias, "norm": norm}):
-            if backend == "triton" and dtype is torch.float16 and rows > limits.EXACT_ROWS and "norm" in settings:
-                continue  # refused, as another test says
             with use(backend):
                 got = linear(x, weight, scale=scale, **settings)
             assert got.dtype is dtype
@@ -69,7 +63,7 @@ def test_linear(
 @pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("taps", [1, 2, 4])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_linear_with_a_convolution_behind_it(
     rows: int, backend: str, taps: int, pool_dtype: torch.dtype, kernel_device: torch.device
 ) -> None:
@@ -148,11 +142,9 @@ def test_sum_and_norm(backend: str, dtype: torch.dtype, tolerance: float, kernel
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"rows": 65}, "takes 1 to 64 rows of bfloat16, not 65"),
-        ({"rows": 9, "dtype": torch.float32}, "takes 1 to 8 rows of float32, not 9"),
+        ({"rows": 5}, "takes 1 to 4 rows, not 5"),
         ({"weight_dtype": torch.float16}, "of one dtype"),
         ({"gradient": True}, "no gradient"),
-        ({"rows": 9, "dtype": torch.float16, "norm": True}, "might overflow"),
     ],
 )
 def test_what_a_linear_kernel_does_not_take(changes: Any, sentence: str, kernel_device: torch.device) -> None:
@@ -160,19 +152,18 @@ def test_what_a_linear_kernel_does_not_take(changes: Any, sentence: str, kernel_
     draw = draws(kernel_device, dtype)
     x, weight = draw(changes.get("rows", 1), 16), draw(3, 16).to(changes.get("weight_dtype", dtype))
     with use("triton"), pytest.raises(BackendError, match=sentence):
-        linear(x, weight.requires_grad_(changes.get("gradient", False)), norm=draw(16) if "norm" in changes else None)
+        linear(x, weight.requires_grad_(changes.get("gradient", False)))
 
 
 def test_rows_do_not_meet(kernel_device: torch.device) -> None:
     draw = draws(kernel_device, torch.bfloat16)
-    for rows in (4, 40):
-        x, weight, norm = draw(rows, 200), draw(50, 200), draw(200)
-        touched = x.clone()
-        touched[1] = draw(200)
-        with use("triton"):
-            before, after = (linear(u, weight, norm=norm) for u in (x, touched))
-        others = torch.arange(rows, device=kernel_device) != 1
-        assert torch.equal(before[others], after[others]) and not torch.equal(before[1], after[1])
+    x, weight, norm = draw(4, 200), draw(50, 200), draw(200)
+    touched = x.clone()
+    touched[1] = draw(200)
+    with use("triton"):
+        before, after = (linear(u, weight, norm=norm) for u in (x, touched))
+    others = torch.arange(4, device=kernel_device) != 1
+    assert torch.equal(before[others], after[others]) and not torch.equal(before[1], after[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -63,12 +63,3 @@ def wait_for_last(OVERLAP: tl.constexpr):
     """Wait until the kernel before this one, and with it all before that, has ended; only weights are read earlier."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def fetch(pointers, wanted):
-    """Bring lines of 128 bytes from memory into the cache of the GPU (level 2), and do not wait for them."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
-        [pointers.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip

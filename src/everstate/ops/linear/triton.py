@@ -1,7 +1,8 @@
 """Linear maps of a few rows on a GPU, where reading the weights takes all the time: once, in pieces of 16 bytes.
 
-Up to 8 rows are multiplied number by number, more as a product of matrices. A program owns some outputs. The norm needs
-no pass of its own: `W (x * norm)` and the sum of the squares of x grow together, and the one is divided at the end.
+A program owns some outputs and multiplies number by number: matrix units would wait for memory just as long. The norm
+needs no pass of its own: `W (x * norm)` and the sum of the squares of x grow together, and the one is divided at the
+end.
 """
 
 import torch
@@ -11,18 +12,12 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from everstate.core.state import Slots
-from everstate.ops.linear.limits import EXACT_ROWS
-from everstate.ops.triton_common import dot
-from everstate.ops.triton_rows import dense, fetch, launch_options, silu, start_next, wait_for_last
+from everstate.ops.triton_rows import dense, launch_options, silu, start_next, wait_for_last
 
 WIDEST = 4096
 """Numbers of a row of weights that a program holds at once."""
-HELD = 8192
-"""Numbers of weights that a program holds: 16 KB of bfloat16, in 64 registers of each of 128 threads."""
-
-
-AHEAD = 4096
-"""Numbers of each row of weights that a program asks for before the kernel before it has ended."""
+HELD = 16_384
+"""Bytes of weights of a program: many programs, each with all that it reads in flight, fill a GPU best."""
 
 
 def linear(
@@ -98,37 +93,25 @@ def _run(
     y = x.new_empty(rows, outputs)
     channels, count = (0, 0) if taps is None else taps.shape
     strides = (0, 0, 0) if state is None else state.stride()
-    few = rows <= EXACT_ROWS
-    tile, launch = _few(rows, width, weight) if few else _many(rows, outputs, width)
-    kernel = _few_kernel if few else _many_kernel
-    kernel[(triton.cdiv(outputs, tile["BLOCK_N"]),)](
+    sizes, launch = _sizes(rows, width, weight)
+    _linear_kernel[(triton.cdiv(outputs, sizes["BLOCK_N"]),)](
         x, weight, bias, scale, norm, y, taps, conv_bias, state, slots, x.stride(0), *strides, eps, rows, outputs,
         start, channels,
-        K=width, TAPS=count, SILU=activated,
-        **tile, **launch, **launch_options(x.device),
+        K=width, TAPS=count, SILU=activated, **sizes, **launch, **launch_options(x.device),
     )  # fmt: skip
     return y
 
 
-def _few(rows: int, width: int, weight: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """Sizes of the kernel without matrix products."""
+def _sizes(rows: int, width: int, weight: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """Tiles and warps: what a program asks for at once is 16 KB of weights, 32 KB where rows are long."""
     block = min(triton.next_power_of_2(width), WIDEST)
-    held = HELD * 2 // weight.element_size() if weight.element_size() < 4 else HELD // 2
+    held = (HELD if block < WIDEST else 2 * HELD) // weight.element_size()
     sizes = {"BLOCK_N": max(held // block, 1), "BLOCK_K": block, "ROWS": rows, "BLOCK_B": triton.next_power_of_2(rows)}
-    return sizes, {"num_warps": 4 if block < 4096 else 8}
-
-
-def _many(rows: int, outputs: int, width: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Sizes of the kernel of matrix products."""
-    block = 32 if rows <= 32 else 64
-    while block > 16 and triton.cdiv(outputs, block) < 128:
-        block //= 2
-    sizes = {"BLOCK_N": block, "BLOCK_K": 128, "BLOCK_B": max(triton.next_power_of_2(rows), 16), "AHEAD": AHEAD}
-    return sizes, {"num_warps": 4, "num_stages": 4}
+    return sizes, {"num_warps": 4 if block < WIDEST else 8}
 
 
 @triton.jit
-def _few_kernel(
+def _linear_kernel(
     x, weight, bias, scale, norm, y, taps, conv_bias, pool, slots,
     x_row, pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels,
     K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
@@ -143,6 +126,7 @@ def _few_kernel(
     g = tl.full((BLOCK_K,), 1.0, tl.float32)
     if norm is not None:
         g = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+    factor, offset, conv_offset, factors = _constants(bias, scale, taps, conv_bias, n, outputs, start, channels, TAPS)
     wait_for_last(OVERLAP)
     past, mine, window = n, n, ()
     if TAPS > 0:
@@ -164,51 +148,27 @@ def _few_kernel(
             sums += tl.where((b == row)[None, :], tl.sum(wide * u[None, :], 1)[:, None], 0.0)
     if norm is not None:
         sums = sums * tl.rsqrt(squares / K + eps)[None, :]
-    _finish(
-        sums, bias, scale, y, taps, conv_bias, past, mine, window, n, b, pool_k, rows, outputs, start, TAPS, SILU,
-    )  # fmt: skip
+    sums = sums * factor[:, None] + offset[:, None]
+    _finish(sums, y, conv_offset, factors, past, mine, window, n, b, pool_k, rows, outputs, TAPS, SILU)
 
 
 @triton.jit
-def _many_kernel(
-    x, weight, bias, scale, norm, y, taps, conv_bias, pool, slots,
-    x_row, pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels,
-    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """One program per block of outputs, for all rows, which are filled up to BLOCK_B."""
-    start_next(OVERLAP)
-    n, k, b = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_B)
-    own = weight + tl.program_id(0).to(tl.int64) * BLOCK_N * K + tl.arange(0, BLOCK_N)[:, None] * K + k[None, :]
-    theirs = x + b[None, :] * x_row + k[:, None]
-    if OVERLAP and AHEAD > 0:
-        # While the kernel before still runs, the weights come as far as the cache.
-        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-        line = tl.arange(0, BLOCK_K // LINE) * LINE
-        for first in range(0, min(K, AHEAD), BLOCK_K):
-            at = (weight + tl.program_id(0).to(tl.int64) * BLOCK_N * K + first) + tl.arange(0, BLOCK_N)[:, None] * K
-            fetch(at + line[None, :], (n < outputs)[:, None] & (first + line < K)[None, :])
-    wait_for_last(OVERLAP)
-    sums, squares = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((BLOCK_B,), tl.float32)
-    for first in tl.range(0, K, BLOCK_K):
-        at = first + k
-        w = tl.load(own + first, mask=(n < outputs)[:, None] & (at < K)[None, :], other=0.0)
-        u = tl.load(theirs + first, mask=(b < rows)[None, :] & (at < K)[:, None], other=0.0)
-        if norm is not None:
-            wide = u.to(tl.float32)
-            squares += tl.sum(wide * wide, 0)
-            u = (wide * tl.load(norm + at, mask=at < K, other=0.0).to(tl.float32)[:, None]).to(u.dtype)
-        if weight.dtype.element_ty == tl.int8:
-            w = w.to(tl.float32).to(u.dtype)
-        sums = dot(w, u, sums, "tf32")
-    if norm is not None:
-        sums = sums * tl.rsqrt(squares / K + eps)[None, :]
-    past, mine, window = n, n, ()
-    if TAPS > 0:
-        past, mine, window = _window(pool, slots, n - start, b, pool_slot, pool_d, pool_k, rows, channels, TAPS)
-    _finish(
-        sums, bias, scale, y, taps, conv_bias, past, mine, window, n, b, pool_k, rows, outputs, start, TAPS, SILU,
-    )  # fmt: skip
+def _constants(bias, scale, taps, conv_bias, n, outputs, start, channels, TAPS: tl.constexpr):
+    """What outputs are multiplied by and what is added, before the convolution and in it."""
+    inside, d = n < outputs, n - start
+    convolved = (d >= 0) & (d < channels)
+    factor, offset = tl.full((n.shape[0],), 1.0, tl.float32), tl.zeros((n.shape[0],), tl.float32)
+    conv_offset, factors = offset, ()
+    if scale is not None:
+        factor = tl.load(scale + n, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        offset = tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    if conv_bias is not None:
+        conv_offset = tl.load(conv_bias + d, mask=convolved, other=0.0).to(tl.float32)
+    for j in tl.static_range(TAPS):
+        tap = tl.load(taps + d * TAPS + j, mask=convolved, other=0.0).to(tl.float32)
+        factors = factors + (tap,)  # type: ignore[assignment]
+    return factor, offset, conv_offset, factors
 
 
 @triton.jit
@@ -227,25 +187,16 @@ def _window(pool, slots, d, b, pool_slot, pool_d, pool_k, rows, channels, TAPS: 
 
 @triton.jit
 def _finish(
-    sums, bias, scale, y, taps, conv_bias, past, mine, window, n, b, pool_k, rows, outputs, start,
+    sums, y, conv_offset, factors, past, mine, window, n, b, pool_k, rows, outputs,
     TAPS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Scale, bias, convolution and activation of a block of outputs, and their place in memory."""
-    if scale is not None:
-        sums = sums * tl.load(scale + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
-    if bias is not None:
-        sums += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
+    """Convolution and activation of a block of outputs, and their place in memory."""
     out = sums.to(y.dtype.element_ty)
     if TAPS > 0:
-        d, convolved = n - start, (tl.sum(mine.to(tl.int32), 1) > 0)
         # The convolution reads outputs as they are rounded, here as where it is an op of its own.
-        now = out.to(tl.float32)
-        sums = now * tl.load(taps + d * TAPS + TAPS - 1, mask=convolved, other=0.0).to(tl.float32)[:, None]
+        sums = out.to(tl.float32) * factors[TAPS - 1][:, None] + conv_offset[:, None]
         for j in tl.static_range(TAPS - 1):
-            factor = tl.load(taps + d * TAPS + j, mask=convolved, other=0.0).to(tl.float32)
-            sums += window[j].to(tl.float32) * factor[:, None]
-        if conv_bias is not None:
-            sums += tl.load(conv_bias + d, mask=convolved, other=0.0).to(tl.float32)[:, None]
+            sums += window[j].to(tl.float32) * factors[j][:, None]
         if SILU:
             sums = silu(sums)
         # Every column moves one place to the left; all of them were loaded before the first is overwritten.

@@ -136,23 +136,29 @@ def _step_kernel(
 ):  # fmt: skip
     """One program per row, head and tile of p, which nobody else reads or writes."""
     start_next(OVERLAP)
-    wait_for_last(OVERLAP)
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     tile, head = tl.program_id(0) % TILES, tl.program_id(0) // TILES % HEADS
     row = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
     group = head // (HEADS // GROUPS)
     p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     inside = (p < P)[:, None] & (n < N)[None, :]
+    # What belongs to the layer and not to the token may be read before the last kernel has ended.
+    bias, rate, skip = 0.0, 0.0, p * 0.0
+    if dt_bias is not None:
+        bias, rate = tl.load(dt_bias + head * bias_head).to(tl.float32), tl.load(a + head * a_head).to(tl.float32)
+    if D is not None:
+        skip = tl.load(D + head * D_head + p * D_p, mask=p < P, other=0.0).to(tl.float32)
+    wait_for_last(OVERLAP)
     own = state + slot_of(slots, row) * state_slot + head * state_head + p[:, None] * state_p + n[None, :]
     h = tl.load(own, mask=inside, other=0.0).to(tl.float32)
-    log_decay = tl.load(a + row * a_row + head * a_head).to(tl.float32)
     scale = tl.load(s + row * s_row + head * s_head).to(tl.float32)
     if dt_bias is not None:
-        scale = softplus(scale + tl.load(dt_bias + head * bias_head).to(tl.float32))
-        scale = tl.minimum(tl.maximum(scale, lowest), highest)
+        scale = tl.minimum(tl.maximum(softplus(scale + bias), lowest), highest)
         if delta_t is not None:
             scale = scale * tl.load(delta_t + row * delta_row).to(tl.float32)
-        log_decay = -tl.exp(log_decay) * scale
+        log_decay = -tl.exp(rate) * scale
+    else:
+        log_decay = tl.load(a + row * a_row + head * a_head).to(tl.float32)
     decay = tl.exp(log_decay)
     u = tl.load(x + row * x_row + head * x_head + p, mask=p < P, other=0.0).to(tl.float32)
     k = tl.load(B + row * B_row + group * B_group + n, mask=n < N, other=0.0).to(tl.float32)
@@ -161,7 +167,7 @@ def _step_kernel(
     tl.store(own, h.to(state.dtype.element_ty), mask=inside)
     out = tl.sum(h * q[None, :], 1)
     if D is not None:
-        out += tl.load(D + head * D_head + p * D_p, mask=p < P, other=0.0).to(tl.float32) * u
+        out += skip * u
     if z is not None:
         out = out * silu(tl.load(z + row * z_row + head * z_head + p, mask=p < P, other=0.0).to(tl.float32))
     tl.store(y + (row * HEADS + head) * P + p, out.to(y.dtype.element_ty), mask=p < P)
