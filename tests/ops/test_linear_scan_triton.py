@@ -76,7 +76,7 @@ def test_views_that_repeat_are_read_where_they_lie(
     kind: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = draw(kernel_device, kind, 2, 20, 3, 5)
-    monkeypatch.setattr(Tensor, "contiguous", lambda t: pytest.fail("copied") if t.ndim > 3 else t)
+    monkeypatch.setattr(Tensor, "contiguous", lambda t: t if t.is_contiguous() else pytest.fail("copied"))
     for view in (inputs["a"][:1, :1], inputs["a"][:, :, :1], inputs["a"][:, :1, :, :1], inputs["a"][:1, :, :, :1]):
         repeated = view.expand(2, 20, 3, 5)
         with torch.no_grad():
