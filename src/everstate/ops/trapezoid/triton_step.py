@@ -17,8 +17,11 @@ from everstate.core.state import Slots
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.triton_rows import dense, slot_of, warps_of
 
-PROGRAMS = 8
-"""Programs per multiprocessor: more than are there at once, so that none waits for the last."""
+PROGRAMS = 16
+"""Programs per multiprocessor, about as many as it holds."""
+
+FEW = 2
+"""Heads per multiprocessor, over all sequences, that it works on all at once."""
 
 INVERSE_TAU: tl.constexpr = tl.constexpr(0.15915494309189535)
 # 2 pi in two parts, the first exact: in one it is off by 2e-7 for every turn, and a long stream turns often.
@@ -81,13 +84,17 @@ def _(
 
 
 def room(items: int, headdim: int, d_state: int, rank: int, device: torch.device) -> tuple[Tensor, dict[str, int]]:
-    """The scratch of each program, as many as the GPU holds at once, and the sizes of their tiles."""
-    width, few = triton.next_power_of_2(d_state), items <= 2 * processors(device)
-    whole = triton.next_power_of_2(headdim)
-    tile = min(whole, max((8192 if few else 4096) // width, 1))
-    scratch = torch.empty(min(items, PROGRAMS * processors(device)), rank * (2 * d_state + 3 * headdim), device=device)
-    sizes = {"BLOCK_P": tile, "WHOLE_P": whole, "BLOCK_N": width, "num_warps": warps_of(tile * width), "AHEAD": True}
-    return scratch, sizes
+    """The scratch of each program, as many as the GPU holds at once, and the sizes of their tiles.
+
+    A program of one warp waits for nobody, and many of them keep the memory busy. Where there are too few heads for
+    that, each gets eight, to be done sooner.
+    """
+    width, whole = triton.next_power_of_2(d_state), triton.next_power_of_2(headdim)
+    numbers = 8192 if items <= FEW * processors(device) else 1024
+    tile = min(whole, max(numbers // width, 1))
+    programs = min(items, PROGRAMS * processors(device))
+    scratch = torch.empty(programs, rank * (2 * d_state + 3 * headdim) + headdim, device=device)
+    return scratch, {"BLOCK_P": tile, "WHOLE_P": whole, "BLOCK_N": width, "num_warps": warps_of(tile * width)}
 
 
 @triton.jit
@@ -98,7 +105,7 @@ def _step_kernel(
     angle_slot, angle_head, items,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     TURNING: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     p, n = tl.arange(0, WHOLE_P), tl.arange(0, BLOCK_N)
     keys, queries, owed, entering, reads = parts(scratch, P, N, R)
@@ -130,7 +137,7 @@ def _step_kernel(
         tl.store(before, u.to(x_before.dtype.element_ty), mask=p < P)
         tl.store(turning, turned, mask=turns & (sign < 0))
         stream(
-            own, ssm_p, h, decay, was, k_rank, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N, AHEAD
+            own, ssm_p, h, decay, was, k_rank, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N, False
         )
         tl.debug_barrier()  # the state has been read, and k with it
         keep_keys(was, k_rank, keys, n, N, R)
@@ -144,8 +151,8 @@ def _step_kernel(
 
 @triton.jit
 def parts(scratch, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
-    """Where a program keeps keys and queries (R, N), the inputs of both ends of the step, and what is read (R, P)."""
-    keys = scratch + tl.program_id(0) * (R * (2 * N + 3 * P))
+    """Where a program keeps keys and queries (R, N), the inputs of both ends of the step (R, P), and what is read."""
+    keys = scratch + tl.program_id(0) * (R * (2 * N + 3 * P) + P)
     rest = keys + 2 * R * N
     return keys, keys + R * N, rest, rest + R * P, rest + 2 * R * P
 
@@ -164,19 +171,19 @@ def tile_of(
 def stream(
     own, p_stride, ahead, decay, was, rank_stride, keys, queries, owed, entering, reads,
     P: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    AHEAD: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """The state of a head, tile by tile: decayed, given what both ends of the step add, written, and read by the
-    queries. `ahead` is the first tile; each is asked for before the one in front of it is used."""
+    """The state of a head, tile by tile: decayed, given what both ends of the step add, written, and read.
+
+    `ahead` is the first tile; each is asked for before the one in front of it is used. What the query of each rank
+    reads goes to `reads` (R, P), or if SUMMED its sum with the weights that lie there to the row behind them.
+    """
     n = tl.arange(0, BLOCK_N)
     for first in range(0, P, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        if AHEAD:
-            h = ahead.to(tl.float32) * decay
-            if P > BLOCK_P:
-                ahead = tile_of(own, p_stride, first + BLOCK_P, P, N, BLOCK_P, BLOCK_N)
-        else:
-            h = tile_of(own, p_stride, first, P, N, BLOCK_P, BLOCK_N).to(tl.float32) * decay
+        h = ahead.to(tl.float32) * decay
+        if P > BLOCK_P:
+            ahead = tile_of(own, p_stride, first + BLOCK_P, P, N, BLOCK_P, BLOCK_N)
         for i in tl.static_range(R):
             k_before = tl.load(was + i * rank_stride + n, mask=n < N, other=0.0).to(tl.float32)
             h += tl.load(owed + i * P + p, mask=p < P, other=0.0)[:, None] * k_before[None, :]
@@ -184,9 +191,15 @@ def stream(
             h += tl.load(entering + i * P + p, mask=p < P, other=0.0)[:, None] * k[None, :]
         inside = (p < P)[:, None] & (n < N)[None, :]
         tl.store(own + p[:, None] * p_stride + n[None, :], h.to(own.dtype.element_ty), mask=inside)
+        weighted = tl.zeros_like(h)
         for i in tl.static_range(R):
             q = tl.load(queries + i * N + n, mask=n < N, other=0.0)
-            tl.store(reads + i * P + p, tl.sum(h * q[None, :], 1), mask=p < P)
+            if SUMMED:
+                weighted += tl.load(reads + i * P + p, mask=p < P, other=0.0)[:, None] * q[None, :]
+            else:
+                tl.store(reads + i * P + p, tl.sum(h * q[None, :], 1), mask=p < P)
+        if SUMMED:
+            tl.store(reads + R * P + p, tl.sum(h * weighted, 1), mask=p < P)
 
 
 @triton.jit
