@@ -11,15 +11,16 @@ from everstate.ops.mamba3.ends import Mamba3Layer
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_step import (
     cosine_and_sine,
-    keep_keys,
-    keep_rotated,
     keep_scaled,
+    keep_vectors,
     of_rank,
     pairs,
     parts,
     room,
+    rotated,
     stream,
     tile_of,
+    vectors_of,
     wrapped,
 )
 from everstate.ops.triton_rows import dense, silu, slot_of
@@ -85,7 +86,7 @@ def _step_kernel(
     BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     p, n = tl.arange(0, WHOLE_P), tl.arange(0, BLOCK_N)
-    keys, queries, owed, entering, reads = parts(scratch, P, N, R)
+    keys_before, keys, queries, owed, entering, reads = parts(scratch, P, N, R)
     WIDTH: tl.constexpr = GROUPS * N
     for turn in range(tl.cdiv(items - tl.program_id(0), tl.num_programs(0))):
         item = tl.program_id(0) + turn * tl.num_programs(0)
@@ -105,23 +106,29 @@ def _step_kernel(
         cos, sin = cosine_and_sine(turned)
         sin *= sign
         B = vectors + head // (HEADS // GROUPS) * N
-        keep_rotated(keys, B, WIDTH, B_norm, B_bias, head, n, partner, cos, sin, N, R, eps)
-        keep_rotated(queries, B + R * WIDTH, WIDTH, C_norm, C_bias, head, n, partner, cos, sin, N, R, eps)
+        C = B + R * WIDTH
+        b = vectors_of(B, WIDTH, n, n < N, R), vectors_of(B, WIDTH, partner, n < N, R)
+        c = vectors_of(C, WIDTH, n, n < N, R), vectors_of(C, WIDTH, partner, n < N, R)
         was, before = k + slot * k_slot + head * k_head, x + slot * x_slot + head * x_head + p
+        olds = vectors_of(was, k_rank, n, n < N, R)
+        z = tl.load(gates, mask=p < P, other=0.0).to(tl.float32)
         u = tl.load(gates + HEADS * P, mask=p < P, other=0.0).to(tl.float32)
         u_before = tl.load(before, mask=p < P, other=0.0).to(tl.float32)
+        news = rotated(b[0], b[1], B_norm, B_bias, head, n, partner, cos, sin, N, R, eps)
+        keep_vectors(queries, N, rotated(c[0], c[1], C_norm, C_bias, head, n, partner, cos, sin, N, R, eps), n, N, R)
+        keep_vectors(keys, N, news, n, N, R)
+        keep_vectors(keys_before, N, olds, n, N, R)
         keep_scaled(owed, entering, (step - gain) * decay * u_before, gain * u, mimo_x, head, p, P, R)
-        z = tl.load(gates, mask=p < P, other=0.0).to(tl.float32)
         if SUMMED:
             keep_gates(reads, z, mimo_z, mimo_o, head, p, P, R)
-        tl.debug_barrier()  # everything is there, and x and the angle have been read
+        tl.debug_barrier()  # all is there, and k, x and the angle have been read
+        keep_vectors(was, k_rank, news, n, N, R)
         tl.store(before, u.to(x.dtype.element_ty), mask=p < P)
         tl.store(turning, turned, mask=turns & (sign < 0))
         stream(
-            own, ssm_p, h, decay, was, k_rank, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N, SUMMED
+            own, ssm_p, h, decay, keys_before, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N, SUMMED
         )
-        tl.debug_barrier()  # the state has been read, and k with it
-        keep_keys(was, k_rank, keys, n, N, R)
+        tl.debug_barrier()  # the state has been read
         u *= tl.load(D + head).to(tl.float32)
         y = left(reads, u, z, mimo_x, mimo_z, mimo_o, norm, head, p, eps, P, R, SUMMED)
         tl.store(out + (row * HEADS + head) * P + p, y.to(out.dtype.element_ty), mask=p < P)
