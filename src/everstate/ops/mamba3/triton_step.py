@@ -10,7 +10,7 @@ from everstate.core.state import Slots
 from everstate.ops.mamba3.ends import Mamba3Layer
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_step import (
-    cosine_and_sine,
+    keep_keys,
     keep_scaled,
     keep_vectors,
     of_rank,
@@ -20,8 +20,8 @@ from everstate.ops.trapezoid.triton_step import (
     rotated,
     stream,
     tile_of,
+    turn_on,
     vectors_of,
-    wrapped,
 )
 from everstate.ops.triton_rows import dense, silu, slot_of
 
@@ -102,13 +102,10 @@ def _step_kernel(
         turns = (pair < TURNING) & (n < N)
         speed = PI * tanh(tl.load(scalars + 3 * HEADS + pair, mask=turns, other=0.0).to(tl.float32))
         turning = angle + slot * angle_slot + head * angle_head + pair
-        turned = wrapped(tl.load(turning, mask=turns, other=0.0) + step * speed)
-        cos, sin = cosine_and_sine(turned)
-        sin *= sign
+        turned, cos, sin = turn_on(turning, turns, step * speed, sign)
         B = vectors + head // (HEADS // GROUPS) * N
-        C = B + R * WIDTH
         b = vectors_of(B, WIDTH, n, n < N, R), vectors_of(B, WIDTH, partner, n < N, R)
-        c = vectors_of(C, WIDTH, n, n < N, R), vectors_of(C, WIDTH, partner, n < N, R)
+        c = vectors_of(B + R * WIDTH, WIDTH, n, n < N, R), vectors_of(B + R * WIDTH, WIDTH, partner, n < N, R)
         was, before = k + slot * k_slot + head * k_head, x + slot * x_slot + head * x_head + p
         olds = vectors_of(was, k_rank, n, n < N, R)
         z = tl.load(gates, mask=p < P, other=0.0).to(tl.float32)
@@ -116,18 +113,14 @@ def _step_kernel(
         u_before = tl.load(before, mask=p < P, other=0.0).to(tl.float32)
         news = rotated(b[0], b[1], B_norm, B_bias, head, n, partner, cos, sin, N, R, eps)
         keep_vectors(queries, N, rotated(c[0], c[1], C_norm, C_bias, head, n, partner, cos, sin, N, R, eps), n, N, R)
-        keep_vectors(keys, N, news, n, N, R)
-        keep_vectors(keys_before, N, olds, n, N, R)
+        keep_keys(keys_before, olds, keys, news, n, N, R)
         keep_scaled(owed, entering, (step - gain) * decay * u_before, gain * u, mimo_x, head, p, P, R)
-        if SUMMED:
-            keep_gates(reads, z, mimo_z, mimo_o, head, p, P, R)
+        keep_gates(reads, z, mimo_z, mimo_o, head, p, P, R, SUMMED)
         tl.debug_barrier()  # all is there, and k, x and the angle have been read
         keep_vectors(was, k_rank, news, n, N, R)
         tl.store(before, u.to(x.dtype.element_ty), mask=p < P)
         tl.store(turning, turned, mask=turns & (sign < 0))
-        stream(
-            own, ssm_p, h, decay, keys_before, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N, SUMMED
-        )
+        stream(own, ssm_p, h, decay, scratch, P, N, R, BLOCK_P, BLOCK_N, SUMMED)
         tl.debug_barrier()  # the state has been read
         u *= tl.load(D + head).to(tl.float32)
         y = left(reads, u, z, mimo_x, mimo_z, mimo_o, norm, head, p, eps, P, R, SUMMED)
@@ -153,10 +146,11 @@ def gate_of(z, mimo_z, mimo_o, head, i, p, P: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def keep_gates(kept, z, mimo_z, mimo_o, head, p, P: tl.constexpr, R: tl.constexpr):
+def keep_gates(kept, z, mimo_z, mimo_o, head, p, P: tl.constexpr, R: tl.constexpr, SUMMED: tl.constexpr):
     """Without a norm the ranks may be summed before the entries of the state: one long sum instead of R."""
-    for i in tl.static_range(R):
-        tl.store(kept + i * P + p, gate_of(z, mimo_z, mimo_o, head, i, p, P, R), mask=p < P)
+    if SUMMED:
+        for i in tl.static_range(R):
+            tl.store(kept + i * P + p, gate_of(z, mimo_z, mimo_o, head, i, p, P, R), mask=p < P)
 
 
 @triton.jit

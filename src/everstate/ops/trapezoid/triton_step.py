@@ -129,9 +129,7 @@ def _step_kernel(
         turns = (pair < TURNING) & (n < N)
         speed = tl.load(omega + row * omega_row + pair, mask=turns, other=0.0).to(tl.float32)
         turning = angle + slot * angle_slot + head * angle_head + pair
-        turned = wrapped(tl.load(turning, mask=turns, other=0.0) + step * speed)
-        cos, sin = cosine_and_sine(turned)
-        sin *= sign
+        turned, cos, sin = turn_on(turning, turns, step * speed, sign)
         B_own, C_own = B + row * B_row + group * B_group, C + row * C_row + group * C_group
         b = vectors_of(B_own, B_rank, n, n < N, R), vectors_of(B_own, B_rank, partner, n < N, R)
         c = vectors_of(C_own, C_rank, n, n < N, R), vectors_of(C_own, C_rank, partner, n < N, R)
@@ -141,16 +139,13 @@ def _step_kernel(
         u_before = tl.load(before, mask=p < P, other=0.0).to(tl.float32)
         news = rotated(b[0], b[1], None, B_bias, head, n, partner, cos, sin, N, R, 0.0)
         keep_vectors(queries, N, rotated(c[0], c[1], None, C_bias, head, n, partner, cos, sin, N, R, 0.0), n, N, R)
-        keep_vectors(keys, N, news, n, N, R)
-        keep_vectors(keys_before, N, olds, n, N, R)
+        keep_keys(keys_before, olds, keys, news, n, N, R)
         keep_scaled(owed, entering, (step - gain) * decay * u_before, gain * u, mimo_x, head, p, P, R)
         tl.debug_barrier()  # all is there, and k, x and the angle have been read
         keep_vectors(was, k_rank, news, n, N, R)
         tl.store(before, u.to(x_before.dtype.element_ty), mask=p < P)
         tl.store(turning, turned, mask=turns & (sign < 0))
-        stream(
-            own, ssm_p, h, decay, keys_before, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N, False
-        )
+        stream(own, ssm_p, h, decay, scratch, P, N, R, BLOCK_P, BLOCK_N, False)
         tl.debug_barrier()  # the state has been read
         for i in tl.static_range(R):
             out = tl.load(reads + i * P + p, mask=p < P, other=0.0)
@@ -181,7 +176,7 @@ def tile_of(
 
 @triton.jit
 def stream(
-    own, p_stride, ahead, decay, keys_before, keys, queries, owed, entering, reads,
+    own, p_stride, ahead, decay, scratch,
     P: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     SUMMED: tl.constexpr,
 ):  # fmt: skip
@@ -191,6 +186,7 @@ def stream(
     reads goes to `reads` (R, P), or if SUMMED its sum with the weights that lie there to the row behind them.
     """
     n = tl.arange(0, BLOCK_N)
+    keys_before, keys, queries, owed, entering, reads = parts(scratch, P, N, R)
     for first in range(0, P, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
         h = ahead.to(tl.float32) * decay
@@ -212,6 +208,14 @@ def stream(
                 tl.store(reads + i * P + p, tl.sum(h * q[None, :], 1), mask=p < P)
         if SUMMED:
             tl.store(reads + R * P + p, tl.sum(h * weighted, 1), mask=p < P)
+
+
+@triton.jit
+def turn_on(at, turns, by, sign):
+    """The angles where the head has got to, their cosines, and their sines with the sign of each entry."""
+    turned = wrapped(tl.load(at, mask=turns, other=0.0) + by)
+    cos, sin = cosine_and_sine(turned)
+    return turned, cos, sign * sin
 
 
 @triton.jit
@@ -253,7 +257,7 @@ def vectors_of(at, rank_stride, n, within, R: tl.constexpr):
     """The vectors (n) of all ranks: asked for at once, before the first is used."""
     made = ()
     for i in tl.static_range(R):
-        made = made + (tl.load(at + i * rank_stride + n, mask=within, other=0.0).to(tl.float32),)
+        made = made + (tl.load(at + i * rank_stride + n, mask=within, other=0.0).to(tl.float32),)  # type: ignore
     return made
 
 
@@ -270,7 +274,7 @@ def rotated(own, other, weight, bias, head, n, partner, cos, sin, N: tl.constexp
         if bias is not None:
             a += tl.load(bias + (head * R + i) * N + n, mask=n < N, other=0.0).to(tl.float32)
             b += tl.load(bias + (head * R + i) * N + partner, mask=n < N, other=0.0).to(tl.float32)
-        made = made + (a * cos + b * sin,)
+        made = made + (a * cos + b * sin,)  # type: ignore
     return made
 
 
@@ -279,6 +283,13 @@ def keep_vectors(at, rank_stride, vectors, n, N: tl.constexpr, R: tl.constexpr):
     """Write a vector (n) of each rank."""
     for i in tl.static_range(R):
         tl.store(at + i * rank_stride + n, vectors[i].to(at.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def keep_keys(keys_before, olds, keys, news, n, N: tl.constexpr, R: tl.constexpr):
+    """The keys of both ends of the step."""
+    keep_vectors(keys_before, N, olds, n, N, R)
+    keep_vectors(keys, N, news, n, N, R)
 
 
 @triton.jit
