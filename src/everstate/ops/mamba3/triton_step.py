@@ -10,17 +10,18 @@ from everstate.core.state import Slots
 from everstate.ops.mamba3.ends import Mamba3Layer
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_step import (
-    cosine_and_sine,
     keep_keys,
-    keep_rotated,
     keep_scaled,
+    keep_vectors,
     of_rank,
     pairs,
     parts,
     room,
+    rotated,
     stream,
     tile_of,
-    wrapped,
+    turn_on,
+    vectors_of,
 )
 from everstate.ops.triton_rows import dense, silu, slot_of
 
@@ -59,7 +60,7 @@ def _step(
         scratch, out, projected.stride(0), 0 if delta_t is None else delta_t.stride(0),
         *ssm.stride()[:3], *k.stride()[:3], *x.stride()[:2], *angle.stride()[:2], batch * heads, floor, eps,
         HEADS=heads, GROUPS=ngroups, P=headdim, N=d_state, R=rank, TURNING=angle.shape[-1],
-        INTERLEAVED=interleaved, HEAVY=heavy, **tiles,
+        INTERLEAVED=interleaved, HEAVY=heavy, SUMMED=norm is None and rank > 1, **tiles,
     )  # fmt: skip
     return out
 
@@ -82,10 +83,10 @@ def _step_kernel(
     items, floor, eps,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     TURNING: tl.constexpr, INTERLEAVED: tl.constexpr, HEAVY: tl.constexpr,
-    BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     p, n = tl.arange(0, WHOLE_P), tl.arange(0, BLOCK_N)
-    keys, queries, owed, entering, reads = parts(scratch, P, N, R)
+    keys_before, keys, queries, owed, entering, reads = parts(scratch, P, N, R)
     WIDTH: tl.constexpr = GROUPS * N
     for turn in range(tl.cdiv(items - tl.program_id(0), tl.num_programs(0))):
         item = tl.program_id(0) + turn * tl.num_programs(0)
@@ -101,26 +102,28 @@ def _step_kernel(
         turns = (pair < TURNING) & (n < N)
         speed = PI * tanh(tl.load(scalars + 3 * HEADS + pair, mask=turns, other=0.0).to(tl.float32))
         turning = angle + slot * angle_slot + head * angle_head + pair
-        turned = wrapped(tl.load(turning, mask=turns, other=0.0) + step * speed)
-        cos, sin = cosine_and_sine(turned)
-        sin *= sign
+        turned, cos, sin = turn_on(turning, turns, step * speed, sign)
         B = vectors + head // (HEADS // GROUPS) * N
-        keep_rotated(keys, B, WIDTH, B_norm, B_bias, head, n, partner, cos, sin, N, R, eps)
-        keep_rotated(queries, B + R * WIDTH, WIDTH, C_norm, C_bias, head, n, partner, cos, sin, N, R, eps)
+        b = vectors_of(B, WIDTH, n, n < N, R), vectors_of(B, WIDTH, partner, n < N, R)
+        c = vectors_of(B + R * WIDTH, WIDTH, n, n < N, R), vectors_of(B + R * WIDTH, WIDTH, partner, n < N, R)
         was, before = k + slot * k_slot + head * k_head, x + slot * x_slot + head * x_head + p
+        olds = vectors_of(was, k_rank, n, n < N, R)
+        z = tl.load(gates, mask=p < P, other=0.0).to(tl.float32)
         u = tl.load(gates + HEADS * P, mask=p < P, other=0.0).to(tl.float32)
         u_before = tl.load(before, mask=p < P, other=0.0).to(tl.float32)
+        news = rotated(b[0], b[1], B_norm, B_bias, head, n, partner, cos, sin, N, R, eps)
+        keep_vectors(queries, N, rotated(c[0], c[1], C_norm, C_bias, head, n, partner, cos, sin, N, R, eps), n, N, R)
+        keep_keys(keys_before, olds, keys, news, n, N, R)
         keep_scaled(owed, entering, (step - gain) * decay * u_before, gain * u, mimo_x, head, p, P, R)
-        tl.debug_barrier()  # everything is there, and x and the angle have been read
+        keep_gates(reads, z, mimo_z, mimo_o, head, p, P, R, SUMMED)
+        tl.debug_barrier()  # all is there, and k, x and the angle have been read
+        keep_vectors(was, k_rank, news, n, N, R)
         tl.store(before, u.to(x.dtype.element_ty), mask=p < P)
         tl.store(turning, turned, mask=turns & (sign < 0))
-        stream(
-            own, ssm_p, h, decay, was, k_rank, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N, AHEAD
-        )
-        tl.debug_barrier()  # the state has been read, and k with it
-        keep_keys(was, k_rank, keys, n, N, R)
-        z = tl.load(gates, mask=p < P, other=0.0).to(tl.float32)
-        y = left(reads, tl.load(D + head).to(tl.float32) * u, z, mimo_x, mimo_z, mimo_o, norm, head, p, eps, P, R)
+        stream(own, ssm_p, h, decay, scratch, P, N, R, BLOCK_P, BLOCK_N, SUMMED)
+        tl.debug_barrier()  # the state has been read
+        u *= tl.load(D + head).to(tl.float32)
+        y = left(reads, u, z, mimo_x, mimo_z, mimo_o, norm, head, p, eps, P, R, SUMMED)
         tl.store(out + (row * HEADS + head) * P + p, y.to(out.dtype.element_ty), mask=p < P)
         tl.debug_barrier()  # the scratch is free
 
@@ -137,15 +140,36 @@ def steps(scalars, head, row, delta_t, delta_stride, dt_bias, floor, HEADS: tl.c
 
 
 @triton.jit
-def left(reads, skipped, z, mimo_x, mimo_z, mimo_o, norm, head, p, eps, P: tl.constexpr, R: tl.constexpr):
+def gate_of(z, mimo_z, mimo_o, head, i, p, P: tl.constexpr, R: tl.constexpr):
+    """The gate (p) of one rank, with the weight of its output."""
+    return silu(z * of_rank(mimo_z, head, i, p, P, R)) * of_rank(mimo_o, head, i, p, P, R)
+
+
+@triton.jit
+def keep_gates(kept, z, mimo_z, mimo_o, head, p, P: tl.constexpr, R: tl.constexpr, SUMMED: tl.constexpr):
+    """Without a norm the ranks may be summed before the entries of the state: one long sum instead of R."""
+    if SUMMED:
+        for i in tl.static_range(R):
+            tl.store(kept + i * P + p, gate_of(z, mimo_z, mimo_o, head, i, p, P, R), mask=p < P)
+
+
+@triton.jit
+def left(
+    reads, skipped, z, mimo_x, mimo_z, mimo_o, norm, head, p, eps,
+    P: tl.constexpr, R: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
     """What the ranks read of the state and skip past it, normalised, gated and summed: (p)."""
     y = tl.zeros_like(z)
+    if SUMMED:
+        y += tl.load(reads + R * P + p, mask=p < P, other=0.0)
     for i in tl.static_range(R):
-        each = tl.load(reads + i * P + p, mask=p < P, other=0.0) + skipped * of_rank(mimo_x, head, i, p, P, R)
+        each = skipped * of_rank(mimo_x, head, i, p, P, R)
+        if not SUMMED:
+            each += tl.load(reads + i * P + p, mask=p < P, other=0.0)
         if norm is not None:
             each *= tl.rsqrt(tl.sum(each * each, 0) / P + eps)
             each *= tl.load(norm + head * P + p, mask=p < P, other=0.0).to(tl.float32)
-        y += each * silu(z * of_rank(mimo_z, head, i, p, P, R)) * of_rank(mimo_o, head, i, p, P, R)
+        y += each * gate_of(z, mimo_z, mimo_o, head, i, p, P, R)
     return y
 
 

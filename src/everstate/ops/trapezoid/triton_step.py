@@ -17,8 +17,14 @@ from everstate.core.state import Slots
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.triton_rows import dense, slot_of, warps_of
 
-PROGRAMS = 8
-"""Programs per multiprocessor: more than are there at once, so that none waits for the last."""
+PROGRAMS = 16
+"""Programs per multiprocessor, about as many as it holds."""
+
+REGISTERS = 168
+"""Of a thread for up to four ranks, so that twelve warps share a multiprocessor. More ranks need more."""
+
+FEW = 2
+"""Heads per multiprocessor, over all sequences, that it works on all at once."""
 
 INVERSE_TAU: tl.constexpr = tl.constexpr(0.15915494309189535)
 # 2 pi in two parts, the first exact: in one it is off by 2e-7 for every turn, and a long stream turns often.
@@ -81,12 +87,20 @@ def _(
 
 
 def room(items: int, headdim: int, d_state: int, rank: int, device: torch.device) -> tuple[Tensor, dict[str, int]]:
-    """The scratch of each program, as many as the GPU holds at once, and the sizes of their tiles."""
-    width, few = triton.next_power_of_2(d_state), items <= 2 * processors(device)
-    whole = triton.next_power_of_2(headdim)
-    tile = min(whole, max((8192 if few else 4096) // width, 1))
-    scratch = torch.empty(min(items, PROGRAMS * processors(device)), rank * (2 * d_state + 3 * headdim), device=device)
-    sizes = {"BLOCK_P": tile, "WHOLE_P": whole, "BLOCK_N": width, "num_warps": warps_of(tile * width), "AHEAD": True}
+    """The scratch of each program, as many as the GPU holds at once, and the sizes of their tiles.
+
+    A program of one warp waits for nobody, and many of them keep the memory busy: on an H200 the fewer warps, the less
+    time (8, 4, 2 warps: 118, 85, 82 us for 64 x 64 heads of 64 x 128 in float32). Where there are too few heads for
+    that, each gets eight warps, to be done sooner.
+    """
+    width, whole = triton.next_power_of_2(d_state), triton.next_power_of_2(headdim)
+    numbers = 8192 if items <= FEW * processors(device) else 1024
+    tile = min(whole, max(numbers // width, 1))
+    sizes = {"BLOCK_P": tile, "WHOLE_P": whole, "BLOCK_N": width, "num_warps": warps_of(tile * width)}
+    if sizes["num_warps"] == 1 and 1 < rank <= 4:
+        sizes["maxnreg"] = REGISTERS
+    programs = min(items, PROGRAMS * processors(device))
+    scratch = torch.empty(programs, 3 * rank * (d_state + headdim) + headdim, device=device)
     return scratch, sizes
 
 
@@ -98,10 +112,10 @@ def _step_kernel(
     angle_slot, angle_head, items,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     TURNING: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     p, n = tl.arange(0, WHOLE_P), tl.arange(0, BLOCK_N)
-    keys, queries, owed, entering, reads = parts(scratch, P, N, R)
+    keys_before, keys, queries, owed, entering, reads = parts(scratch, P, N, R)
     for turn in range(tl.cdiv(items - tl.program_id(0), tl.num_programs(0))):
         item = tl.program_id(0) + turn * tl.num_programs(0)
         head, row = item % HEADS, (item // HEADS).to(tl.int64)
@@ -115,25 +129,24 @@ def _step_kernel(
         turns = (pair < TURNING) & (n < N)
         speed = tl.load(omega + row * omega_row + pair, mask=turns, other=0.0).to(tl.float32)
         turning = angle + slot * angle_slot + head * angle_head + pair
-        turned = wrapped(tl.load(turning, mask=turns, other=0.0) + step * speed)
-        cos, sin = cosine_and_sine(turned)
-        sin *= sign
-        keep_rotated(keys, B + row * B_row + group * B_group, B_rank, None, B_bias, head, n, partner, cos, sin, N, R, 0)
-        keep_rotated(
-            queries, C + row * C_row + group * C_group, C_rank, None, C_bias, head, n, partner, cos, sin, N, R, 0
-        )
+        turned, cos, sin = turn_on(turning, turns, step * speed, sign)
+        B_own, C_own = B + row * B_row + group * B_group, C + row * C_row + group * C_group
+        b = vectors_of(B_own, B_rank, n, n < N, R), vectors_of(B_own, B_rank, partner, n < N, R)
+        c = vectors_of(C_own, C_rank, n, n < N, R), vectors_of(C_own, C_rank, partner, n < N, R)
         was, before = k + slot * k_slot + head * k_head, x_before + slot * before_slot + head * before_head + p
+        olds = vectors_of(was, k_rank, n, n < N, R)
         u = tl.load(x + row * x_row + head * x_head + p, mask=p < P, other=0.0).to(tl.float32)
         u_before = tl.load(before, mask=p < P, other=0.0).to(tl.float32)
+        news = rotated(b[0], b[1], None, B_bias, head, n, partner, cos, sin, N, R, 0.0)
+        keep_vectors(queries, N, rotated(c[0], c[1], None, C_bias, head, n, partner, cos, sin, N, R, 0.0), n, N, R)
+        keep_keys(keys_before, olds, keys, news, n, N, R)
         keep_scaled(owed, entering, (step - gain) * decay * u_before, gain * u, mimo_x, head, p, P, R)
-        tl.debug_barrier()  # everything is there, and x and the angle have been read
+        tl.debug_barrier()  # all is there, and k, x and the angle have been read
+        keep_vectors(was, k_rank, news, n, N, R)
         tl.store(before, u.to(x_before.dtype.element_ty), mask=p < P)
         tl.store(turning, turned, mask=turns & (sign < 0))
-        stream(
-            own, ssm_p, h, decay, was, k_rank, keys, queries, owed, entering, reads, P, N, R, BLOCK_P, BLOCK_N, AHEAD
-        )
-        tl.debug_barrier()  # the state has been read, and k with it
-        keep_keys(was, k_rank, keys, n, N, R)
+        stream(own, ssm_p, h, decay, scratch, P, N, R, BLOCK_P, BLOCK_N, False)
+        tl.debug_barrier()  # the state has been read
         for i in tl.static_range(R):
             out = tl.load(reads + i * P + p, mask=p < P, other=0.0)
             if D is not None:
@@ -144,10 +157,11 @@ def _step_kernel(
 
 @triton.jit
 def parts(scratch, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
-    """Where a program keeps keys and queries (R, N), the inputs of both ends of the step, and what is read (R, P)."""
-    keys = scratch + tl.program_id(0) * (R * (2 * N + 3 * P))
-    rest = keys + 2 * R * N
-    return keys, keys + R * N, rest, rest + R * P, rest + 2 * R * P
+    """Where a program keeps the keys of both ends of the step and the queries (R, N), the inputs of both ends (R, P),
+    and what is read."""
+    vectors = scratch + tl.program_id(0) * (R * (3 * N + 3 * P) + P)
+    rest = vectors + 3 * R * N
+    return vectors, vectors + R * N, vectors + 2 * R * N, rest, rest + R * P, rest + 2 * R * P
 
 
 @triton.jit
@@ -162,31 +176,46 @@ def tile_of(
 
 @triton.jit
 def stream(
-    own, p_stride, ahead, decay, was, rank_stride, keys, queries, owed, entering, reads,
+    own, p_stride, ahead, decay, scratch,
     P: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    AHEAD: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """The state of a head, tile by tile: decayed, given what both ends of the step add, written, and read by the
-    queries. `ahead` is the first tile; each is asked for before the one in front of it is used."""
+    """The state of a head, tile by tile: decayed, given what both ends of the step add, written, and read.
+
+    `ahead` is the first tile; each is asked for before the one in front of it is used. What the query of each rank
+    reads goes to `reads` (R, P), or if SUMMED its sum with the weights that lie there to the row behind them.
+    """
     n = tl.arange(0, BLOCK_N)
+    keys_before, keys, queries, owed, entering, reads = parts(scratch, P, N, R)
     for first in range(0, P, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        if AHEAD:
-            h = ahead.to(tl.float32) * decay
-            if P > BLOCK_P:
-                ahead = tile_of(own, p_stride, first + BLOCK_P, P, N, BLOCK_P, BLOCK_N)
-        else:
-            h = tile_of(own, p_stride, first, P, N, BLOCK_P, BLOCK_N).to(tl.float32) * decay
+        h = ahead.to(tl.float32) * decay
+        if P > BLOCK_P:
+            ahead = tile_of(own, p_stride, first + BLOCK_P, P, N, BLOCK_P, BLOCK_N)
         for i in tl.static_range(R):
-            k_before = tl.load(was + i * rank_stride + n, mask=n < N, other=0.0).to(tl.float32)
-            h += tl.load(owed + i * P + p, mask=p < P, other=0.0)[:, None] * k_before[None, :]
+            k = tl.load(keys_before + i * N + n, mask=n < N, other=0.0)
+            h += tl.load(owed + i * P + p, mask=p < P, other=0.0)[:, None] * k[None, :]
             k = tl.load(keys + i * N + n, mask=n < N, other=0.0)
             h += tl.load(entering + i * P + p, mask=p < P, other=0.0)[:, None] * k[None, :]
         inside = (p < P)[:, None] & (n < N)[None, :]
         tl.store(own + p[:, None] * p_stride + n[None, :], h.to(own.dtype.element_ty), mask=inside)
+        weighted = tl.zeros_like(h)
         for i in tl.static_range(R):
             q = tl.load(queries + i * N + n, mask=n < N, other=0.0)
-            tl.store(reads + i * P + p, tl.sum(h * q[None, :], 1), mask=p < P)
+            if SUMMED:
+                weighted += tl.load(reads + i * P + p, mask=p < P, other=0.0)[:, None] * q[None, :]
+            else:
+                tl.store(reads + i * P + p, tl.sum(h * q[None, :], 1), mask=p < P)
+        if SUMMED:
+            tl.store(reads + R * P + p, tl.sum(h * weighted, 1), mask=p < P)
+
+
+@triton.jit
+def turn_on(at, turns, by, sign):
+    """The angles where the head has got to, their cosines, and their sines with the sign of each entry."""
+    turned = wrapped(tl.load(at, mask=turns, other=0.0) + by)
+    cos, sin = cosine_and_sine(turned)
+    return turned, cos, sign * sin
 
 
 @triton.jit
@@ -224,21 +253,43 @@ def pairs(n, N: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def keep_rotated(
-    kept, vectors, rank_stride, weight, bias, head, n, partner, cos, sin, N: tl.constexpr, R: tl.constexpr, eps
-):  # fmt: skip
-    """The vectors (n) of each rank, normalised if there is a `weight`, with the bias of their head, turned."""
+def vectors_of(at, rank_stride, n, within, R: tl.constexpr):
+    """The vectors (n) of all ranks: asked for at once, before the first is used."""
+    made = ()
     for i in tl.static_range(R):
-        own = tl.load(vectors + i * rank_stride + n, mask=n < N, other=0.0).to(tl.float32)
-        other = tl.load(vectors + i * rank_stride + partner, mask=n < N, other=0.0).to(tl.float32)
+        made = made + (tl.load(at + i * rank_stride + n, mask=within, other=0.0).to(tl.float32),)  # type: ignore
+    return made
+
+
+@triton.jit
+def rotated(own, other, weight, bias, head, n, partner, cos, sin, N: tl.constexpr, R: tl.constexpr, eps):
+    """The vectors of all ranks, normalised if there is a `weight`, with the bias of their head, turned."""
+    made = ()
+    for i in tl.static_range(R):
+        a, b = own[i], other[i]
         if weight is not None:
-            scale = tl.rsqrt(tl.sum(own * own, 0) / N + eps)
-            own *= scale * tl.load(weight + n, mask=n < N, other=0.0).to(tl.float32)
-            other *= scale * tl.load(weight + partner, mask=n < N, other=0.0).to(tl.float32)
+            scale = tl.rsqrt(tl.sum(a * a, 0) / N + eps)
+            a *= scale * tl.load(weight + n, mask=n < N, other=0.0).to(tl.float32)
+            b *= scale * tl.load(weight + partner, mask=n < N, other=0.0).to(tl.float32)
         if bias is not None:
-            own += tl.load(bias + (head * R + i) * N + n, mask=n < N, other=0.0).to(tl.float32)
-            other += tl.load(bias + (head * R + i) * N + partner, mask=n < N, other=0.0).to(tl.float32)
-        tl.store(kept + i * N + n, own * cos + other * sin, mask=n < N)
+            a += tl.load(bias + (head * R + i) * N + n, mask=n < N, other=0.0).to(tl.float32)
+            b += tl.load(bias + (head * R + i) * N + partner, mask=n < N, other=0.0).to(tl.float32)
+        made = made + (a * cos + b * sin,)  # type: ignore
+    return made
+
+
+@triton.jit
+def keep_vectors(at, rank_stride, vectors, n, N: tl.constexpr, R: tl.constexpr):
+    """Write a vector (n) of each rank."""
+    for i in tl.static_range(R):
+        tl.store(at + i * rank_stride + n, vectors[i].to(at.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def keep_keys(keys_before, olds, keys, news, n, N: tl.constexpr, R: tl.constexpr):
+    """The keys of both ends of the step."""
+    keep_vectors(keys_before, N, olds, n, N, R)
+    keep_vectors(keys, N, news, n, N, R)
 
 
 @triton.jit
@@ -248,14 +299,6 @@ def keep_scaled(owed, entering, u_before, u, mimo_x, head, p, P: tl.constexpr, R
         factor = of_rank(mimo_x, head, i, p, P, R)
         tl.store(owed + i * P + p, factor * u_before, mask=p < P)
         tl.store(entering + i * P + p, factor * u, mask=p < P)
-
-
-@triton.jit
-def keep_keys(was, rank_stride, keys, n, N: tl.constexpr, R: tl.constexpr):
-    """The keys of this token, for the next."""
-    for i in tl.static_range(R):
-        k = tl.load(keys + i * N + n, mask=n < N, other=0.0)
-        tl.store(was + i * rank_stride + n, k.to(was.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
