@@ -120,8 +120,8 @@ def _store_input_gradients(
 
 @triton.jit
 def keys_kernel(
-    x, mimo_x, dy, steps, omega, phases, B, C, B_bias, C_bias, entering, leaving, dlast_k,
-    dB, dC, dB_bias, dC_bias, domega, ddt, dturns, chunks, homes,
+    x, mimo_x, dy, steps, omega, phases, B, C, B_bias, C_bias, entering, leaving,
+    dB, dC, dB_bias, dC_bias, domega, ddt, dturns, chunks,
     x_token, x_head, dy_token, dy_rank, dy_head, omega_token, B_token, B_rank, B_group, C_token, C_rank, C_group, total,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
     RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -153,13 +153,16 @@ def keys_kernel(
         weights = (dot(u, tl.trans(du), None, PRECISION) * weights).to(DTYPE)
         # First all of the keys, then all of the queries: both at once do not fit into the registers.
         dh = load_part(leaving + place * P * N + FIRST, p, n, P, N, WIDTH)
-        dk = _last_keys(dlast_k + FIRST, homes, chunk, head, rows, n, HEADS, N, RANK, WIDTH)
-        dk = dot((u * tl.exp2(last - weighted)[:, None]).to(DTYPE), dh, dk, PRECISION)
+        dk = dot((u * tl.exp2(last - weighted)[:, None]).to(DTYPE), dh, None, PRECISION)
         if TURN:
             cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
-            q = turned(C + group * C_group, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, RANKS, PAIRS, DTYPE)
+            q = kept(
+                turned(C + group * C_group, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, RANKS, PAIRS, DTYPE)
+            )
             dk = dot(weights, q, dk, PRECISION)
-            k = turned(B + group * B_group, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, RANKS, PAIRS, DTYPE)
+            k = kept(
+                turned(B + group * B_group, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, RANKS, PAIRS, DTYPE)
+            )
             dangle, dk = _turned_back(dk, k, cos, sin)
         else:
             q = still(C + group * C_group, C_bias, rows, head, C_token, C_rank, N, RANK, RANKS, PAIRS, BLOCK_S, DTYPE)
@@ -187,26 +190,14 @@ def keys_kernel(
 
 
 @triton.jit
-def _last_keys(
-    dlast_k, homes, chunk, head, rows, n, HEADS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """What the final state says of the keys of the last token of a sequence, zero for other tokens."""
-    start, token, rank, inside = rows
-    sequence, last = tl.load(homes + 3 * chunk).to(tl.int64), tl.load(homes + 3 * chunk + 2) - 1
-    mask = (inside & (start + token == last))[:, None] & (n < WIDTH)[None, :]
-    at = dlast_k + (sequence * RANK * HEADS + head) * N + ((rank * (HEADS * N))[:, None] + n[None, :])
-    return tl.load(at, mask=mask, other=0.0)
-
-
-@triton.jit
 def _turned_back(gradient, turned, cos, sin):
     """The gradient of the angle by entry and pair, and that of keys or queries before they were turned.
 
     With these as the products had them, rounded, what two entries say to each other cancels to the bit.
     """
-    a, b = pairs_of(turned)
+    a, b = pairs_of(turned.to(tl.float32))
     da, db = pairs_of(gradient)
-    return db * a.to(tl.float32) - da * b.to(tl.float32), paired(da * cos + db * sin, db * cos - da * sin)
+    return db * a - da * b, paired(da * cos + db * sin, db * cos - da * sin)
 
 
 @triton.jit
@@ -217,8 +208,9 @@ def _store_angle_gradients(
     """A turn moves all angles from its token on: sums from the right, within the chunk. Returns those of omega."""
     dangle = by_token(dangle, RANKS)
     tokens, pairs = tl.arange(0, TOKENS), tl.arange(0, dangle.shape[1])
-    tl.store(dturns + place * PAIRS + pairs, tl.sum(dangle, 0), mask=pairs < PAIRS)
-    dturn = tl.cumsum(dangle, 0, reverse=True)
+    total = tl.sum(dangle, 0)
+    tl.store(dturns + place * PAIRS + pairs, total, mask=pairs < PAIRS)
+    dturn = total[None, :] - tl.cumsum(dangle, 0) + dangle  # a sum from the right is much slower
     rate = load_rates(omega, start, end, tokens, pairs, omega_token, PAIRS)
     tl.store(ddt + place * TOKENS + tokens, tl.sum(dturn * rate, 1))
     return dturn * load_step(steps, place, tokens, TOKENS, DT)[:, None]
