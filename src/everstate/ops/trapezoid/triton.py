@@ -292,9 +292,8 @@ class _Call:
 
     @property
     def stages(self) -> int:
-        """Chunks of which a program holds what it has loaded: the next one too, but where ranks or float32 fill the
-        shared memory."""
-        return 2 if self.rank == 1 and self.x.dtype.itemsize == 2 else 1
+        """Chunks of which a program holds what it has loaded: the next one too, where float32 does not fill the memory."""
+        return 2 if self.x.dtype.itemsize == 2 else 1
 
     def _edges(self) -> dict[str, int]:
         """Sizes for the kernels of the ends of sequences."""
