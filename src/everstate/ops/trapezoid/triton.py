@@ -292,7 +292,7 @@ class _Call:
 
     @property
     def stages(self) -> int:
-        """Chunks of which a program holds what it has loaded: the next one too, where float32 does not fill the memory."""
+        """Chunks of which a program holds what it has loaded: the next one too, unless float32 fills the memory."""
         return 2 if self.x.dtype.itemsize == 2 else 1
 
     def _edges(self) -> dict[str, int]:
