@@ -24,7 +24,7 @@ def accepts_scan(
     omega: Tensor,
     B: Tensor,
     C: Tensor,
-    state: tuple[Tensor, ...],
+    state: Any,
     *,
     B_bias: Tensor | None = None,
     C_bias: Tensor | None = None,

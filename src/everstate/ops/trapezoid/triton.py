@@ -31,6 +31,7 @@ from everstate.ops.trapezoid.triton_prepare import (
     angle_gradients_kernel,
     enter_gradients_kernel,
     enter_kernel,
+    leave_gradients_kernel,
     leave_kernel,
     omega_gradients_kernel,
     phases_kernel,
@@ -291,9 +292,8 @@ class _Call:
 
     @property
     def stages(self) -> int:
-        """Chunks of which a program holds what it has loaded: the next one too, but where ranks or float32 fill the
-        shared memory."""
-        return 2 if self.rank == 1 and self.x.dtype.itemsize == 2 else 1
+        """Chunks of which a program holds what it has loaded: the next one too, unless float32 fills the memory."""
+        return 2 if self.x.dtype.itemsize == 2 else 1
 
     def _edges(self) -> dict[str, int]:
         """Sizes for the kernels of the ends of sequences."""
@@ -378,18 +378,22 @@ class _Call:
         entering, _ = self._boundaries(self.enter(), None)
         leaving, dentered = self._boundaries(dssm.contiguous(), dy)
         inputs = self._input_gradients(dy, entering, leaving)
-        keys = self._key_gradients(dy, entering, leaving, dk.contiguous())
+        keys = self._key_gradients(dy, entering, leaving)
         del entering, leaving
         enter = self._enter_gradients(dentered)
         inputs.x[self.homes.last] += dlast.to(inputs.x.dtype)
-        ddt, dA, dlam, domega, dstart = self._step_gradients(inputs, keys, enter.owed, dangle.contiguous())
+        dlast_B, dangle = self._leave_gradients(dk.contiguous(), dangle.contiguous())
+        each = dlast_B.unflatten(2, (self.groups, -1)).sum(3)  # a group's key is that of its heads
+        keys.B.view(-1, *each.shape[1:])[self.homes.last] += each.to(keys.B.dtype)
+        dB_bias = None if keys.B_bias is None else keys.B_bias.sum(0) + dlast_B.sum(0).transpose(0, 1)
+        ddt, dA, dlam, domega, dstart = self._step_gradients(inputs, keys, enter.owed, dangle)
         dmimo_x = None
         if inputs.mimo_x is not None and enter.mimo_x is not None:
             dmimo_x = inputs.mimo_x.sum(0) + enter.mimo_x.sum(0)
         return [
             inputs.x.view(self.given.x.shape), ddt, dA, dlam, domega, keys.B, keys.C,
             dentered, enter.k, enter.x, dstart,
-            None if keys.B_bias is None else keys.B_bias.sum(0), None if keys.C_bias is None else keys.C_bias.sum(0),
+            dB_bias, None if keys.C_bias is None else keys.C_bias.sum(0),
             dmimo_x, None if inputs.D is None else inputs.D.sum(0),
         ]  # fmt: skip
 
@@ -415,7 +419,7 @@ class _Call:
             splits *= 2
         return splits
 
-    def _key_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor, dk: Tensor) -> _KeyGradients:
+    def _key_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> _KeyGradients:
         splits, count, steps = self._splits(), len(self.plan.chunks), self.steps
         total, shape = self.batch * self.length, self.given.B.shape
         dB, dC = (t.new_empty(splits, *shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
@@ -426,9 +430,10 @@ class _Call:
         for turn in (True, False) if self.sizes["BLOCK_S"] else (True,):
             keys_kernel[(count * self.groups * splits,)](
                 self.x, self.mimo_x, dy, steps, self.omega, self.phases, self.B, self.C, self.B_bias, self.C_bias,
-                entering, leaving, dk, dB, dC, dB_bias, dC_bias, omega, dt, turns, self.plan.chunks, self.homes.chunks,
+                entering, leaving, dB, dC, dB_bias, dC_bias, omega, dt, turns, self.plan.chunks,
                 *self.x.stride()[:2], *dy.stride()[:3], self.omega.stride(0), *self._keys(self.B), *self._keys(self.C),
-                total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, TURN=turn, num_warps=8, num_stages=1,
+                total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, TURN=turn,
+                num_warps=4 if self.block_p <= 64 else 8, num_stages=self.stages,
             )  # fmt: skip
         dB, dC = (t.sum(0) if splits > 1 else t[0] for t in (dB, dC))
         return _KeyGradients(dB, dC, dB_bias, dC_bias, omega, dt, turns)
@@ -445,6 +450,16 @@ class _Call:
             **self._edges(),
         )  # fmt: skip
         return _EnterGradients(owed, dk, dx, dmimo_x)
+
+    def _leave_gradients(self, dk: Tensor, dangle: Tensor) -> tuple[Tensor, Tensor]:
+        """What the keys of the last tokens say of B, for each head, and of the angles at the end, with `dangle`."""
+        k, _ = self.leave()
+        dB, leaving = torch.empty_like(dk), torch.empty_like(dangle)
+        leave_gradients_kernel[(len(self.homes.sequences) * self.heads,)](
+            k, self.final_angle, dk, dangle, dB, leaving, HEADS=self.heads, N=self.d_state, RANK=self.rank,
+            PAIRS=self.pairs, BLOCK_HALF=triton.next_power_of_2(self.d_state // 2),
+        )  # fmt: skip
+        return dB, leaving
 
     def _step_gradients(
         self, inputs: _InputGradients, keys: _KeyGradients, owed: Tensor, dangle: Tensor

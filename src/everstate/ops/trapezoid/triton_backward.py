@@ -120,82 +120,75 @@ def _store_input_gradients(
 
 @triton.jit
 def keys_kernel(
-    x, mimo_x, dy, steps, omega, phases, B, C, B_bias, C_bias, entering, leaving, dlast_k,
-    dB, dC, dB_bias, dC_bias, domega, ddt, dturns, chunks, homes,
+    x, mimo_x, dy, steps, omega, phases, B, C, B_bias, C_bias, entering, leaving,
+    dB, dC, dB_bias, dC_bias, domega, ddt, dturns, chunks,
     x_token, x_head, dy_token, dy_rank, dy_head, omega_token, B_token, B_rank, B_group, C_token, C_rank, C_group, total,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
     RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk, group and part of its heads: the gradients of B and C, summed over the heads, and of the
-    biases, to be summed over the chunks. With TURN those of the columns that turn, and of omega and the angles as far
-    as the chunk goes; without it those of the others."""
+    """One program per chunk, group and part of its heads: with TURN the gradients of the columns of B, C (summed over
+    heads) and biases (to be summed over chunks) that turn, of omega and angles; without it those of the others."""
     EACH: tl.constexpr = HEADS // GROUPS // SPLITS
     FIRST: tl.constexpr = 0 if TURN else 2 * PAIRS
     WIDTH: tl.constexpr = 2 * PAIRS if TURN else N - 2 * PAIRS
-    DTYPE: tl.constexpr = x.dtype.element_ty
     chunk, part = (tl.program_id(0) // (GROUPS * SPLITS)).to(tl.int64), tl.program_id(0) % (GROUPS * SPLITS)
     group, split = part // SPLITS, part % SPLITS
     start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-    rows, token = entries(start, end, TOKENS, RANK, RANKS), tl.arange(0, TOKENS * RANKS) // RANKS
-    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_T if TURN else BLOCK_S)
-    db = tl.zeros((TOKENS * RANKS, BLOCK_T if TURN else BLOCK_S), tl.float32)
+    rows, p = entries(start, end, TOKENS, RANK, RANKS), tl.arange(0, BLOCK_P)
+    n = tl.arange(0, BLOCK_T if TURN else BLOCK_S)
+    db = tl.zeros((TOKENS * RANKS, n.shape[0]), tl.float32)
     dc, drate = tl.zeros_like(db), tl.zeros((TOKENS, BLOCK_T // 2), tl.float32)
-    for i in range(EACH):
-        head = group * (HEADS // GROUPS) + split * EACH + i
+    B, C = B + group * B_group, C + group * C_group
+    for head in range(part * EACH, (part + 1) * EACH):  # group by group, split by split
         place = chunk * HEADS + head
-        sums, own = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, OWN)
-        weighted = load_step(steps, place, token, TOKENS, WEIGHTED)
-        last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
         u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
         du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
-        weights = factors(sums[None, :], weighted[:, None], own[:, None], token[None, :], token[:, None])
-        weights = (dot(u, tl.trans(du), None, PRECISION) * weights).to(DTYPE)
-        # First all of the keys, then all of the queries: both at once do not fit into the registers.
-        dh = load_part(leaving + place * P * N + FIRST, p, n, P, N, WIDTH)
-        dk = _last_keys(dlast_k + FIRST, homes, chunk, head, rows, n, HEADS, N, RANK, WIDTH)
-        dk = dot((u * tl.exp2(last - weighted)[:, None]).to(DTYPE), dh, dk, PRECISION)
+        weights, u, du = _weighed(u, du, steps, place, TOKENS, RANKS, PRECISION)
+        dk = dot(u, load_part(leaving + place * P * N + FIRST, p, n, P, N, WIDTH), None, PRECISION)
         if TURN:
             cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
-            q = turned(C + group * C_group, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, RANKS, PAIRS, DTYPE)
-            dk = dot(weights, q, dk, PRECISION)
-            k = turned(B + group * B_group, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, RANKS, PAIRS, DTYPE)
-            dangle, dk = _turned_back(dk, k, cos, sin)
+            q = turned(C, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, RANKS, PAIRS, u.dtype)
+            k = turned(B, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, RANKS, PAIRS, u.dtype)
+            dangle, dk = _turned_back(dot(weights, q, dk, PRECISION), k, cos, sin)
         else:
-            q = still(C + group * C_group, C_bias, rows, head, C_token, C_rank, N, RANK, RANKS, PAIRS, BLOCK_S, DTYPE)
+            q = still(C, C_bias, rows, head, C_token, C_rank, N, RANK, RANKS, PAIRS, BLOCK_S, u.dtype)
             dk = dot(weights, q, dk, PRECISION)
-            k = still(B + group * B_group, B_bias, rows, head, B_token, B_rank, N, RANK, RANKS, PAIRS, BLOCK_S, DTYPE)
+            k = still(B, B_bias, rows, head, B_token, B_rank, N, RANK, RANKS, PAIRS, BLOCK_S, u.dtype)
         db += dk
         _store_bias_gradient(dB_bias, dk, place * (RANK * N) + FIRST, n, RANK, RANKS, N, WIDTH)
-        h = load_part(entering + place * P * N + FIRST, p, n, P, N, WIDTH)
-        dq = dot((du * tl.exp2(sums)[:, None]).to(DTYPE), h, None, PRECISION)
+        dq = dot(du, load_part(entering + place * P * N + FIRST, p, n, P, N, WIDTH), None, PRECISION)
         dq = dot(tl.trans(weights), k, dq, PRECISION)
         if TURN:
             more, dq = _turned_back(dq, q, cos, sin)
-            drate += _store_angle_gradients(
-                dangle + more, steps, omega, dturns, ddt, place, start, end, omega_token, TOKENS, RANKS, PAIRS
-            )
+            drate += _add_turns(dangle + more, steps, omega, dturns, ddt, place, start, end, omega_token, RANKS, PAIRS)
         dc += dq
         _store_bias_gradient(dC_bias, dq, place * (RANK * N) + FIRST, n, RANK, RANKS, N, WIDTH)
     base = (split.to(tl.int64) * total * (RANK * GROUPS) + group) * N + FIRST
     store_entries(dB + base, rows, n, GROUPS * N, db, WIDTH, RANK)
     store_entries(dC + base, rows, n, GROUPS * N, dc, WIDTH, RANK)
-    if TURN:
-        tokens, pairs = tl.arange(0, TOKENS), tl.arange(0, BLOCK_T // 2)
-        out = domega + (part.to(tl.int64) * total + start) * PAIRS + (tokens[:, None] * PAIRS + pairs[None, :])
-        tl.store(out, drate, mask=(start + tokens < end)[:, None] & (pairs < PAIRS)[None, :])
+    _store_rates(domega + (part.to(tl.int64) * total + start) * PAIRS, drate, start, end, PAIRS, TURN)
 
 
 @triton.jit
-def _last_keys(
-    dlast_k, homes, chunk, head, rows, n, HEADS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """What the final state says of the keys of the last token of a sequence, zero for other tokens."""
-    start, token, rank, inside = rows
-    sequence, last = tl.load(homes + 3 * chunk).to(tl.int64), tl.load(homes + 3 * chunk + 2) - 1
-    mask = (inside & (start + token == last))[:, None] & (n < WIDTH)[None, :]
-    at = dlast_k + (sequence * RANK * HEADS + head) * N + ((rank * (HEADS * N))[:, None] + n[None, :])
-    return tl.load(at, mask=mask, other=0.0)
+def _weighed(u, du, steps, place, TOKENS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr):
+    """What takes queries to the gradients of keys: `[j, i]`, and for the states inputs and output gradients as these
+    knew them."""
+    token = tl.arange(0, TOKENS * RANKS) // RANKS
+    sums, own = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, OWN)
+    weighted, last = load_step(steps, place, token, TOKENS, WEIGHTED), load_step(steps, place, TOKENS - 1, TOKENS, SUM)
+    weights = factors(sums[None, :], weighted[:, None], own[:, None], token[None, :], token[:, None])
+    weights = (dot(u, tl.trans(du), None, PRECISION) * weights).to(u.dtype)
+    return weights, (u * tl.exp2(last - weighted)[:, None]).to(u.dtype), (du * tl.exp2(sums)[:, None]).to(u.dtype)
+
+
+@triton.jit
+def _store_rates(out, drate, start, end, PAIRS: tl.constexpr, TURN: tl.constexpr):
+    """The gradient of omega, summed over the heads of the program."""
+    if TURN:
+        tokens, pairs = tl.arange(0, drate.shape[0]), tl.arange(0, drate.shape[1])
+        mask = (start + tokens < end)[:, None] & (pairs < PAIRS)[None, :]
+        tl.store(out + (tokens[:, None] * PAIRS + pairs[None, :]), drate, mask=mask)
 
 
 @triton.jit
@@ -204,21 +197,22 @@ def _turned_back(gradient, turned, cos, sin):
 
     With these as the products had them, rounded, what two entries say to each other cancels to the bit.
     """
-    a, b = pairs_of(turned)
+    a, b = pairs_of(turned.to(tl.float32))
     da, db = pairs_of(gradient)
-    return db * a.to(tl.float32) - da * b.to(tl.float32), paired(da * cos + db * sin, db * cos - da * sin)
+    return db * a - da * b, paired(da * cos + db * sin, db * cos - da * sin)
 
 
 @triton.jit
-def _store_angle_gradients(
-    dangle, steps, omega, dturns, ddt, place, start, end, omega_token,
-    TOKENS: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr,
+def _add_turns(
+    dangle, steps, omega, dturns, ddt, place, start, end, omega_token, RANKS: tl.constexpr, PAIRS: tl.constexpr
 ):  # fmt: skip
     """A turn moves all angles from its token on: sums from the right, within the chunk. Returns those of omega."""
     dangle = by_token(dangle, RANKS)
+    TOKENS: tl.constexpr = dangle.shape[0]
     tokens, pairs = tl.arange(0, TOKENS), tl.arange(0, dangle.shape[1])
-    tl.store(dturns + place * PAIRS + pairs, tl.sum(dangle, 0), mask=pairs < PAIRS)
-    dturn = tl.cumsum(dangle, 0, reverse=True)
+    total = tl.sum(dangle, 0)
+    tl.store(dturns + place * PAIRS + pairs, total, mask=pairs < PAIRS)
+    dturn = total[None, :] - tl.cumsum(dangle, 0) + dangle  # a sum from the right is much slower
     rate = load_rates(omega, start, end, tokens, pairs, omega_token, PAIRS)
     tl.store(ddt + place * TOKENS + tokens, tl.sum(dturn * rate, 1))
     return dturn * load_step(steps, place, tokens, TOKENS, DT)[:, None]

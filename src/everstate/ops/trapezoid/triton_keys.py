@@ -13,9 +13,8 @@ import triton.language as tl
 
 from everstate.ops.triton_common import INTERPRETED, dot
 
-TURNS: tl.constexpr = tl.constexpr(0.15915493667125702)
-"""1 / (2 pi), as a float32 has it, and what that lacks."""
-TURNS_LOW: tl.constexpr = tl.constexpr(6.420638316e-09)
+TURNS: tl.constexpr = tl.constexpr(0.15915494309189535)
+"""1 / (2 pi)."""
 PHASES: tl.constexpr = tl.constexpr(4294967296.0)
 """Phases of a turn."""
 RADIANS: tl.constexpr = tl.constexpr(6.283185307179586 / 4294967296.0)
@@ -42,18 +41,18 @@ DT: tl.constexpr = tl.constexpr(4)
 
 @triton.jit
 def phase_of(angle, LONG: tl.constexpr):
-    """The phase of an angle of up to 1,000 turns; LONG where thousands of them are summed, else right to 1e-7 of it.
+    """The phase of an angle: LONG where thousands of them are summed, else right to 1e-7 of it, for up to 1,000 turns.
 
-    Its first 12 bits and the others come from two float32 additions, which are several times as fast as conversions.
+    The first 12 bits and the others come from two float32 additions, which are several times as fast as conversions.
     """
-    turns = angle * TURNS
-    coarse = turns + COARSE
-    rest = turns - (coarse - COARSE)
     if LONG:
-        rest += tl.fma(angle, TURNS, -turns) + angle * TURNS_LOW  # what the first product lost
-    fine = tl.fma(rest, PHASES, FINE)
-    # The bits of COARSE itself are shifted out; those of FINE are the constant.
-    return (coarse.to(tl.int32, bitcast=True) << 20) + (fine.to(tl.int32, bitcast=True) - 0x4B400000)
+        return tl.floor(angle.to(tl.float64) * (TURNS * PHASES) + 0.5).to(tl.int64).to(tl.int32)
+    else:
+        turns = angle * TURNS
+        coarse = turns + COARSE
+        fine = (turns - (coarse - COARSE)) * PHASES + FINE
+        # The bits of COARSE itself are shifted out; those of FINE are the constant.
+        return (coarse.to(tl.int32, bitcast=True) << 20) + (fine.to(tl.int32, bitcast=True) - 0x4B400000)
 
 
 @triton.jit
@@ -141,7 +140,10 @@ def by_token(tile, RANKS: tl.constexpr):
 @triton.jit
 def by_rank(tile, RANKS: tl.constexpr):
     """Rows of entries, summed over the tokens of each rank."""
-    return tl.sum(tl.reshape(tile, (tile.shape[0] // RANKS, RANKS, tile.shape[1])), 0)
+    if RANKS == 1:
+        return tl.sum(tile, 0)[None, :]
+    else:
+        return tl.sum(tl.reshape(tile, (tile.shape[0] // RANKS, RANKS, tile.shape[1])), 0)
 
 
 @triton.jit

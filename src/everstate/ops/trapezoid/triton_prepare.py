@@ -204,6 +204,29 @@ def leave_kernel(
 
 
 @triton.jit
+def leave_gradients_kernel(
+    k, angle, dk, dangle, dB, leaving,
+    HEADS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """The reverse of `leave_kernel` for the key: dB before it was turned, for each head, and with dangle that of the
+    angle in `leaving`."""
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    half = tl.arange(0, BLOCK_HALF)
+    home, exists, turns = (sequence * HEADS + head) * PAIRS, half < N // 2, half < PAIRS
+    turned = tl.load(angle + home + half, mask=turns, other=0.0)
+    cos, sin = cosine(turned), sine(turned)
+    total = tl.load(dangle + home + half, mask=turns, other=0.0)
+    for rank in tl.static_range(RANK):
+        at = ((sequence * RANK + rank) * HEADS + head) * N + 2 * half
+        a, b = tl.load(k + at, mask=exists, other=0.0), tl.load(k + at + 1, mask=exists, other=0.0)
+        da, db = tl.load(dk + at, mask=exists, other=0.0), tl.load(dk + at + 1, mask=exists, other=0.0)
+        total += db * a - da * b
+        tl.store(dB + at, da * cos + db * sin, mask=exists)
+        tl.store(dB + at + 1, db * cos - da * sin, mask=exists)
+    tl.store(leaving + home + half, total, mask=turns)
+
+
+@triton.jit
 def steps_gradients_kernel(
     dt, A, lam, omega, ddecays, dscales, downs, dsteps, dturns, dowed, ddt, dA, dlam, chunks, homes,
     dt_token, dt_head, A_token, A_head, lam_token, lam_head, omega_token,
