@@ -35,8 +35,9 @@ SPLITS = (32, 8, 1)
 STEP_BATCHES = (1, 16, 64, 256, 1024)
 LOW = ("x", "B", "C", "z", "projected")
 """Arguments that a model trained in bfloat16 computes in it."""
-ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""Largest error of an output or a gradient against float64, of norms."""
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest error of an output or a gradient against float64, of norms; the gradients of decays and angles, which are what
+is left of large sums, have the largest."""
 GATE_TOKENS, REPEATS = 300, 20
 
 Call = Callable[[], object]
@@ -66,12 +67,14 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
 
 def scans(op: str, d_inner: int, total: int, device: str, first_call_s: dict[str, float]) -> Iterator[Row]:
     """Forward, and forward with backward, of one op on the same tokens cut into more or fewer sequences."""
-    small = lower(GPU_SHAPES[op](Draw(dtype=torch.float32, device=device), min(d_inner, 512), GATE_TOKENS))
+    small = lower(
+        GPU_SHAPES[op](Draw(dtype=torch.float32, device=device, drawn_on=device), min(d_inner, 512), GATE_TOKENS)
+    )
     started = time.perf_counter()
     error = gate_error(op, small)
     first_call_s[op] = time.perf_counter() - started
     gate = Gate(error, ALLOWED[torch.bfloat16])
-    long = lower(GPU_SHAPES[op](Draw(dtype=torch.float32, device=device), d_inner, total))
+    long = lower(GPU_SHAPES[op](draw, d_inner, total))
     for batch in SPLITS:
         example = cut(long, batch)
         forward, both = calls(partial(run_op, op), example)
@@ -91,7 +94,7 @@ def steps(name: str, d_inner: int, batches: tuple[int, ...], device: str) -> Ite
     """One token for each of many sequences: how fast the states move through memory."""
     op, shape = STEPS[name]
     for batch in batches:
-        long = cut(lower(shape(Draw(dtype=torch.float32, device=device), d_inner, batch)), batch)
+        long = cut(lower(shape(Draw(dtype=torch.float32, device=device, drawn_on=device), d_inner, batch)), batch)
         token = {key: value[:, 0] for key, value in long.timed.items()} | long.fixed
         for dtype in (torch.float32, torch.bfloat16):
             pool = in_precision(long.state, dtype)

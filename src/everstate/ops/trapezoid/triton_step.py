@@ -94,7 +94,7 @@ def room(items: int, headdim: int, d_state: int, rank: int, device: torch.device
     that, each gets eight warps, to be done sooner.
     """
     width, whole = triton.next_power_of_2(d_state), triton.next_power_of_2(headdim)
-    numbers = 8192 if items <= FEW * processors(device) else 1024
+    numbers = 8192 if items <= FEW * processors(device) else 2048
     tile = min(whole, max(numbers // width, 1))
     sizes = {"BLOCK_P": tile, "WHOLE_P": whole, "BLOCK_N": width, "num_warps": warps_of(tile * width)}
     if sizes["num_warps"] == 1 and 1 < rank <= 4:
