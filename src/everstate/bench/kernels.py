@@ -36,8 +36,8 @@ STEP_BATCHES = (1, 16, 64, 256, 1024)
 LOW = ("x", "B", "C", "z", "projected")
 """Arguments that a model trained in bfloat16 computes in it."""
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Largest error of an output or a gradient against float64, of norms; the gradients of decays and angles, which are what
-is left of large sums, have the largest."""
+"""Largest error of an output or a gradient against float64, of norms. Gradients of decays and angles, which are
+what is left of large sums, have the largest."""
 GATE_TOKENS, REPEATS = 300, 20
 
 Call = Callable[[], object]
@@ -67,9 +67,8 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
 
 def scans(op: str, d_inner: int, total: int, device: str, first_call_s: dict[str, float]) -> Iterator[Row]:
     """Forward, and forward with backward, of one op on the same tokens cut into more or fewer sequences."""
-    small = lower(
-        GPU_SHAPES[op](Draw(dtype=torch.float32, device=device, drawn_on=device), min(d_inner, 512), GATE_TOKENS)
-    )
+    draw = Draw(dtype=torch.float32, device=device, drawn_on=device)
+    small = lower(GPU_SHAPES[op](draw, min(d_inner, 512), GATE_TOKENS))
     started = time.perf_counter()
     error = gate_error(op, small)
     first_call_s[op] = time.perf_counter() - started

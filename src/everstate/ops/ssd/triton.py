@@ -355,11 +355,13 @@ def _own(diagonal, start, later, earlier, head, end, HEADS: tl.constexpr, RANK: 
 @triton.jit
 def _load_skip(D, head, columns, P: tl.constexpr, SKIP: tl.constexpr):
     """D of a head: none (SKIP 0), one number for all columns (SKIP 1), or one for each (SKIP 2)."""
-    if SKIP == 0:
-        return tl.zeros(columns.shape, tl.float32)
     if SKIP == 2:
-        return tl.load(D + head * P + columns, mask=columns < P, other=0.0).to(tl.float32)
-    return tl.load(D + head + columns * 0).to(tl.float32)
+        skip = tl.load(D + head * P + columns, mask=columns < P, other=0.0).to(tl.float32)
+    elif SKIP == 1:
+        skip = tl.load(D + head + columns * 0).to(tl.float32)
+    else:
+        skip = tl.zeros(columns.shape, tl.float32)
+    return skip
 
 
 @triton.jit

@@ -89,9 +89,8 @@ def _(
 def room(items: int, headdim: int, d_state: int, rank: int, device: torch.device) -> tuple[Tensor, dict[str, int]]:
     """The scratch of each program, as many as the GPU holds at once, and the sizes of their tiles.
 
-    A program of one warp waits for nobody, and many of them keep the memory busy: on an H200 the fewer warps, the less
-    time (8, 4, 2 warps: 118, 85, 82 us for 64 x 64 heads of 64 x 128 in float32). Where there are too few heads for
-    that, each gets eight warps, to be done sooner.
+    Many programs of few warps keep the memory busy: on an H200 8, 4 and 2 warps took 118, 85 and 82 us for 64 x 64
+    heads of 64 x 128 in float32. Where there are too few heads for that, each gets eight warps, to be done sooner.
     """
     width, whole = triton.next_power_of_2(d_state), triton.next_power_of_2(headdim)
     numbers = 8192 if items <= FEW * processors(device) else 2048
