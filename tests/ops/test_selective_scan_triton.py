@@ -55,6 +55,13 @@ def errors(backend: str, inputs: dict[str, Tensor], **settings: Any) -> dict[str
     return {name: ((got[name].double() - exact).norm() / exact.norm()).item() for name, exact in expected.items()}
 
 
+def agree(inputs: dict[str, Tensor], **settings: Any) -> None:
+    """In float32. The gradient of A is what is left of differences along 64 tokens, whose powers of two have 22 bits on
+    a GPU."""
+    for name, error in errors("triton", inputs, **settings).items():
+        assert error <= (2e-4 if name == "A" else 2e-5), name
+
+
 @pytest.mark.parametrize(
     ("channels", "d_state", "without"),
     [(64, 16, ()), (33, 16, ("z",)), (5, 3, ("dt_bias",)), (40, 1, ("D",)), (3, 17, ("z", "D", "dt_bias"))],
@@ -66,8 +73,7 @@ def test_sizes_of_real_layers(
     given = {name: value for name, value in inputs.items() if name not in without}
     if "dt_bias" in without:
         given["dt"] = torch.nn.functional.softplus(given["dt"])
-    for name, error in errors("triton", given).items():
-        assert error <= 2e-5, name
+    agree(given)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="Triton's interpreter cuts bfloat16 off, where a GPU rounds")
@@ -99,7 +105,7 @@ def test_segments_of_long_sequences(
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
     packing = Packing.of_lengths(lengths)
     inputs = draw(kernel_device, 1, packing.total, 6, 4, sequences=len(lengths))
-    assert max(errors("triton", inputs, packing=packing).values()) < 2e-5
+    agree(inputs, packing=packing)
 
 
 def test_the_same_call_gives_the_same_bits(kernel_device: torch.device) -> None:

@@ -124,12 +124,14 @@ def test_angles_stay_right_over_many_turns(kernel_device: torch.device) -> None:
     given = draw(kernel_device, 2, 4, 1, 2)
     given["layer"] = given["layer"]._replace(dt_bias=torch.full_like(given["layer"].dt_bias, 2.0))
     wide = exact(given)
-    for _ in range(2000 if kernel_device.type == "cuda" else 12):
+    count = 2000 if kernel_device.type == "cuda" else 12
+    for _ in range(count):
         _, given["state"] = step("triton", given)
         _, wide["state"] = step(REFERENCE, wide)
     apart = given["state"].angle.double() - wide["state"].angle
     assert given["state"].angle.abs().max() <= 3.1416
-    assert torch.sin(apart / 2).abs().max() < 1e-4
+    # The same token each time: what rounding its step and its 6 rad does adds up.
+    assert torch.sin(apart / 2).abs().max() < count * 12 * 2**-24
 
 
 def test_small_steps_keep_their_digits(kernel_device: torch.device) -> None:

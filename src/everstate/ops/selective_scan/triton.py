@@ -86,7 +86,7 @@ def _(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, state))  # type: ignore[return-value]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
 
 
 @torch.library.custom_op("everstate::selective_scan_backward", mutates_args=())
