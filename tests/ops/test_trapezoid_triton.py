@@ -87,7 +87,12 @@ def test_sizes_of_real_layers(
     heads: int, headdim: int, groups: int, d_state: int, rank: int, pairs: int,
     dtype: torch.dtype, tolerance: float, kernel_device: torch.device,
 ) -> None:  # fmt: skip
-    agree(draw(kernel_device, 1, 100, heads, headdim, groups, d_state, rank, pairs, dtype), tolerance)
+    example = draw(kernel_device, 1, 100, heads, headdim, groups, d_state, rank, pairs, dtype)
+    if (headdim, dtype) == (80, torch.bfloat16):
+        with pytest.raises(BackendError, match="powers of two, not 80, 48 and 5"):
+            outcome("triton", example)
+    else:
+        agree(example, tolerance)
 
 
 @pytest.mark.parametrize("rank", [1, 2])

@@ -46,6 +46,13 @@ def accepts_scan(
             "takes heads of up to 128 x 128 numbers (headdim x d_state), or up to 64 x 256 unless they are float32, "
             f"not {headdim} x {d_state} in {str(x.dtype).removeprefix('torch.')}"
         )
+    pairs = omega.shape[-1]
+    if x.dtype.itemsize == 2 and any(size & (size - 1) for size in (headdim, d_state, pairs)):
+        # At 80 x 48 with 5 pairs a gradient was wrong on an H200, and right in the interpreter and in float32.
+        return (
+            "takes 16-bit numbers only where headdim, d_state and the pairs that turn are powers of two, "
+            f"not {headdim}, {d_state} and {pairs}"
+        )
     needed = SHARED_MEMORY if x.dtype.itemsize == 2 and filled[1] <= 128 else MORE_SHARED_MEMORY
     if shared_memory(x.device) < needed:
         return f"needs a GPU with {needed:,} bytes of shared memory, this one has {shared_memory(x.device):,}"
