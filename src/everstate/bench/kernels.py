@@ -143,7 +143,7 @@ def in_precision(state: Any, dtype: torch.dtype) -> Any:
 
 def widen(value: Any) -> Any:
     """An argument, or each part of a layer's parameters, in float64."""
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if isinstance(value, tuple):  # a NamedTuple
         return type(value)(*(widen(part) for part in value))
     return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
