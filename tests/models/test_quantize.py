@@ -12,6 +12,7 @@ from everstate.checkpoints import export, save
 from everstate.core.errors import CheckpointError, RequestError
 from everstate.core.state import nbytes, tensors
 from everstate.models import LM, ModelConfig
+from everstate.ops import TrapezoidState
 
 LAYOUTS = ["2 * (mamba2 mlp)", "mamba1 attention", "mamba3 mla", "s5 moe"]
 
@@ -75,19 +76,22 @@ def test_rows_of_zeros_stay_zeros() -> None:
     assert bool((logits(lm.quantize_())[..., 3] == 0).all())
 
 
-def test_states_of_16_bits_are_half_as_many_bytes_and_change_little() -> None:
-    lm = model()
+@pytest.mark.parametrize("layout", ["mamba1", "mamba2", "mamba3"])
+def test_states_of_16_bits_are_half_as_many_bytes_and_change_little(layout: str) -> None:
+    lm = model(layout)
     tokens = torch.randint(50, (2, 60), generator=torch.Generator().manual_seed(0))
     exact, low = lm.init_state(2), lm.init_state(2, dtype=torch.bfloat16)
-    assert 2 * nbytes(low) == nbytes(exact)
+    angles = [part.angle for part in exact if isinstance(part, TrapezoidState)]
+    assert 2 * nbytes(low) == nbytes(exact) + nbytes(tuple(angles))
     for now in tokens.unbind(1):
         expected, got = lm.step_(now, exact), lm.step_(now, low)
-    assert all(t.dtype is torch.bfloat16 for t in tensors(low))
+    assert {t.dtype for t in tensors(low)} == ({torch.bfloat16, torch.float32} if angles else {torch.bfloat16})
     assert 0 < (got - expected).norm() <= 0.02 * expected.norm()
 
 
-def test_a_segment_reads_what_a_state_of_16_bits_holds() -> None:
-    lm = model()
+@pytest.mark.parametrize("layout", ["mamba1", "mamba2", "mamba3"])
+def test_a_segment_reads_what_a_state_of_16_bits_holds(layout: str) -> None:
+    lm = model(layout)
     tokens = torch.randint(50, (2, 30), generator=torch.Generator().manual_seed(0))
     state = lm.init_state(2, dtype=torch.bfloat16)
     for now in tokens[:, :20].unbind(1):

@@ -67,8 +67,8 @@ class Mixer(Special, ABC):
     """
 
     Config: ClassVar[type[Config]]
-    narrows: ClassVar[bool] = False
-    """Whether `step_` takes states in bfloat16 and float16 too."""
+    narrows: ClassVar[frozenset[str]] = frozenset()
+    """The parts of the state that `step_` takes in bfloat16 and float16 too."""
     causal: ClassVar[bool] = True
     """False for an encoder layer, which sees the whole sequence and cannot be stepped."""
 

@@ -63,6 +63,7 @@ class Mamba1(Mixer):
     """`in_proj -> [x | z]`, convolution over x, `x_proj -> [dt | B | C]`, selective scan, gate, `out_proj`."""
 
     Config = Mamba1Config
+    narrows = frozenset({"conv", "ssm"})
     no_decay = frozenset({"A_log", "D", "dt_bias", "conv_bias"})
     in_float32 = frozenset({"A_log", "D", "dt_bias"})
 

@@ -87,7 +87,7 @@ class Mamba2(Mixer):
     """`in_proj -> [z | x | B | C | dt]`, convolution over `[x | B | C]`, SSD scan, gated norm, `out_proj`."""
 
     Config = Mamba2Config
-    narrows = True
+    narrows = frozenset({"conv", "ssm"})
     no_decay = frozenset({"A_log", "D", "dt_bias", "conv_bias"})
     in_float32 = frozenset({"A_log", "D", "dt_bias"})
 

@@ -66,6 +66,7 @@ class Mamba3(Mixer):
     """`in_proj -> [z | x | B | C | dt | A | lam | omega]`, trapezoid scan, gate, sum over the ranks, `out_proj`."""
 
     Config = Mamba3Config
+    narrows = frozenset({"ssm", "k", "x"})  # an angle of 8 bits would be no angle
     no_decay = frozenset({"dt_bias", "B_bias", "C_bias", "D"})
     in_float32 = frozenset({"dt_bias", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o", "D"})
 

@@ -278,17 +278,18 @@ class LM(nn.Module):
 
 
 def _narrowed(mixer: Mixer, state: State, dtype: torch.dtype) -> State:
-    """The state with its float32 tensors in `dtype`. Raises `RequestError` where the mixer cannot step that."""
+    """The state with what `mixer.narrows` names in `dtype`. Raises `RequestError` where nothing can be stepped so."""
 
-    def narrow(tensor: Tensor) -> Tensor:
-        if tensor.dtype is dtype or not (tensor.is_floating_point() or tensor.is_complex()):
+    def keep(tensor: Tensor) -> Tensor:
+        # A cache of attention has the dtype of the weights.
+        kept = (dtype, torch.bfloat16, torch.float16)
+        if tensor.dtype in kept or not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
-        if tensor.dtype is torch.float32 and mixer.narrows and dtype in (torch.bfloat16, torch.float16):
-            return tensor.to(dtype)
-        if tensor.dtype in (torch.bfloat16, torch.float16):
-            return tensor  # a cache of attention, in the dtype of the weights
         raise RequestError(
             f"{type(mixer).__name__} cannot keep its state in {dtype}, only in {tensor.dtype}; leave the dtype out"
         )
 
-    return map_state(narrow, state)
+    if not mixer.narrows or dtype not in (torch.bfloat16, torch.float16):
+        return map_state(keep, state)
+    parts = state._asdict().items()
+    return type(state)(*(part.to(dtype) if name in mixer.narrows else part for name, part in parts))

@@ -29,9 +29,10 @@ def selective_step_(
     u, steps, keys, queries = (t.to(dtype) for t in (x, dt, B, C))
     if dt_bias is not None:
         steps = softplus(steps + dt_bias.to(dtype))
-    h = gather(state, slots)
+    held = gather(state, slots)
+    h = held.to(dtype)
     h.mul_(torch.exp(steps.unsqueeze(2) * A.to(dtype))).addcmul_((steps * u).unsqueeze(2), keys.unsqueeze(1))
-    if slots is not None:
+    if slots is not None or h is not held:
         scatter_(state, slots, h)
     y = torch.matmul(h, queries.unsqueeze(2)).squeeze(2)
     if D is not None:
