@@ -524,8 +524,7 @@ def _inputs_kernel(
 ):  # fmt: skip
     """One program per chunk, group and part of its heads: the gradients of x, s, a, D and the diagonal.
 
-    Matrices over pairs of entries are transposed, `[j, i]` for what i receives from j: so they come out of one product
-    in the registers where the next one needs them.
+    Matrices over pairs are transposed, `[j, i]` for what i receives from j: the next product needs them so.
     """
     EACH: tl.constexpr = HEADS // GROUPS // SPLITS
     chunk, part = tl.program_id(0) // (GROUPS * SPLITS), tl.program_id(0) % (GROUPS * SPLITS)
@@ -549,8 +548,7 @@ def _inputs_kernel(
         dlast += tl.exp2(last) * tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1), 0)
         # How much a larger sum of decays would change: all that an entry received, less all that it gave.
         ddecay = tl.sum(dot(q.to(u.dtype), tl.trans(h), None, PRECISION) * du.to(tl.float32), 1) * tl.exp2(cs)
-        weights = gram * tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 126.0))
-        weights = weights.to(u.dtype)
+        weights = (gram * tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 126.0))).to(u.dtype)
         dadded = dot(weights, du, dadded, PRECISION)
         dscale = tl.sum(dadded * u.to(tl.float32), 1)
         # Both sides with the same rounded weights: then two entries of the same decay cancel, as they must.
@@ -560,18 +558,28 @@ def _inputs_kernel(
         tl.store(ddecays + place, ddecay + tl.where(at == BLOCK - 1, dlast, 0.0))
         tl.store(dscales + place, dscale)
         dinput = dadded * scale[:, None]
-        if SKIP > 0 or RANK == 1:
-            skip = _load_skip(D, head, p, P, SKIP)
-            dinput += _own_inputs(du, diagonal, skip, start, at, inside, head, HEADS, RANK, SKIP)
-        if RANK > 1:
-            own = _own(diagonal, start, at[None, :], at[:, None], head, end, HEADS, RANK)
-            dinput = dot(own.to(u.dtype), du, dinput, PRECISION)
+        dinput = _give_own(dinput, du, diagonal, D, start, at, inside, head, end, p, P, HEADS, RANK, SKIP, PRECISION)
         if RANK > 0:
             _store_own(ddiagonal + head * RANK, received, start, at, inside, HEADS * RANK, RANK)
         if SKIP > 0:
             products = tl.sum(du.to(tl.float32) * u.to(tl.float32), 0)
             tl.store(dD + (chunk.to(tl.int64) * HEADS + head) * P + p, products, mask=p < P)
         _store_tile(dx, start, at, inside, head * P, p, 0, HEADS * P, dinput, P, FULL)
+
+
+@triton.jit
+def _give_own(
+    dinput, du, diagonal, D, start, at, inside, head, end, p,
+    P: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradient of inputs what they gave to their own group: the reverse of `_own_inputs` and `_own`."""
+    if SKIP > 0 or RANK == 1:
+        skip = _load_skip(D, head, p, P, SKIP)
+        dinput += _own_inputs(du, diagonal, skip, start, at, inside, head, HEADS, RANK, SKIP)
+    if RANK > 1:
+        own = _own(diagonal, start, at[None, :], at[:, None], head, end, HEADS, RANK)
+        dinput = dot(own.to(du.dtype), du, dinput, PRECISION)
+    return dinput
 
 
 @triton.jit
