@@ -56,7 +56,7 @@ def plan(ends: tuple[int, ...], chunk: int, pieces: int, device: torch.device) -
 def pieces_for(programs: int, device: torch.device) -> int:
     """Segments per sequence, given the programs that one segment for each would start: as many as fill the GPU."""
     available = processors(device)
-    # Two programs run on a multiprocessor; two rounds of them, and not a little more, which would cost a third.
+    # Two programs run on a multiprocessor; two rounds of them, and not a little more, which would cost a quarter.
     return 1 if programs >= 2 * available else max(4 * available // programs, 1)
 
 
