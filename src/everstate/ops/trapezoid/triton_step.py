@@ -256,7 +256,8 @@ def vectors_of(at, rank_stride, n, within, R: tl.constexpr):
     """The vectors (n) of all ranks: asked for at once, before the first is used."""
     made = ()
     for i in tl.static_range(R):
-        made = made + (tl.load(at + i * rank_stride + n, mask=within, other=0.0).to(tl.float32),)  # type: ignore
+        vector = tl.load(at + i * rank_stride + n, mask=within, other=0.0).to(tl.float32)
+        made = made + (vector,)  # type: ignore[assignment]  # unrolled
     return made
 
 
@@ -273,7 +274,7 @@ def rotated(own, other, weight, bias, head, n, partner, cos, sin, N: tl.constexp
         if bias is not None:
             a += tl.load(bias + (head * R + i) * N + n, mask=n < N, other=0.0).to(tl.float32)
             b += tl.load(bias + (head * R + i) * N + partner, mask=n < N, other=0.0).to(tl.float32)
-        made = made + (a * cos + b * sin,)  # type: ignore
+        made = made + (a * cos + b * sin,)  # type: ignore[assignment]  # unrolled
     return made
 
 
