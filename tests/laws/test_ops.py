@@ -71,7 +71,7 @@ FAST = [case for case in BACKENDS if case[2] != REFERENCE]
 TIMED = [case for case in BACKENDS if draw(*case[:2], 1, 2).timed]
 LENGTHS = [1, 2, 7, 63, 64, 65, 131]
 CUTS = [1, 2, 31, 64, 68]
-PACKED, INTERPRETED_PACKED = Packing.of_lengths([1, 5, 40, 3, 66]), Packing.of_lengths([1, 2, 9, 3, 65])
+PACKED = Packing.of_lengths([1, 5, 40, 3, 66])
 
 # Backends whose outputs are causal to rounding only. A Fourier transform mixes all times before it separates them. How
 # many tokens share one matrix product of an expert depends on all of them, and its height may change its rounding.
@@ -221,13 +221,12 @@ def test_a_split_changes_nothing(name: str, variant: str, backend: str, where: i
 
 @pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
 def test_packed_sequences_are_separate_sequences(name: str, variant: str, backend: str) -> None:
-    packing = INTERPRETED_PACKED if INTERPRETED and backend == KERNELS else PACKED
-    example = draw(name, variant, 1, packing.total, len(packing), backend)
+    example = draw(name, variant, 1, PACKED.total, len(PACKED), backend)
     if not example.packs:
         pytest.skip("this op looks at one token at a time and needs no packing")
-    packed, after = run(name, backend, example, packing=packing)
+    packed, after = run(name, backend, example, packing=PACKED)
     device = packed.device
-    rows = [torch.tensor([i], device=device) for i in range(len(packing))]
+    rows = [torch.tensor([i], device=device) for i in range(len(PACKED))]
     alone = [
         run(
             name,
@@ -236,26 +235,25 @@ def test_packed_sequences_are_separate_sequences(name: str, variant: str, backen
             cut(example, where),
             gather(example.state, row) if example.state is not None else None,
         )
-        for where, row in zip(packing.slices(), rows, strict=True)
+        for where, row in zip(PACKED.slices(), rows, strict=True)
     ]
     close((packed, after), (torch.cat([y for y, _ in alone], 1), concat([s for _, s in alone])))
     close(
-        tuple(gradients(name, backend, example, packing=packing)),
-        tuple(gradients(name, REFERENCE, exact(example), packing=packing)),
+        tuple(gradients(name, backend, example, packing=PACKED)),
+        tuple(gradients(name, REFERENCE, exact(example), packing=PACKED)),
         1e-8,
     )
 
 
 @pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
 def test_packed_sequences_do_not_meet(name: str, variant: str, backend: str) -> None:
-    packing = INTERPRETED_PACKED if INTERPRETED and backend == KERNELS else PACKED
-    example = draw(name, variant, 1, packing.total, len(packing), backend)
+    example = draw(name, variant, 1, PACKED.total, len(PACKED), backend)
     if not example.packs:
         pytest.skip("this op looks at one token at a time and needs no packing")
-    touched = packing.slices()[2]
+    touched = PACKED.slices()[2]
     timed = disturb(example.timed, touched)
-    before, after = run(name, backend, example, packing=packing), run(name, backend, example, timed, packing=packing)
-    keep = torch.ones(packing.total, dtype=torch.bool, device=before[0].device)
+    before, after = run(name, backend, example, packing=PACKED), run(name, backend, example, timed, packing=PACKED)
+    keep = torch.ones(PACKED.total, dtype=torch.bool, device=before[0].device)
     keep[touched] = False
     assert torch.equal(before[0][:, keep], after[0][:, keep])
     others = torch.tensor([0, 1, 3, 4], device=before[0].device)
