@@ -11,8 +11,20 @@ from torch import Tensor
 from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
-from everstate.core.state import Slots, gather, scatter_
-from everstate.ops.attention.cache import AttentionState, append, check_memory, slot_positions, spoil, visible
+from everstate.core.state import Slots, scatter_
+from everstate.ops.attention.cache import (
+    AttentionState,
+    Pages,
+    append,
+    check_memory,
+    check_pages,
+    put_token_,
+    rings,
+    slot_positions,
+    spoil,
+    visible,
+    without,
+)
 from everstate.ops.attention.limits import accepts, accepts_step
 
 __all__ = ["AttentionState", "attention", "attention_step_"]
@@ -70,12 +82,27 @@ def attention_step_(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    pages: Pages = None,
 ) -> Float[Tensor, "b h p"]:
-    """One token of `attention` for the rows `slots` of a pool of states, written in place."""
+    """One token of `attention` for the rows `slots` of a pool of states, written in place.
+
+    With `pages` the keys and values are *blocks* `(blocks, size, g, p)` that rows share out, so that long and short
+    contexts fit side by side: slot t of the ring of row r is slot `t % size` of block `pages[r, t // size]`, and the
+    ring has `pages.shape[1] * size` slots. `pos` has a number for each row. Entries that a row has not come to yet may
+    be anything; rows may share blocks that they only read. Where an entry that is needed names no block, that is a
+    `RequestError` (on a GPU and in a compiled graph: the outputs of the row are NaN, and nothing is written for it).
+
+    Source of the blocks: Kwon et al. 2023, "PagedAttention" (arXiv 2309.06180).
+    """
+    ring = rings(state, slots, pages)
+    lost = check_pages(state, slots, pages, ring.pos, window)
     q, k, v = (t.unsqueeze(1) for t in (q, k, v))
-    y, after = attention.reference(q, k, v, gather(state, slots), window=window, scale=scale, softcap=softcap)
-    scatter_(state, slots, after)
-    return y[:, 0]
+    y, after = attention.reference(q, k, v, ring, window=window, scale=scale, softcap=softcap)
+    if pages is None:
+        scatter_(state, slots, after)
+    else:
+        put_token_(state, slots, pages, ring.pos, k[:, 0], v[:, 0])
+    return without(y[:, 0], lost)
 
 
 def _fuses(*args: Any, softcap: float | None = None, **settings: Any) -> str | None:

@@ -1,4 +1,7 @@
-"""What attention remembers: the last s keys and values as a ring, in which token t lies in slot t mod s."""
+"""What attention remembers: the last s keys and values as a ring, in which token t lies in slot t mod s.
+
+A ring is one piece of memory, or the blocks that a table of pages names.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
+from everstate.core.state import Slots, gather
 
 
 class AttentionState(NamedTuple):
@@ -50,6 +54,63 @@ def append_packed(
     slots = (state.pos[rows] + packing.positions(device)[kept]) % capacity
     put = lambda ring, new: ring.index_put((rows, slots), new[0, kept].to(ring.dtype))
     return AttentionState(put(state.k, k), put(state.v, v), pos)
+
+
+Pages = Int[Tensor, "rows pages"] | None
+"""For each row of a pool the blocks that its ring is made of; None where each row has a ring of its own."""
+
+
+def capacity_of(state: AttentionState, pages: Pages) -> int:
+    """Slots of a ring."""
+    return state.k.shape[1] * (1 if pages is None else pages.shape[1])
+
+
+def rings(state: AttentionState, slots: Slots, pages: Pages, used: int | None = None) -> AttentionState:
+    """The rings of the rows `slots`, or the first `used` slots of them; copies, but for all rows of no blocks."""
+    pos = gather(state.pos, slots)
+    if pages is None:
+        keys, values = gather((state.k[:, :used], state.v[:, :used]), slots)
+        return AttentionState(keys, values, pos)
+    size = state.k.shape[1]
+    blocks = gather(pages, slots)[:, : None if used is None else -(-used // size)].clamp(0, len(state.k) - 1)
+    keys, values = (t[blocks].flatten(1, 2)[:, :used] for t in (state.k, state.v))
+    return AttentionState(keys, values, pos)
+
+
+def put_token_(
+    state: AttentionState, slots: Slots, pages: Pages, pos: Int[Tensor, " b"],
+    k: Float[Tensor, "b g p"], v: Float[Tensor, "b g p"],
+) -> None:  # fmt: skip
+    """Write one token of each of the rows `slots`, which have read `pos`, in place."""
+    rows = torch.arange(len(pos), device=pos.device) if slots is None else slots
+    size, slot = state.k.shape[1], pos % capacity_of(state, pages)
+    block = rows if pages is None else pages[rows, slot // size]
+    there = (block >= 0) & (block < len(state.k))
+    place = block.clamp(0, len(state.k) - 1), slot % size
+    for ring, new in ((state.k, k), (state.v, v)):
+        ring.index_put_(place, torch.where(there[:, None, None], new.to(ring.dtype), ring[place]))
+    state.pos.index_copy_(0, rows, pos + 1)
+
+
+def check_pages(
+    state: AttentionState, slots: Slots, pages: Pages, pos: Int[Tensor, " b"], window: int | None
+) -> Bool[Tensor, " b"] | None:
+    """The rows whose next token needs a block that there is not, None without pages.
+
+    Raises `RequestError` for them where their numbers can be seen without making a device wait.
+    """
+    if pages is None:
+        return None
+    table, capacity, size = gather(pages, slots), capacity_of(state, pages), state.k.shape[1]
+    seen = visible(pos.unsqueeze(1), slot_positions(pos + 1, capacity, capacity), window)[:, 0]
+    lost = ((table < 0) | (table >= len(state.k))) & seen.unflatten(1, (-1, size)).any(2)
+    if not torch.compiler.is_compiling() and pos.device.type == "cpu" and lost.any():
+        row, page = lost.nonzero()[0].tolist()
+        raise RequestError(
+            f"page {page} of row {row} is block {int(table[row, page])}, and the state has {len(state.k)}; "
+            "give each row the blocks of all tokens that it looks at, and of the next one"
+        )
+    return lost.any(1)
 
 
 @lru_cache(maxsize=64)
@@ -95,10 +156,12 @@ def spoil(
     y: Float[Tensor, "b l h p"], pos: Int[Tensor, " b"], capacity: int, window: int | None
 ) -> Float[Tensor, "b l h p"]:
     """Make the outputs NaN of rows that `check_memory` would have refused had it been able to see them."""
-    if not _can_forget(capacity, window):
-        return y
-    lost = (pos > 0) & (pos >= capacity)
-    return y.masked_fill(lost[:, None, None, None], torch.nan)
+    return without(y, (pos > 0) & (pos >= capacity)) if _can_forget(capacity, window) else y
+
+
+def without(y: Float[Tensor, "b *l h p"], lost: Bool[Tensor, " b"] | None) -> Float[Tensor, "b *l h p"]:
+    """The outputs, NaN for the rows that are lost."""
+    return y if lost is None else y.masked_fill(lost.view(-1, *(1,) * (y.ndim - 1)), torch.nan)
 
 
 def _can_forget(capacity: int, window: int | None) -> bool:

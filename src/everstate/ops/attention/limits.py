@@ -10,7 +10,7 @@ from torch import Tensor
 from everstate.core.kernels import refusal, shared_memory
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.ops.attention.cache import AttentionState
+from everstate.ops.attention.cache import AttentionState, Pages, capacity_of
 from everstate.ops.limits import step_refusal
 
 WIDEST = 256
@@ -36,16 +36,18 @@ def accepts(
 
 
 def accepts_step(
-    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, slots: Slots = None, **settings: Any
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, slots: Slots = None, *, pages: Pages = None, **settings: Any
 ) -> str | None:
     """Why the kernel of `attention_step_` does not serve these arguments, or None."""
     why = step_refusal(state.k, state.v, q, k, v) or _refusal_of_heads(q, k, v)
     if why is not None:
         return why
-    if not state.k.shape[1]:
+    if not capacity_of(state, pages):
         return "the state has no slot to write the token to; the reference needs none"
     if state.k.stride(-1) != 1 or state.v.stride(-1) != 1:
         return f"takes a pool whose last dimension is dense, not one of strides {state.k.stride()}"
+    if pages is not None and pages.dtype not in (torch.int32, torch.int64):
+        return f"takes pages as int32 or int64, not {str(pages.dtype).removeprefix('torch.')}"
     wide = q.shape[-1] > 128 and q.dtype == torch.float32
     return _refusal_of_memory(q, SHARED_MEMORY_STEP_WIDE if wide else SHARED_MEMORY_STEP)
 

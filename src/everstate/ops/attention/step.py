@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.state import Slots, gather
 from everstate.ops.attention import scores
-from everstate.ops.attention.cache import AttentionState, check_memory, slot_positions, spoil, visible
+from everstate.ops.attention.cache import (
+    AttentionState,
+    Pages,
+    capacity_of,
+    check_memory,
+    check_pages,
+    put_token_,
+    rings,
+    slot_positions,
+    spoil,
+    visible,
+    without,
+)
 
 
 def fused(
@@ -23,9 +34,10 @@ def fused(
     window: int | None = None,
     scale: float | None = None,
     softcap: None = None,
+    pages: Pages = None,
 ) -> Float[Tensor, "b h p"]:
     """See `everstate.ops.attention_step_`."""
-    return _step_(partial(scores.fused, scale=scale), q, k, v, state, slots, window)
+    return _step_(partial(scores.fused, scale=scale), q, k, v, state, slots, window, pages)
 
 
 def plain(
@@ -38,24 +50,23 @@ def plain(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    pages: Pages = None,
 ) -> Float[Tensor, "b h p"]:
     """See `everstate.ops.attention_step_`."""
-    return _step_(partial(scores.plain, scale=scale, softcap=softcap), q, k, v, state, slots, window)
+    return _step_(partial(scores.plain, scale=scale, softcap=softcap), q, k, v, state, slots, window, pages)
 
 
 def _step_(
-    attend: scores.Attend, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, slots: Slots, window: int | None
-) -> Tensor:
-    pos, capacity = gather(state.pos, slots).clone(), state.k.shape[1]
+    attend: scores.Attend, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, slots: Slots, window: int | None,
+    pages: Pages,
+) -> Tensor:  # fmt: skip
+    pos, capacity = gather(state.pos, slots).clone(), capacity_of(state, pages)
     read = check_memory(pos, capacity, window)
-    rows = torch.arange(len(pos), device=pos.device) if slots is None else slots
+    lost = check_pages(state, slots, pages, pos, window)
     # What the token overwrites is one that it does not see: `check_memory` has refused every other case.
-    place = rows, pos % capacity
-    state.k.index_put_(place, k.to(state.k.dtype))
-    state.v.index_put_(place, v.to(state.v.dtype))
-    state.pos.index_copy_(0, rows, pos + 1)
+    put_token_(state, slots, pages, pos, k, v)
     used = capacity if read is None else min(capacity, read + 1)
-    keys, values = gather((state.k[:, :used], state.v[:, :used]), slots)
+    keys, values, _ = rings(state, slots, pages, used)
     seen = visible(pos.unsqueeze(1), slot_positions(pos + 1, capacity, used), window)
     y = attend(q.unsqueeze(1), keys, values, seen)
-    return spoil(y, pos, capacity, window)[:, 0]
+    return without(spoil(y, pos, capacity, window)[:, 0], lost)

@@ -3,7 +3,8 @@
 The tokens that a query sees are counted in order of time: `seen` of them, the oldest in slot `oldest`, wrapping around
 at the end of the ring. They are cut into as many *splits* as fill the GPU, all of one length, which each row finds out
 from its own position: nothing waits for the host, and the time is that of what was read and not of the capacity. A
-small kernel joins the splits, always in the same order, and moves the position on.
+small kernel joins the splits, always in the same order, and moves the position on. With pages a slot is looked up in
+the table of its row; a block that is not there makes a key of NaN, and no address.
 
 The token itself is no part of the ring yet: the first split begins with it, and writes it to a slot that nobody reads.
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from everstate.core.kernels import processors
 from everstate.core.state import Slots
-from everstate.ops.attention.cache import AttentionState
+from everstate.ops.attention.cache import AttentionState, Pages
 from everstate.ops.triton_common import LOG2E, dot
 from everstate.ops.triton_rows import dense, slot_of
 
@@ -38,18 +39,20 @@ def attention_step_(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    pages: Pages = None,
 ) -> Float[Tensor, "b h p"]:
     """See `everstate.ops.attention_step_`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _step(q, k, v, state.k, state.v, state.pos, slots, window, scale, softcap)
+    return _step(q, k, v, state.k, state.v, state.pos, slots, pages, window, scale, softcap)
 
 
 @torch.library.custom_op("everstate::attention_step_", mutates_args={"ring_k", "ring_v", "pos"})
 def _step(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, pos: Tensor, slots: Tensor | None,
-    window: int | None, scale: float, softcap: float | None,
+    pages: Tensor | None, window: int | None, scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    (batch, heads, headdim), (capacity, groups) = q.shape, ring_k.shape[1:3]
+    (batch, heads, headdim), (size, groups) = q.shape, ring_k.shape[1:3]
+    capacity = size * (1 if pages is None else pages.shape[1])
     y = q.new_empty(batch, heads, headdim)
     if batch == 0:
         return y
@@ -61,10 +64,12 @@ def _step(
     sums = q.new_empty(batch, heads, splits, headdim, dtype=torch.float32)
     weights = q.new_empty(batch, heads, splits, 2, dtype=torch.float32)
     _split_kernel[(batch * blocks * splits,)](
-        q, k, v, ring_k, ring_v, pos, slots, sums, weights, splits, capacity, reach, scale, softcap,
+        q, k, v, ring_k, ring_v, pos, slots, None if pages is None else pages.contiguous(), sums, weights,
+        splits, capacity, reach, scale, softcap, len(ring_k),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *ring_k.stride()[:3], *ring_v.stride()[:3],
-        HEADS=heads, GROUPS=groups, P=headdim, FORGETS=window is None or capacity < window,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **sizes,
+        SIZE=size if pages is not None else 0, HEADS=heads, GROUPS=groups, P=headdim,
+        FORGETS=window is None or capacity < window, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        **sizes,
     )  # fmt: skip
     width = triton.next_power_of_2(splits)
     part = min(triton.next_power_of_2(headdim), max(8192 // width, 16))
@@ -78,7 +83,7 @@ def _step(
 @_step.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, pos: Tensor, slots: Tensor | None,
-    window: int | None, scale: float, softcap: float | None,
+    pages: Tensor | None, window: int | None, scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 
@@ -126,11 +131,21 @@ def ring_of(pos, sequence, capacity, reach):
 
 
 @triton.jit
+def located(pages, slot, place, asked, capacity, blocks, SIZE: tl.constexpr):
+    """A slot of a ring as the first two indices of the pool; and whether there is such a block."""
+    if pages is None:
+        return slot, place, asked
+    block = tl.load(pages + slot * (capacity // SIZE) + place // SIZE, mask=asked, other=0).to(tl.int64)
+    there = (block >= 0) & (block < blocks)
+    return tl.where(there, block, 0), place % SIZE, there
+
+
+@triton.jit
 def _split_kernel(
-    q, k, v, ring_k, ring_v, pos, slots, sums, weights, splits, capacity, reach, scale, softcap,
+    q, k, v, ring_k, ring_v, pos, slots, pages, sums, weights, splits, capacity, reach, scale, softcap, blocks,
     q_row, q_head, k_row, k_group, v_row, v_group, K_slot, K_s, K_group, V_slot, V_s, V_group,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, FORGETS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, FORGETS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program per row, block of heads of one group, and split."""
     PER_GROUP: tl.constexpr = HEADS // GROUPS
@@ -145,28 +160,28 @@ def _split_kernel(
     queries = tl.load(q + row * q_row + head[:, None] * q_head + p[None, :], mask=real, other=0.0)
     key = tl.load(k + row * k_row + group * k_group + p, mask=p < P, other=0.0)
     value = tl.load(v + row * v_row + group * v_group + p, mask=p < P, other=0.0)
-    keys = ring_k + slot * K_slot + group * K_group
-    values = ring_v + slot * V_slot + group * V_group
+    keys, values = ring_k + group * K_group, ring_v + group * V_group
     # The token itself: only the first split has it.
     own = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1)
     top = tl.where(split == 0, capped(own, scale, softcap), -float("inf"))
     total = tl.where(split == 0, 1.0, 0.0) + tl.zeros((BLOCK_M,), tl.float32)
     acc = total[:, None] * value.to(tl.float32)[None, :]
+    index, place, there = located(pages, slot, read % capacity, True, capacity, blocks, SIZE)
     if split == 0 and block == 0:
-        place = read % capacity
-        tl.store(keys + place * K_s + p, key.to(ring_k.dtype.element_ty), mask=p < P)
-        tl.store(values + place * V_s + p, value.to(ring_v.dtype.element_ty), mask=p < P)
+        kept = (p < P) & there
+        tl.store(keys + index * K_slot + place * K_s + p, key.to(ring_k.dtype.element_ty), mask=kept)
+        tl.store(values + index * V_slot + place * V_s + p, value.to(ring_v.dtype.element_ty), mask=kept)
+    total = tl.where(there, total, float("nan"))
     each = tl.cdiv(tl.cdiv(seen, BLOCK_S), splits) * BLOCK_S
     end = tl.minimum((split + 1) * each, seen)
     for start in range(split * each, end, BLOCK_S):
         at = oldest + start + s
-        place = tl.where(at >= capacity, at - capacity, at).to(tl.int64)
-        inside = (start + s < end)[:, None] & (p < P)[None, :]
-        tile = tl.load(keys + place[:, None] * K_s + p[None, :], mask=inside, other=0.0).to(queries.dtype)
-        scores = dot(queries, tl.trans(tile), tl.zeros((BLOCK_M, BLOCK_S), tl.float32), PRECISION)
-        scores = tl.where((start + s < end)[None, :], capped(scores, scale, softcap), -float("inf"))
+        place, asked = tl.where(at >= capacity, at - capacity, at).to(tl.int64), start + s < end
+        index, place, there = located(pages, slot, place, asked, capacity, blocks, SIZE)
+        tile = _rows_of(keys + index * K_slot + place * K_s, asked, p, P).to(queries.dtype)
+        scores = _shown(capped(dot(queries, tl.trans(tile), None, PRECISION), scale, softcap), asked, there, pages)
         shares, faded, total, top = softened(scores, total, top, False)
-        tile = tl.load(values + place[:, None] * V_s + p[None, :], mask=inside, other=0.0).to(queries.dtype)
+        tile = _rows_of(values + index * V_slot + place * V_s, asked, p, P).to(queries.dtype)
         acc = dot(shares.to(queries.dtype), tile, acc * faded[:, None], PRECISION)
     if FORGETS:
         # Tokens that it would look at are gone, and no error can be raised here: see `cache.spoil`.
@@ -175,6 +190,20 @@ def _split_kernel(
     tl.store(sums + out[:, None] * P + p[None, :], acc, mask=real & (top > -float("inf"))[:, None])
     tl.store(weights + out * 2, top, mask=m < PER_GROUP)
     tl.store(weights + out * 2 + 1, total, mask=m < PER_GROUP)
+
+
+@triton.jit
+def _rows_of(rows, asked, p, P: tl.constexpr):
+    """Keys or values that begin at these places of the pool."""
+    return tl.load(rows[:, None] + p[None, :], mask=asked[:, None] & (p < P)[None, :], other=0.0)
+
+
+@triton.jit
+def _shown(scores, asked, there, pages):
+    """Scores of the keys that were asked for; those of a block that is not there are no numbers."""
+    if pages is not None:
+        scores = tl.where(there[None, :], scores, float("nan"))
+    return tl.where(asked[None, :], scores, -float("inf"))
 
 
 @triton.jit
