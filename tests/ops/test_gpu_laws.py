@@ -148,7 +148,8 @@ def test_repeated_calls_hold_no_memory(name: str) -> None:
         outcome(name, given)
         gc.collect()
         held.append(torch.cuda.memory_allocated())
-    assert held[2] == held[-1]
+    # Less is no leak: tables that earlier tests made leave the caches of plans meanwhile.
+    assert held[-1] <= held[2]
 
 
 @pytest.mark.parametrize(
