@@ -133,11 +133,12 @@ def ring_of(pos, sequence, capacity, reach):
 @triton.jit
 def located(pages, slot, place, asked, capacity, blocks, SIZE: tl.constexpr):
     """A slot of a ring as the first two indices of the pool; and whether there is such a block."""
-    if pages is None:
-        return slot, place, asked
-    block = tl.load(pages + slot * (capacity // SIZE) + place // SIZE, mask=asked, other=0).to(tl.int64)
-    there = (block >= 0) & (block < blocks)
-    return tl.where(there, block, 0), place % SIZE, there
+    there = asked
+    if pages is not None:
+        block = tl.load(pages + slot * (capacity // SIZE) + place // SIZE, mask=asked, other=0).to(tl.int64)
+        there = (block >= 0) & (block < blocks)
+        slot, place = tl.where(there, block, 0), place % SIZE
+    return slot, place, there
 
 
 @triton.jit
@@ -166,12 +167,11 @@ def _split_kernel(
     top = tl.where(split == 0, capped(own, scale, softcap), -float("inf"))
     total = tl.where(split == 0, 1.0, 0.0) + tl.zeros((BLOCK_M,), tl.float32)
     acc = total[:, None] * value.to(tl.float32)[None, :]
-    index, place, there = located(pages, slot, read % capacity, True, capacity, blocks, SIZE)
-    if split == 0 and block == 0:
-        kept = (p < P) & there
-        tl.store(keys + index * K_slot + place * K_s + p, key.to(ring_k.dtype.element_ty), mask=kept)
-        tl.store(values + index * V_slot + place * V_s + p, value.to(ring_v.dtype.element_ty), mask=kept)
-    total = tl.where(there, total, float("nan"))
+    kept = _keep(
+        pages, slot, read % capacity, keys, values, key, value, p, (split == 0) & (block == 0), capacity, blocks,
+        K_slot, K_s, V_slot, V_s, P, SIZE,
+    )  # fmt: skip
+    total = tl.where(kept, total, float("nan"))
     each = tl.cdiv(tl.cdiv(seen, BLOCK_S), splits) * BLOCK_S
     end = tl.minimum((split + 1) * each, seen)
     for start in range(split * each, end, BLOCK_S):
@@ -190,6 +190,19 @@ def _split_kernel(
     tl.store(sums + out[:, None] * P + p[None, :], acc, mask=real & (top > -float("inf"))[:, None])
     tl.store(weights + out * 2, top, mask=m < PER_GROUP)
     tl.store(weights + out * 2 + 1, total, mask=m < PER_GROUP)
+
+
+@triton.jit
+def _keep(
+    pages, slot, place, keys, values, key, value, p, asked, capacity, blocks, K_slot, K_s, V_slot, V_s,
+    P: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Write the token to its place, if that is asked for. Returns whether there is a block to write to."""
+    index, place, there = located(pages, slot, place, place >= 0, capacity, blocks, SIZE)
+    mask = (p < P) & asked & there
+    tl.store(keys + index * K_slot + place * K_s + p, key.to(keys.dtype.element_ty), mask=mask)
+    tl.store(values + index * V_slot + place * V_s + p, value.to(values.dtype.element_ty), mask=mask)
+    return there
 
 
 @triton.jit
