@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,6 +50,35 @@ def overlapping() -> Iterator[None]:
 def overlaps(device: torch.device) -> bool:
     """Whether kernels on this device start before the kernel before them has ended."""
     return _overlapping and device.type == "cuda" and capability(device) >= (9, 0)
+
+
+class KernelOp:
+    """Launches of kernels as an operator of PyTorch, which compilers and autograd see as one; see `kernel_op`.
+
+    Where neither looks on, which is all of inference and of a backward pass, the function is called as it is: the
+    dispatcher takes longer for a call than a GPU for many kernels.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, mutates: Iterable[str]) -> None:
+        self._function = function
+        self._op = torch.library.custom_op(name, function, mutates_args=mutates)
+        self.register_fake = self._op.register_fake
+        self.register_autograd = self._op.register_autograd
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(_is_plain, args)):
+            return self._op(*args)
+        return self._function(*args)
+
+
+def kernel_op(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], KernelOp]:
+    """Make a function that launches kernels the operator `everstate::name`, which changes the arguments `mutates`."""
+    return lambda function: KernelOp(function, f"everstate::{name}", mutates)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is no tensor that only stands for one, as those do with which a compiler traces."""
+    return type(value) in (Tensor, nn.Parameter) or not isinstance(value, Tensor)
 
 
 def refusal(*inputs: Tensor | None, pairs: bool = False) -> str | None:

@@ -6,6 +6,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from everstate.core.kernels import kernel_op
 from everstate.ops.triton_rows import dense, launch_options, start_next, wait_for_last
 
 BLOCK = 8192
@@ -16,7 +17,7 @@ def argmax(x: Float[Tensor, "b v"]) -> Int[Tensor, " b"]:
     return _argmax(x)
 
 
-@torch.library.custom_op("everstate::argmax", mutates_args=())
+@kernel_op("argmax")
 def _argmax(x: Tensor) -> Tensor:
     x, found = dense(x), x.new_empty(len(x), dtype=torch.int64)
     block = min(triton.next_power_of_2(x.shape[1]), BLOCK)

@@ -21,6 +21,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from everstate.core.kernels import kernel_op
 from everstate.core.packing import Packing
 from everstate.ops.attention.cache import AttentionState, append, append_packed, check_memory
 from everstate.ops.attention.triton_step import capped, ring_of, softened
@@ -46,7 +47,7 @@ def attention(
     return y, append(state, k, v) if packing is None else append_packed(state, k, v, packing)
 
 
-@torch.library.custom_op("everstate::attention", mutates_args=())
+@kernel_op("attention")
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, pos: Tensor, ends: Sequence[int],
     window: int | None, scale: float, softcap: float | None,
@@ -70,7 +71,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("everstate::attention_backward", mutates_args=())
+@kernel_op("attention_backward")
 def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, pos: Tensor, y: Tensor, lse: Tensor,
     ends: Sequence[int], window: int | None, scale: float, softcap: float | None, of_ring: bool,

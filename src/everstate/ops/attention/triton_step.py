@@ -17,7 +17,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from everstate.core.kernels import processors
+from everstate.core.kernels import kernel_op, processors
 from everstate.core.state import Slots
 from everstate.ops.attention.cache import AttentionState, Pages
 from everstate.ops.triton_common import LOG2E, dot
@@ -46,7 +46,7 @@ def attention_step_(
     return _step(q, k, v, state.k, state.v, state.pos, slots, pages, window, scale, softcap)
 
 
-@torch.library.custom_op("everstate::attention_step_", mutates_args={"ring_k", "ring_v", "pos"})
+@kernel_op("attention_step_", mutates={"ring_k", "ring_v", "pos"})
 def _step(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, pos: Tensor, slots: Tensor | None,
     pages: Tensor | None, window: int | None, scale: float, softcap: float | None,

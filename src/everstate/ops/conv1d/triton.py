@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from everstate.core.kernels import processors
+from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.triton_common import LOG2E
 
@@ -50,7 +50,7 @@ def causal_conv1d(
     return y, final.transpose(1, 2)
 
 
-@torch.library.custom_op("everstate::causal_conv1d", mutates_args=())
+@kernel_op("causal_conv1d")
 def _conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ends: Sequence[int], activated: bool
 ) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ def _outputs(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), after
 
 
-@torch.library.custom_op("everstate::causal_conv1d_backward", mutates_args=())
+@kernel_op("causal_conv1d_backward")
 def _backward(
     dy: Tensor | None, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
     ends: Sequence[int], activated: bool, wanted: bool,

@@ -6,6 +6,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.triton_rows import dense, silu, slot_of
 
@@ -26,7 +27,7 @@ def causal_conv1d_step_(
     return _step(x, weight, bias, state, slots, activation == "silu")
 
 
-@torch.library.custom_op("everstate::causal_conv1d_step_", mutates_args={"state"})
+@kernel_op("causal_conv1d_step_", mutates={"state"})
 def _step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor | None, activated: bool
 ) -> Tensor:

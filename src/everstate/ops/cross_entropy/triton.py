@@ -14,6 +14,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from everstate.core.kernels import kernel_op
 from everstate.ops.cross_entropy import IGNORE
 from everstate.ops.triton_common import LOG2E
 
@@ -53,7 +54,7 @@ def _chunk_of(bytes_of_a_token: int) -> int:
     return fitting if fitting < 256 else fitting // 256 * 256
 
 
-@torch.library.custom_op("everstate::linear_cross_entropy", mutates_args=())
+@kernel_op("linear_cross_entropy")
 def _losses(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,7 @@ def _(
     return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("everstate::linear_cross_entropy_backward", mutates_args=())
+@kernel_op("linear_cross_entropy_backward")
 def _losses_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, sums: Tensor,
     softcap: float | None, chunk_size: int,
@@ -105,7 +106,7 @@ def _differentiate_losses(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | N
 _losses.register_autograd(_differentiate_losses, setup_context=_save_losses)
 
 
-@torch.library.custom_op("everstate::summed_linear_cross_entropy", mutates_args=())
+@kernel_op("summed_linear_cross_entropy")
 def _summed(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, chunk_size: int,
     wanted: bool,

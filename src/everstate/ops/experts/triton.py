@@ -17,7 +17,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from everstate.core.kernels import processors
+from everstate.core.kernels import kernel_op, processors
 from everstate.ops.activations import Activation
 from everstate.ops.triton_common import dot
 
@@ -48,7 +48,7 @@ def experts(
     return _experts(tokens, shares, chosen, ins, outs, activation, gated, keep)[0].view(x.shape)
 
 
-@torch.library.custom_op("everstate::experts_few", mutates_args=())
+@kernel_op("experts_few")
 def _few(
     x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, activation: str, gated: bool
 ) -> Tensor:
@@ -86,7 +86,7 @@ def _gemv_tile(summed: int, pairs: int, rows: int, device: torch.device) -> tupl
     return block_k, block_n
 
 
-@torch.library.custom_op("everstate::experts", mutates_args=())
+@kernel_op("experts")
 def _experts(
     x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, activation: str, gated: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,7 +111,7 @@ def _(
     return x.new_empty(x.shape), logits, places(rows), places(w_in.shape[0] + 1)
 
 
-@torch.library.custom_op("everstate::experts_backward", mutates_args=())
+@kernel_op("experts_backward")
 def _backward(
     dy: Tensor, x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor,
     logits: Tensor, order: Tensor, starts: Tensor, activation: str, gated: bool,

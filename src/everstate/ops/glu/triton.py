@@ -8,6 +8,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from everstate.core.kernels import kernel_op
 from everstate.ops.activations import Activation
 from everstate.ops.triton_rows import dense
 
@@ -20,7 +21,7 @@ def glu(h: Float[Tensor, "*b f2"], activation: Activation = "silu") -> Float[Ten
     return _glu(h, activation == "silu")
 
 
-@torch.library.custom_op("everstate::glu", mutates_args=())
+@kernel_op("glu")
 def _glu(h: Tensor, silu: bool) -> Tensor:
     rows = dense(h.flatten(0, -2))
     y = h.new_empty(*h.shape[:-1], h.shape[-1] // 2)
@@ -34,7 +35,7 @@ def _(h: Tensor, silu: bool) -> Tensor:
     return h.new_empty(*h.shape[:-1], h.shape[-1] // 2)
 
 
-@torch.library.custom_op("everstate::glu_backward", mutates_args=())
+@kernel_op("glu_backward")
 def _backward(dy: Tensor, h: Tensor, silu: bool) -> Tensor:
     rows, upstream = dense(h.flatten(0, -2)), dense(dy.flatten(0, -2))
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)

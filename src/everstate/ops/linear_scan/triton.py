@@ -20,7 +20,7 @@ import triton.language as tl
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
-from everstate.core.kernels import processors
+from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.linear_scan import scan_dtypes
 from everstate.ops.triton_common import INTERPRETED
@@ -60,7 +60,7 @@ def _pairs(z: Tensor) -> Tensor:
     return torch.view_as_real(z.resolve_conj())
 
 
-@torch.library.custom_op("everstate::linear_scan", mutates_args=())
+@kernel_op("linear_scan")
 def _scan(
     a: Tensor, b: Tensor, state: Tensor, ends: Sequence[int], a_is_complex: bool, is_complex: bool
 ) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def _(
     return b.new_empty(b.shape, dtype=torch.float32), torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("everstate::linear_scan_backward", mutates_args=())
+@kernel_op("linear_scan_backward")
 def _backward(
     dh: Tensor, dfinal: Tensor, a: Tensor, state: Tensor, h: Tensor, ends: Sequence[int],
     a_is_complex: bool, is_complex: bool, needs_a: bool,

@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from everstate.core.kernels import processors
+from everstate.core.kernels import kernel_op, processors
 
 TILE = 1024
 """Pairs that a program turns together."""
@@ -31,7 +31,7 @@ def rotate(
     return _rotate(x.expand(*shape, x.shape[-1]), cos, sin, interleaved, learned)
 
 
-@torch.library.custom_op("everstate::rotate", mutates_args=())
+@kernel_op("rotate")
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, learned: bool) -> Tensor:
     """`learned` says whether x has to be kept for the gradients of cos and sin."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -44,7 +44,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, learned: bool) -> 
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("everstate::rotate_backward", mutates_args=())
+@kernel_op("rotate_backward")
 def _rotate_backward(dy: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool) -> list[Tensor]:
     """Gradients of x, and of cos and sin where x is given."""
     grads = _gradients(dy, x, cos)
@@ -130,7 +130,7 @@ def rotary(
     return _rotary(x, positions.expand(x.shape[0], -1), theta, interleaved, width, False)
 
 
-@torch.library.custom_op("everstate::rotary", mutates_args=())
+@kernel_op("rotary")
 def _rotary(x: Tensor, positions: Tensor, theta: float, interleaved: bool, width: int, inverse: bool) -> Tensor:
     y, x = torch.empty_like(x, memory_format=torch.contiguous_format), _dense(x)
     batch, length, heads, headdim = x.shape
