@@ -11,7 +11,7 @@ from torch import Tensor
 
 from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
-from everstate.core.state import gather, scatter_
+from everstate.core.state import batch_size, gather, scatter_
 from everstate.engine.graphs import DecodeGraph, worth_capturing
 from everstate.engine.sampler import Filters, Sampling, choose, greedy, most_kept, uniforms
 from everstate.mixers import State
@@ -54,7 +54,8 @@ def prefill_(model: LM, prompts: Sequence[Iterable[int]], state: State) -> Float
 
 def _read(model: LM, blocks: dict[int, list[int]], state: State) -> Float[Tensor, "b v"]:
     """Read one block of each of some rows, packed; the logits after each."""
-    slots = torch.tensor(list(blocks), device=model.device)
+    # Where all rows read, nothing is picked out: that would be two launches for each tensor of the state.
+    slots = None if len(blocks) == batch_size(state) else torch.tensor(list(blocks), device=model.device)
     tokens = torch.tensor([[token for block in blocks.values() for token in block]], device=model.device)
     packing = Packing.of_lengths([len(block) for block in blocks.values()])
     # A single sequence needs no packing, and then nothing is laid out anew.
