@@ -37,6 +37,8 @@ def rows(name: str, width: int, length: int, dtype: torch.dtype) -> dict[str, An
     """Arguments of the ops that look at one token at a time."""
     if name == "glu":
         return {"h": normal(length, 2 * width, dtype=dtype)}
+    if name == "gated":
+        return {part: normal(length, width, dtype=dtype) for part in "yz"}
     x = normal(length, width, dtype=dtype)
     weight = normal(width, dtype=dtype)
     if name == "add_rms_norm":
@@ -45,7 +47,7 @@ def rows(name: str, width: int, length: int, dtype: torch.dtype) -> dict[str, An
 
 
 SCANS = [name for name in SHAPES if name != "gated_rms_norm"]
-ROWS = ["rms_norm", "gated_rms_norm", "add_rms_norm", "glu"]
+ROWS = ["rms_norm", "gated_rms_norm", "add_rms_norm", "glu", "gated"]
 STEPS = {"ssd_scan": "ssd_step_", "causal_conv1d": "causal_conv1d_step_", "selective_scan": "selective_step_",
          "trapezoid_scan": "trapezoid_step_"}  # fmt: skip
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from everstate.ops import add_rms_norm, glu, use
+from everstate.ops import add_rms_norm, gated, glu, use
 
 MORE = 1.2 if torch.cuda.is_available() else 2.2
 """Times the error of PyTorch that is allowed; Triton's interpreter cuts digits off where a GPU rounds."""
@@ -54,6 +54,23 @@ def test_a_gated_activation_rounds_once(activation: str, kernel_device: torch.de
     for one, other, true in zip(outcome("triton", h), outcome("torch", h), exact, strict=True):
         assert one.dtype == torch.bfloat16
         assert error(one, true) <= MORE * error(other, true)
+
+
+def test_a_gate_lies_where_it_was_projected(kernel_device: torch.device) -> None:
+    """In the rows of a wider tensor, as `in_proj` gives it; y and z may have dtypes of their own."""
+    projected = normal(kernel_device, 2, 5, 1100 + 7, seed=0, dtype=torch.bfloat16)
+    y, upstream = normal(kernel_device, 2, 5, 1100, seed=1), normal(kernel_device, 2, 5, 1100, seed=2)
+
+    def outcome(backend: str, y: Tensor, projected: Tensor) -> list[Tensor]:
+        with use(backend):
+            out = gated(y, projected[..., 4:-3])
+        return [out, *torch.autograd.grad(out, (y, projected), upstream.detach().to(out.dtype))]
+
+    exact = outcome("torch", *(t.detach().double().requires_grad_() for t in (y, projected)))
+    got = outcome("triton", y, projected)
+    assert [t.dtype for t in got] == [torch.float32, torch.float32, torch.bfloat16]
+    for one, true, allowed in zip(got, exact, (1e-6, 1e-6, 4e-3), strict=True):
+        assert error(one, true) <= allowed
 
 
 def test_other_activations_are_left_to_pytorch(kernel_device: torch.device) -> None:

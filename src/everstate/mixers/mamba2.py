@@ -36,6 +36,7 @@ from everstate.mixers.base import (
 from everstate.ops import (
     causal_conv1d,
     causal_conv1d_step_,
+    gated,
     gated_rms_norm,
     linear_conv_step_,
     mamba2_step_,
@@ -218,7 +219,7 @@ class Mamba2(Mixer):
     def _finish(self, y: Float[Tensor, "*b e"], z: Float[Tensor, "*b e"]) -> Float[Tensor, "*b d"]:
         """Gate, norm and the last projection."""
         if self.norm is None:
-            return scaled(self.out_proj(y * nn.functional.silu(z)), self.config.out_multiplier)
+            return scaled(self.out_proj(gated(y, z)), self.config.out_multiplier)
         y = gated_rms_norm(
             y, z, self.norm.weight, eps=self.norm.eps, groups=self.config.ngroups,
             norm_before_gate=self.config.norm_before_gate,

@@ -9,7 +9,7 @@ from everstate.ops.conv1d import causal_conv1d, causal_conv1d_step_
 from everstate.ops.cross_entropy import linear_cross_entropy
 from everstate.ops.delta import gated_delta_scan, gated_delta_step_
 from everstate.ops.experts import experts, route
-from everstate.ops.glu import glu
+from everstate.ops.glu import gated, glu
 from everstate.ops.linear import linear, linear_conv_step_
 from everstate.ops.linear_scan import linear_scan, linear_step_
 from everstate.ops.lti_conv import lti_conv
@@ -36,6 +36,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step_",
     "experts",
+    "gated",
     "gated_delta_scan",
     "gated_delta_step_",
     "gated_rms_norm",

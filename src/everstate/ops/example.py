@@ -95,6 +95,7 @@ EXAMPLES.add("lti_kernel_dplr", "everstate.ops.lti_dplr.example:lti_kernel_dplr"
 EXAMPLES.add("rms_norm", "everstate.ops.norm.example:rms_norm")
 EXAMPLES.add("gated_rms_norm", "everstate.ops.norm.example:gated_rms_norm")
 EXAMPLES.add("add_rms_norm", "everstate.ops.norm.example:add_rms_norm")
+EXAMPLES.add("gated", "everstate.ops.glu.example:gated")
 EXAMPLES.add("glu", "everstate.ops.glu.example:glu")
 EXAMPLES.add("rotate", "everstate.ops.rotary.example:rotate")
 EXAMPLES.add("rotary", "everstate.ops.rotary.example:rotary")

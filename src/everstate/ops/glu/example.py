@@ -14,3 +14,10 @@ def _of(activation: Activation) -> Variants:
 
 
 glu: Variants = _of("silu") | _of("relu2") | _of("gelu_tanh")
+
+
+def _gated(draw: Draw, batch: int, length: int, sequences: int) -> Example:
+    return Example(timed={name: draw.normal(batch, length, 12) for name in "yz"}, packs=False)
+
+
+gated: Variants = {"silu": _gated}

@@ -15,3 +15,10 @@ def accepts(h: Tensor, activation: Activation = "silu") -> str | None:
     if h.numel() == 0:
         return "was given no rows"
     return refusal(h)
+
+
+def accepts_gate(y: Tensor, z: Tensor) -> str | None:
+    """Why the kernel of `gated` does not serve these arguments, or None."""
+    if y.numel() == 0:
+        return "was given no rows"
+    return refusal(y, z)

@@ -21,13 +21,15 @@ def glu(h: Float[Tensor, "*b f2"], activation: Activation = "silu") -> Float[Ten
     return _glu(h, activation == "silu")
 
 
+def gated(y: Float[Tensor, "*b f"], z: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
+    """See `everstate.ops.gated`."""
+    return _gated(y, z)
+
+
 @kernel_op("glu")
 def _glu(h: Tensor, silu: bool) -> Tensor:
-    rows = dense(h.flatten(0, -2))
-    y = h.new_empty(*h.shape[:-1], h.shape[-1] // 2)
-    width = y.shape[-1]
-    _glu_kernel[(len(rows), triton.cdiv(width, BLOCK))](rows, y, rows.stride(0), width, SILU=silu, BLOCK=BLOCK)
-    return y
+    gate, up = dense(h.flatten(0, -2)).chunk(2, -1)
+    return _apply(gate, up, silu).view(*h.shape[:-1], -1)
 
 
 @_glu.register_fake
@@ -36,31 +38,73 @@ def _(h: Tensor, silu: bool) -> Tensor:
 
 
 @kernel_op("glu_backward")
-def _backward(dy: Tensor, h: Tensor, silu: bool) -> Tensor:
-    rows, upstream = dense(h.flatten(0, -2)), dense(dy.flatten(0, -2))
+def _glu_backward(dy: Tensor, h: Tensor, silu: bool) -> Tensor:
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
-    width = dy.shape[-1]
-    _backward_kernel[(len(rows), triton.cdiv(width, BLOCK))](
-        upstream, rows, dh, upstream.stride(0), rows.stride(0), width, SILU=silu, BLOCK=BLOCK
-    )
+    gate, up = dense(h.flatten(0, -2)).chunk(2, -1)
+    dgate, dup = dh.flatten(0, -2).chunk(2, -1)
+    _differentiate(dy, gate, up, dgate, dup, silu)
     return dh
 
 
-@_backward.register_fake
+@_glu_backward.register_fake
 def _(dy: Tensor, h: Tensor, silu: bool) -> Tensor:
     return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+@kernel_op("gated")
+def _gated(y: Tensor, z: Tensor) -> Tensor:
+    return _apply(dense(z.flatten(0, -2)), dense(y.flatten(0, -2)), True).view(y.shape)
+
+
+@_gated.register_fake
+def _(y: Tensor, z: Tensor) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+@kernel_op("gated_backward")
+def _gated_backward(dout: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    dy, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, z))
+    gate, up = dense(z.flatten(0, -2)), dense(y.flatten(0, -2))
+    _differentiate(dout, gate, up, dz.flatten(0, -2), dy.flatten(0, -2), True)
+    return dy, dz
+
+
+@_gated_backward.register_fake
+def _(dout: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    dy, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, z))
+    return dy, dz
+
+
+def _save_glu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0])
     ctx.silu = inputs[1]
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-    return _backward(dy, *ctx.saved_tensors, ctx.silu), None
+def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-_glu.register_autograd(_differentiate, setup_context=_save)
+_glu.register_autograd(lambda ctx, dy: (_glu_backward(dy, *ctx.saved_tensors, ctx.silu), None), setup_context=_save_glu)
+_gated.register_autograd(lambda ctx, dout: _gated_backward(dout, *ctx.saved_tensors), setup_context=_save_gated)
+
+
+def _apply(gate: Float[Tensor, "rows f"], up: Float[Tensor, "rows f"], silu: bool) -> Float[Tensor, "rows f"]:
+    y = torch.empty_like(up, memory_format=torch.contiguous_format)
+    rows, width = up.shape
+    _forward_kernel[(rows, triton.cdiv(width, BLOCK))](
+        gate, up, y, gate.stride(0), up.stride(0), width, SILU=silu, BLOCK=BLOCK
+    )
+    return y
+
+
+def _differentiate(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, silu: bool) -> None:
+    """Write the gradients into `dgate` and `dup`, whose rows may lie in one tensor."""
+    upstream = dense(dy.flatten(0, -2))
+    rows, width = up.shape
+    _backward_kernel[(rows, triton.cdiv(width, BLOCK))](
+        upstream, gate, up, dgate, dup, upstream.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
+        dup.stride(0), width, SILU=silu, BLOCK=BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -69,11 +113,11 @@ def _load(base, row, stride, column, inside):
 
 
 @triton.jit
-def _glu_kernel(h, y, h_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(gate, up, y, gate_row, up_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
     """One program per row and block of columns."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
-    gate, up = _load(h, row, h_row, at, inside), _load(h, row, h_row, width + at, inside)
+    gate, up = _load(gate, row, gate_row, at, inside), _load(up, row, up_row, at, inside)
     act = tl.maximum(gate, 0.0) * tl.maximum(gate, 0.0)
     if SILU:
         act = gate * tl.sigmoid(gate)
@@ -81,11 +125,14 @@ def _glu_kernel(h, y, h_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(dy, h, dh, dy_row, h_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(
+    dy, gate, up, dgate, dup, dy_row, gate_row, up_row, dgate_row, dup_row, width,
+    SILU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program per row and block of columns, which holds both gradients."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
-    gate, up = _load(h, row, h_row, at, inside), _load(h, row, h_row, width + at, inside)
+    gate, up = _load(gate, row, gate_row, at, inside), _load(up, row, up_row, at, inside)
     upstream = _load(dy, row, dy_row, at, inside)
     if SILU:
         open_part = tl.sigmoid(gate)
@@ -95,6 +142,5 @@ def _backward_kernel(dy, h, dh, dy_row, h_row, width, SILU: tl.constexpr, BLOCK:
         positive = tl.maximum(gate, 0.0)
         act = positive * positive
         slope = 2.0 * positive
-    out = dh + row * 2 * width + at
-    tl.store(out, (upstream * up * slope).to(dh.dtype.element_ty), mask=inside)
-    tl.store(out + width, (upstream * act).to(dh.dtype.element_ty), mask=inside)
+    tl.store(dgate + row * dgate_row + at, (upstream * up * slope).to(dgate.dtype.element_ty), mask=inside)
+    tl.store(dup + row * dup_row + at, (upstream * act).to(dup.dtype.element_ty), mask=inside)

@@ -9,6 +9,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
+from everstate.ops.glu import gated
 from everstate.ops.mamba3.ends import Mamba3Layer, enter, leave
 from everstate.ops.mamba3.limits import accepts_step
 from everstate.ops.norm import gated_rms_norm, rms_norm
@@ -44,7 +45,7 @@ def mamba3_scan(
         *inputs, state, B_bias=layer.B_bias, C_bias=layer.C_bias, mimo_x=layer.mimo_x, D=layer.D,
         interleaved=layer.interleaved,
     )  # fmt: skip
-    return leave(y, z, layer, gated_rms_norm.reference).to(projected.dtype), after
+    return leave(y, z, layer, gated.reference, gated_rms_norm.reference).to(projected.dtype), after
 
 
 @op

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
+from everstate.ops.glu import gated
 from everstate.ops.mamba3.ends import Mamba3Layer, enter, leave
 from everstate.ops.norm import gated_rms_norm, rms_norm
 from everstate.ops.trapezoid import TrapezoidState, trapezoid_scan, trapezoid_step_
@@ -27,7 +28,7 @@ def mamba3_scan(
         *inputs, state, B_bias=layer.B_bias, C_bias=layer.C_bias, mimo_x=layer.mimo_x, D=layer.D,
         interleaved=layer.interleaved, packing=packing, chunk_size=chunk_size,
     )  # fmt: skip
-    return leave(y, z, layer, gated_rms_norm), state
+    return leave(y, z, layer, gated, gated_rms_norm), state
 
 
 def mamba3_step_(
@@ -44,4 +45,4 @@ def mamba3_step_(
         *inputs, state, slots, B_bias=layer.B_bias, C_bias=layer.C_bias, mimo_x=layer.mimo_x, D=layer.D,
         interleaved=layer.interleaved,
     )  # fmt: skip
-    return leave(y, z, layer, gated_rms_norm)
+    return leave(y, z, layer, gated, gated_rms_norm)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import relu, sigmoid, silu, softplus, tanh
+from torch.nn.functional import relu, sigmoid, softplus, tanh
 
 from everstate.core.dtypes import state_dtype
 from everstate.ops.trapezoid import TrapezoidState
@@ -81,19 +81,20 @@ def enter(
 
 
 def leave(
-    y: Float[Tensor, "*b r h p"], z: Float[Tensor, "*b e"], layer: Mamba3Layer, gated_norm: Callable[..., Tensor]
-) -> Float[Tensor, "*b e"]:
-    """Gate and norm of each rank, and their sum; `gated_norm` is `gated_rms_norm`."""
+    y: Float[Tensor, "*b r h p"], z: Float[Tensor, "*b e"], layer: Mamba3Layer, gate: Callable[..., Tensor],
+    gated_norm: Callable[..., Tensor],
+) -> Float[Tensor, "*b e"]:  # fmt: skip
+    """Gate and norm of each rank, and their sum; `gate` is `gated`, and `gated_norm` is `gated_rms_norm`."""
     heads = y.shape[-2]
-    gate = z.unflatten(-1, (1, heads, -1))
+    each = z.unflatten(-1, (1, heads, -1))
     if layer.mimo_z is not None:
-        gate = gate * layer.mimo_z.transpose(0, 1)
+        each = each * layer.mimo_z.transpose(0, 1)
+    each = each.expand(*y.shape)
     if layer.norm is None:
-        y = y * silu(gate)
+        y = gate(y.flatten(-2), each.flatten(-2)).unflatten(-1, (heads, -1))
     else:
         settings = {"eps": layer.norm_eps, "groups": heads, "norm_before_gate": True}
-        gate = gate.expand(*y.shape)
-        y = gated_norm(y.flatten(-2), gate.flatten(-2), layer.norm, **settings).unflatten(-1, (heads, -1))
+        y = gated_norm(y.flatten(-2), each.flatten(-2), layer.norm, **settings).unflatten(-1, (heads, -1))
     if layer.mimo_o is not None:
         y = y * layer.mimo_o.transpose(0, 1)
     y = y.squeeze(-3) if y.shape[-3] == 1 else y.sum(-3)  # a sum of one would be a copy
