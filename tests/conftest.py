@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import settings
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is imported
+INTERPRETED = not HAS_GPU and find_spec("triton") is not None
 
 
 class KernelsAsTheyAre(MetaPathFinder):
@@ -29,6 +32,16 @@ class KernelsAsTheyAre(MetaPathFinder):
 
 def pytest_sessionstart() -> None:
     sys.meta_path.insert(0, KernelsAsTheyAre())  # ahead of the hook, which is there by now
+    if INTERPRETED:
+        from tests.interpreter import hasten
+
+        hasten()
+
+
+def pytest_collection_finish() -> None:
+    """All that was imported stays: the collector of garbage need not pass over it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 torch.set_num_threads(1)

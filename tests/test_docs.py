@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.commands import run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,7 +38,8 @@ def run_commands(code: str) -> None:
     for line in code.replace("\\\n", " ").splitlines():
         if line.startswith("everstate "):
             words = shlex.split(line, comments=True)[1:]
-            subprocess.run([sys.executable, "-m", "everstate.cli", *words], check=True, stdin=subprocess.DEVNULL)
+            done = run(Path.cwd(), *words)
+            assert done.returncode == 0, done.stderr
 
 
 def test_the_first_screen_of_the_readme() -> None:

@@ -11,7 +11,8 @@ import everstate
 from everstate.checkpoints import export
 from everstate.models import LM, ModelConfig
 from everstate.tokenizers import ChatTemplate, HFTokenizer
-from tests.cli.test_cli import ok, run
+from tests.cli.test_cli import ok
+from tests.commands import run
 from tests.tokenizers.published import EOS, byte_level
 
 TEMPLATE = (
