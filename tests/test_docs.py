@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from everstate.train import loop
 from tests.commands import run
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +26,7 @@ WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "cpu_threads", lambda: 1)  # the other tests want their cores
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     names: dict[str, Any] = {"__name__": "page"}
     for language, code in BLOCK.findall(page.read_text(encoding="utf-8")):

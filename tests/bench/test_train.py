@@ -27,7 +27,8 @@ def bench(*arguments: str) -> dict:
 
 
 def test_a_quick_run_trains_every_model_beside_its_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "REPEATS", 2)
+    monkeypatch.setattr(train, "REPEATS", 1)
+    monkeypatch.setattr(train, "GATE_SHAPE", (1, 70))
     output = tmp_path / "train.json"
     models = [option for model in train.MODELS for option in ("-m", model)]
     result = bench("train", "--quick", *models, "--output", str(output))
@@ -76,7 +77,7 @@ def test_a_step_lowers_the_mean_loss_of_all_tokens() -> None:
 
 
 def test_a_quick_run_reads_a_prompt_beside_its_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "REPEATS", 2)
+    monkeypatch.setattr(prefill, "REPEATS", 1)
     monkeypatch.setattr(prefill, "VOCABULARY", 64)
     result = bench("prefill", "--quick", "-m", "mamba2-130m", "-m", "mamba3-1.3b")
     names = [row["name"] for row in result["rows"] if not row["name"].startswith(" ")]
