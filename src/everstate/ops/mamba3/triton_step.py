@@ -23,6 +23,7 @@ from everstate.ops.trapezoid.triton_step import (
     turn_on,
     vectors_of,
 )
+from everstate.ops.triton_common import softplus
 from everstate.ops.triton_rows import dense, silu, slot_of
 
 PI: tl.constexpr = tl.constexpr(3.141592653589793)
@@ -171,17 +172,6 @@ def left(
             each *= tl.load(norm + head * P + p, mask=p < P, other=0.0).to(tl.float32)
         y += each * gate_of(z, mimo_z, mimo_o, head, i, p, P, R)
     return y
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)), small values of it right to all their digits: as a series in e / (2 + e), e = exp(-|x|)."""
-    e = tl.exp(-tl.abs(x))
-    s = e / (2.0 + e)
-    z = s * s
-    series = 1 / 9 + z * (1 / 11 + z * (1 / 13 + z * (1 / 15)))
-    series = 1 + z * (1 / 3 + z * (1 / 5 + z * (1 / 7 + z * series)))
-    return tl.maximum(x, 0.0) + 2.0 * s * series
 
 
 @triton.jit

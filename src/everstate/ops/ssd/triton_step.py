@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.state import Slots
+from everstate.ops.triton_common import softplus
 from everstate.ops.triton_rows import (
     dense,
     launch_options,
@@ -114,16 +115,6 @@ def _strides_of_skip(D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None) -> tu
     if D is None:
         return 0, 0
     return D.stride(0), D.stride(1) if D.ndim == 2 else 0
-
-
-@triton.jit
-def softplus(x):
-    """`log(1 + exp(x))`; the quotient gives back what rounding takes from 1 + a small number."""
-    small = tl.exp(tl.minimum(x, 20.0))
-    grown = 1.0 + small
-    lost = grown == 1.0
-    accurate = tl.where(lost, small, tl.log(grown) * (small / tl.where(lost, 1.0, grown - 1.0)))
-    return tl.where(x > 20.0, x, accurate)
 
 
 @triton.jit
