@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import relu, sigmoid, softplus, tanh
 
 from everstate.core.dtypes import state_dtype
-from everstate.ops.trapezoid import TrapezoidState
+from everstate.ops.trapezoid import TrapezoidInputs, TrapezoidState
 
 
 class Mamba3Layer(NamedTuple):
@@ -39,25 +39,13 @@ class Mamba3Layer(NamedTuple):
     norm_eps: float = 1e-5
 
 
-class Inputs(NamedTuple):
-    """The leading arguments of the trapezoid ops."""
-
-    x: Float[Tensor, "*b h p"]
-    dt: Float[Tensor, "*b h"]
-    A: Float[Tensor, "*b h"]
-    lam: Float[Tensor, "*b h"]
-    omega: Float[Tensor, "*b s"]
-    B: Float[Tensor, "*b r g n"]
-    C: Float[Tensor, "*b r g n"]
-
-
 def enter(
     projected: Float[Tensor, "*b w"],
     delta_t: Float[Tensor, "*b"] | None,
     layer: Mamba3Layer,
     state: TrapezoidState,
     norm: Callable[..., Tensor],
-) -> tuple[Float[Tensor, "*b e"], Inputs]:
+) -> tuple[Float[Tensor, "*b e"], TrapezoidInputs]:
     """The gate z, and what the recurrence reads; `norm` is `rms_norm`."""
     dtype, headdim, pairs = state_dtype(projected.dtype), state.x.shape[-1], state.angle.shape[-1]
     heads, rank, d_state = layer.B_bias.shape
@@ -69,7 +57,7 @@ def enter(
         dt = dt * delta_t.unsqueeze(-1)
     activation = softplus if layer.A_activation == "softplus" else heavy_tail
     each = (rank, layer.ngroups, d_state)
-    return z, Inputs(
+    return z, TrapezoidInputs(
         x=x.unflatten(-1, (heads, headdim)),
         dt=dt,
         A=-activation(A.to(dtype)).clamp(min=layer.A_floor),

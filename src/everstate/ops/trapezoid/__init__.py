@@ -31,6 +31,18 @@ class TrapezoidState(NamedTuple):
     angle: Float[Tensor, "b h s"]
 
 
+class TrapezoidInputs(NamedTuple):
+    """The leading arguments of the ops: of all tokens, or of one."""
+
+    x: Float[Tensor, "*b h p"]
+    dt: Float[Tensor, "*b h"]
+    A: Float[Tensor, "*b h"]
+    lam: Float[Tensor, "*b h"]
+    omega: Float[Tensor, "*b s"]
+    B: Float[Tensor, "*b r g n"]
+    C: Float[Tensor, "*b r g n"]
+
+
 @op
 def trapezoid_scan(
     x: Float[Tensor, "b l h p"],

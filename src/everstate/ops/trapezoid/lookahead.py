@@ -13,7 +13,6 @@ the state before its first decay.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped
@@ -25,22 +24,10 @@ from everstate.core.packing import Packing
 from everstate.ops.rotary import rotate
 from everstate.ops.rotary.halves import deinterleave, interleave
 from everstate.ops.ssd import ssd_scan
-from everstate.ops.trapezoid import TrapezoidState, by_head, by_rank, wrap
+from everstate.ops.trapezoid import TrapezoidInputs, TrapezoidState, by_head, by_rank, wrap
 
 # Tokens handled in one go on a CPU: every head and rank has its own keys and queries, many times the input in bytes.
 CPU_BLOCK = 512
-
-
-class _Inputs(NamedTuple):
-    """The inputs with a time dimension, in the dtype of the state."""
-
-    x: Float[Tensor, "b l h p"]
-    dt: Float[Tensor, "b l h"]
-    A: Float[Tensor, "b l h"]
-    lam: Float[Tensor, "b l h"]
-    omega: Float[Tensor, "b l s"]
-    B: Float[Tensor, "b l r g n"]
-    C: Float[Tensor, "b l r g n"]
 
 
 def trapezoid_scan(
@@ -76,7 +63,7 @@ def trapezoid_scan(
     ys = []
     for start in range(0, length, block):
         timed = (t[:, start : start + block].to(dtype) for t in (x, dt, A, lam, omega, B, C))
-        y, state = segment(_Inputs(*timed), state)
+        y, state = segment(TrapezoidInputs(*timed), state)
         ys.append(y.to(x.dtype))
     if interleaved:
         state = state._replace(ssm=interleave(state.ssm), k=interleave(state.k))
@@ -84,7 +71,7 @@ def trapezoid_scan(
 
 
 def _segment(
-    inputs: _Inputs,
+    inputs: TrapezoidInputs,
     state: TrapezoidState,
     *,
     packing: Packing | None,
@@ -94,7 +81,10 @@ def _segment(
     D: Tensor | None,
     chunk_size: int,
 ) -> tuple[Float[Tensor, "b l r h p"], TrapezoidState]:
-    """One call of `ssd_scan`, with the ranks of a token as entries that follow each other."""
+    """One call of `ssd_scan`, with the ranks of a token as entries that follow each other.
+
+    The inputs are in the dtype of the state.
+    """
     x, dt, A, lam, omega, B, C = inputs
     rank, heads = B.shape[2], x.shape[2]
     angle = _angles(dt, omega, state.angle, packing)
