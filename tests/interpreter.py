@@ -10,6 +10,7 @@ import math
 from functools import cache
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 from triton._utils import validate_block_shape
 from triton.runtime import interpreter
@@ -22,6 +23,7 @@ def hasten() -> None:
     _patch_the_language_once_per_launch()
     _keep_shapes()
     _keep_dtypes()
+    _cut_bfloat16_off_at_once()
 
 
 def _patch_the_language_once_per_launch() -> None:
@@ -92,3 +94,22 @@ def _keep_dtypes() -> None:
         return found[scalar.name]
 
     interpreter._get_np_dtype = get_np_dtype
+
+
+def _cut_bfloat16_off_at_once() -> None:
+    """Sign, exponent and mantissa went their own ways, and zeros the longest; the smallest numbers still do."""
+    convert = interpreter._convert_float
+
+    def convert_float(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        names = source.name, target.name
+        if names not in (("bf16", "fp32"), ("fp32", "bf16")) or rounding_mode is not None:
+            return convert(values, source, target, rounding_mode)
+        narrow = names[0] == "bf16"
+        bits = np.ascontiguousarray(values).view(np.uint16 if narrow else np.uint32).reshape(values.shape)
+        bits = bits.astype(np.uint32) << 16 if narrow else bits
+        magnitude = bits & 0x7FFFFFFF
+        if ((magnitude < 0x00800000) & (magnitude != 0)).any():
+            return convert(values, source, target, rounding_mode)
+        return bits if narrow else (bits >> 16).astype(np.uint16)
+
+    interpreter._convert_float = convert_float

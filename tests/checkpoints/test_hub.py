@@ -128,13 +128,9 @@ def test_without_a_network_the_cache_is_used(tmp_path: Path) -> None:
     (snapshot / "model.safetensors").touch()
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
-    code = "import sys; from everstate.checkpoints.hub import fetch; print(fetch(sys.argv[1]))"
+    code = "import sys; from everstate.checkpoints.hub import fetch; [print(fetch(name)) for name in sys.argv[1:]]"
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    found = subprocess.run(
-        [sys.executable, "-c", code, "owner/name"], env=environment, capture_output=True, text=True, check=True
-    )
-    assert found.stdout.strip() == str(snapshot)
-    missing = subprocess.run(
-        [sys.executable, "-c", code, "owner/other"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert "owner/other is neither a folder here nor downloaded" in missing.stderr
+    command = [sys.executable, "-c", code, "owner/name", "owner/other"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(snapshot)
+    assert "owner/other is neither a folder here nor downloaded" in done.stderr

@@ -105,7 +105,8 @@ def test_low_precision_loses_no_more_than_the_form_of_pytorch(
 
 def test_the_same_call_gives_the_same_bits(kernel_device: torch.device) -> None:
     timed, state = draw(kernel_device, 2, 140, 4, 1, 32, 160, [5, 12], torch.bfloat16)
-    first, *others = (outputs_and_gradients("triton", timed, state) for _ in range(3))
+    calls = 3 if kernel_device.type == "cuda" else 2
+    first, *others = (outputs_and_gradients("triton", timed, state) for _ in range(calls))
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 

@@ -62,6 +62,8 @@ def test_sizes_and_activations(
     tokens: int, d_model: int, d_hidden: int, count: int, top_k: int, settings: dict[str, Any],
     dtype: torch.dtype, tolerance: float, kernel_device: torch.device,
 ) -> None:  # fmt: skip
+    if kernel_device.type == "cpu":
+        count = min(count, 12)  # the interpreter takes its time for each expert
     inputs = draw(kernel_device, tokens, d_model, d_hidden, count, top_k, dtype, settings.get("gated", True))
     expected = outputs_and_gradients(REFERENCE, widen(inputs), **settings)
     for name, got in outputs_and_gradients("triton", inputs, **settings).items():
@@ -128,7 +130,7 @@ def test_a_row_does_not_see_the_others(kernel_device: torch.device) -> None:
 
 def test_the_same_call_gives_the_same_bits(kernel_device: torch.device) -> None:
     inputs = draw(kernel_device, 100, 64, 48, 4, 2, torch.bfloat16)
-    first, *others = (outputs_and_gradients("triton", inputs) for _ in range(3))
+    first, *others = (outputs_and_gradients("triton", inputs) for _ in range(3 if kernel_device.type == "cuda" else 2))
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 

@@ -110,7 +110,7 @@ def test_segments_of_long_sequences(
 
 def test_the_same_call_gives_the_same_bits(kernel_device: torch.device) -> None:
     inputs = draw(kernel_device, 2, 21, 70, 16, torch.bfloat16)
-    first, *others = (outputs_and_gradients("triton", inputs) for _ in range(3))
+    first, *others = (outputs_and_gradients("triton", inputs) for _ in range(3 if kernel_device.type == "cuda" else 2))
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 

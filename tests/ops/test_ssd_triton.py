@@ -14,6 +14,8 @@ from everstate.core.packing import Packing
 from everstate.ops import ssd_scan, use
 from everstate.ops.ssd import limits
 
+HAS_GPU = torch.cuda.is_available()
+
 
 def draw(
     device: torch.device, batch: int, length: int, heads: int, headdim: int, groups: int, d_state: int,
@@ -96,7 +98,7 @@ def test_whole_chunks_are_moved_by_the_copy_engine(
     agree(off, 2e-2, packing=packing)
 
 
-@pytest.mark.parametrize("lengths", [[700], [1, 64, 300, 65, 2]])
+@pytest.mark.parametrize("lengths", [[700], [1, 64, 300, 65, 2]] if HAS_GPU else [[330], [1, 64, 260, 65, 2]])
 def test_segments_of_long_sequences(
     lengths: list[int], kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +111,7 @@ def test_segments_of_long_sequences(
 
 def test_the_same_call_gives_the_same_bits(kernel_device: torch.device) -> None:
     inputs = draw(kernel_device, 2, 130, 4, 32, 1, 32, dtype=torch.bfloat16)
-    first, *others = (outputs_and_gradients("triton", inputs) for _ in range(3))
+    first, *others = (outputs_and_gradients("triton", inputs) for _ in range(3 if kernel_device.type == "cuda" else 2))
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
