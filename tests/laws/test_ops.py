@@ -159,7 +159,8 @@ def gradients(name: str, backend: str, example: Example, **more: Any) -> list[Te
 
 
 ONE_TOKEN = {"argmax", "linear", "linear_conv_step_", "mamba2_step_"}
-"""Ops of decoding that are pieces of no scan: `tests/ops/test_decode_triton.py` holds them to their references."""
+"""Ops of one token that belong to no scan. The laws draw many rows, cut them along time and differentiate; the kernels
+of these take a few rows and no gradients. `tests/ops/test_decode_triton.py` holds them to their references."""
 
 
 def test_every_op_has_an_example() -> None:
@@ -207,7 +208,8 @@ def test_gradcheck_of_the_reference(name: str, variant: str) -> None:
         y, after = run(name, REFERENCE, here, state=state)
         return (y, *(t for t in tensors(after) if t.is_floating_point() or t.is_complex()))
 
-    assert torch.autograd.gradcheck(function, (*given.values(), *parts))
+    # Of random projections of inputs and outputs, which miss an entry of the Jacobian with probability zero.
+    assert torch.autograd.gradcheck(function, (*given.values(), *parts), fast_mode=True)
 
 
 @pytest.mark.parametrize(("name", "variant", "backend", "where"), with_each(CUTS, INTERPRETED_CUTS, TIMED))
