@@ -12,7 +12,7 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "Running the tests on $$(nproc 2>/dev/null || echo 2) cores (some minutes)."
-	@$(BIN)/pytest -n auto
+	@$(BIN)/pytest -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
