@@ -1,7 +1,7 @@
 """Makes Triton's interpreter some three times as fast, and changes no number: what it makes anew is kept.
 
-Most of its time goes into descriptions of the values it computes with, not into these. Known to fit Triton 3.6, which
-`constraints.txt` names.
+Most of its time goes into descriptions of the values it computes with, not into these. What is replaced here is private
+to Triton and known in one version, that of `constraints.txt`: another is left as it is.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton._utils import validate_block_shape
 from triton.runtime import interpreter
 
 CORE = tl.core
+KNOWN = "3.6."
 
 
 def hasten() -> None:
     """Call it once, before the first kernel runs."""
+    if not triton.__version__.startswith(KNOWN):
+        return
     _patch_the_language_once_per_launch()
     _keep_shapes()
     _keep_dtypes()
