@@ -44,7 +44,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+# Threads that wait for each other on busy cores take many times as long. numpy, which the interpreter computes with, is
+# here already with its own: this is for the processes that pytest-xdist starts.
 torch.set_num_threads(1)
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # No test is timed: the machine is shared.
 settings.register_profile("untimed", deadline=None)

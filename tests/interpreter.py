@@ -108,12 +108,12 @@ def _cut_bfloat16_off_at_once() -> None:
         names = source.name, target.name
         if names not in (("bf16", "fp32"), ("fp32", "bf16")) or rounding_mode is not None:
             return convert(values, source, target, rounding_mode)
-        narrow = names[0] == "bf16"
-        bits = np.ascontiguousarray(values).view(np.uint16 if narrow else np.uint32).reshape(values.shape)
-        bits = bits.astype(np.uint32) << 16 if narrow else bits
+        narrow, dense = names[0] == "bf16", np.ascontiguousarray(values)
+        bits = dense.view(np.uint16).astype(np.uint32) << 16 if narrow else dense.view(np.uint32)
         magnitude = bits & 0x7FFFFFFF
-        if ((magnitude < 0x00800000) & (magnitude != 0)).any():
-            return convert(values, source, target, rounding_mode)
-        return bits if narrow else (bits >> 16).astype(np.uint16)
+        made = bits if narrow else (bits >> 16).astype(np.uint16)
+        if (small := (magnitude < 0x00800000) & (magnitude != 0)).any():
+            made[small] = convert(dense[small], source, target, rounding_mode)
+        return made.reshape(values.shape)
 
     interpreter._convert_float = convert_float
