@@ -57,7 +57,7 @@ def _step(
     if batch == 0:
         return y
     q, k, v = dense(q), dense(k), dense(v)
-    sizes = _tiles(q, heads // groups, headdim)
+    sizes = _tiles(q, heads // groups, headdim, pages is not None)
     blocks = groups * triton.cdiv(heads // groups, sizes["BLOCK_M"])
     reach = capacity if window is None else min(capacity, window)
     splits = _splits(batch * blocks, reach, q.device)
@@ -88,14 +88,17 @@ def _(
     return q.new_empty(q.shape)
 
 
-def _tiles(q: Tensor, per_group: int, headdim: int) -> dict[str, int]:
-    """Heads of a program, keys that it reads at once, and how many of those loads are under way."""
+def _tiles(q: Tensor, per_group: int, headdim: int, paged: bool) -> dict[str, int]:
+    """Heads of a program, keys that it reads at once, and how many of those loads are under way.
+
+    Where a page has to be read before a key can be asked for, one more is worth the memory that it takes.
+    """
     # A side of a float32 product is 32 or more: see the traps in docs/learn/kernels.md.
     wide, least = q.dtype == torch.float32, 32 if q.dtype == torch.float32 else 16
     block_p = max(triton.next_power_of_2(headdim), least)
     block_s = max(min(8192 // block_p // (2 if wide else 1), 128), 32)
     block_m = min(max(triton.next_power_of_2(per_group), least), 64)
-    return {"BLOCK_M": block_m, "BLOCK_S": block_s, "BLOCK_P": block_p, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": block_m, "BLOCK_S": block_s, "BLOCK_P": block_p, "num_warps": 4, "num_stages": 3 if paged else 2}
 
 
 def _splits(programs: int, reach: int, device: torch.device) -> int:
