@@ -60,6 +60,13 @@ def pieces_for(programs: int, device: torch.device) -> int:
     return 1 if programs >= 2 * available else max(4 * available // programs, 1)
 
 
+def fill(programs: int, device: torch.device) -> int:
+    """`pieces_for` programs of which one fills a multiprocessor: as few as leave the least idle."""
+    available = processors(device)
+    most = max(2 * available // programs, 1)
+    return min(range(1, most + 1), key=lambda pieces: triton.cdiv(programs * pieces, available) / pieces)
+
+
 def rows_of(t: Tensor) -> Tensor:
     """`t` with b and l as one dimension (kept as l of b = 1), the last dimension dense: a view where it can be one."""
     t = t.flatten(0, 1).unsqueeze(0)

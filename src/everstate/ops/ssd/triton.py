@@ -14,6 +14,8 @@ Everything is summed in a fixed order: the same call gives the same bits.
 """
 
 from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +27,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from everstate.core.kernels import capability, processors, shared_memory
 from everstate.core.packing import Packing
-from everstate.ops.triton_common import LOG2E, dot
+from everstate.ops.triton_common import INTERPRETED, LOG2E, dot
 from everstate.ops.triton_segments import (
     CHUNK,
+    fill,
     load_rows,
     load_state,
     pass_kernel,
@@ -69,10 +72,13 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _Call(x, a, s, B, C, diagonal, D, ends)
     y, final = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
-    tile = min(call.block_p, TILE_P)
+    entering, tile = call.entering(call.x, call.B, state, reverse=False), min(call.block_p, TILE_P)
+    if call.hopper is not None:
+        call.hopper.scan(call, entering, y, final)
+        return y, final
     _scan_kernel[call.walkers](
         call.rows(call.x, tile), call.decays, call.scales, call.rows(call.B), call.rows(call.C),
-        call.diagonal, D, call.entering(call.x, call.B, state, reverse=False), call.rows(rows_of(y), tile), final,
+        call.diagonal, call.D, entering, call.rows(rows_of(y), tile), final,
         call.plan.chunks, call.plan.segments, *call.strides, **call.sizes,
         SKIP=call.skip, BLOCK_P=tile, num_warps=call.warps, num_stages=call.stages(2),
     )  # fmt: skip
@@ -97,8 +103,12 @@ def _backward(
     dy = rows_of(dy) if call.can_copy(rows_of(dy)) else rows_of(dy.contiguous())
     entering, _ = call.boundaries(call.x, call.B, state, reverse=False)
     leaving, dstate = call.boundaries(dy, call.C, dfinal.contiguous(), reverse=True)
-    dx, da, ds, ddiagonal, dD = call.input_gradients(dy, entering, leaving)
-    dB, dC = call.key_gradients(dy, entering, leaving)
+    if call.hopper is not None:
+        dx, da, ds, dD, dB, dC = call.all_gradients(call.hopper, dy, entering, leaving)
+        ddiagonal = None
+    else:
+        dx, da, ds, ddiagonal, dD = call.input_gradients(dy, entering, leaving)
+        dB, dC = call.key_gradients(dy, entering, leaving)
     given = [] if ddiagonal is None else [ddiagonal]
     if D is not None and dD is not None:
         given.append(dD.sum(0) if D.ndim == 2 else dD.sum((0, 2)))
@@ -165,16 +175,20 @@ class _Call:
         rank = 0 if diagonal is None else diagonal.shape[-1]
         chunk = CHUNK // max(rank, 1) * max(rank, 1)
         self.x, self.B, self.C = rows_of(x), rows_of(B), rows_of(C)
-        self.diagonal, self.D = None if diagonal is None else diagonal.contiguous(), D
+        self.diagonal, self.D = (None if t is None else t.contiguous() for t in (diagonal, D))
         # Triton 3.6 reads beyond its shared memory where a product of float32 has a side of 16.
         smallest = 32 if x.dtype == torch.float32 else 16
         self.block_p = max(triton.next_power_of_2(self.headdim), smallest)
         block_n = max(triton.next_power_of_2(d_state), smallest)
         bounds = tuple(ends) or tuple(range(0, (batch + 1) * length, length))
         self.tiles = triton.cdiv(self.headdim, TILE_P)
-        self.plan = plan(bounds, chunk, pieces_for((len(bounds) - 1) * self.heads * self.tiles, x.device), x.device)
         whole = self.block_p == self.headdim and block_n == d_state and all(end % CHUNK == 0 for end in bounds)
-        self.full = whole and chunk == CHUNK and all(self.can_copy(t) for t in (self.x, self.B, self.C))
+        copied = all(self.can_copy(t) for t in (self.x, self.B, self.C))
+        self.full = whole and chunk == CHUNK and copied
+        self.hopper = _hopper(self, d_state, rank) if copied and (self.full or not ends) else None
+        walkers = (len(bounds) - 1) * self.heads
+        pieces = pieces_for(walkers * self.tiles, x.device) if self.hopper is None else fill(walkers // 2, x.device)
+        self.plan = plan(bounds, chunk, pieces, x.device)
         self.strides = [n for t in (self.x, self.B, self.C) for n in t.stride()[1:3]]
         self.sizes = {
             "HEADS": self.heads, "GROUPS": self.groups, "P": self.headdim, "N": d_state, "RANK": rank,
@@ -224,9 +238,9 @@ class _Call:
         )  # fmt: skip
         return decays, scales
 
-    def _head_splits(self, most: int) -> int:
-        """Programs among which the heads of a group are divided: each gets at most `most`, and they fill the GPU."""
-        each, splits, wanted = self.heads // self.groups, 1, 2 * processors(self.x.device)
+    def _head_splits(self, most: int, wanted: int) -> int:
+        """Programs among which the heads of a group are divided: each gets at most `most`; `wanted` fill the GPU."""
+        each, splits = self.heads // self.groups, 1
         while each % (2 * splits) == 0 and (
             each > most * splits or len(self.plan.chunks) * self.groups * splits < wanted
         ):
@@ -258,6 +272,8 @@ class _Call:
         self, x: Tensor, keys: Tensor, ends: Tensor, *, entering: Tensor | None = None, chunks: Tensor | None = None,
         kept: Tensor | None = None, reverse: bool,
     ) -> None:  # fmt: skip
+        if self.hopper is not None:
+            return self.hopper.sweep(self, x, keys, ends, entering, chunks, kept, reverse)
         tile = min(self.block_p, TILE_P)
         _sweep_kernel[self.walkers](
             self.rows(x, tile), self.decays, self.scales, self.rows(keys), entering, chunks, ends, kept,
@@ -267,37 +283,71 @@ class _Call:
 
     def input_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> _InputGradients:
         """Gradients of x, a, s, the diagonal, and D (still to be summed over chunks)."""
-        count, (batch, length), splits = len(self.plan.chunks), self.shape, self._head_splits(HEADS_EACH)
-        dx = self.x.new_empty(batch, length, self.heads, self.headdim)
-        ddecays, dscales = torch.empty_like(self.decays), torch.empty_like(self.scales)
+        splits = self._head_splits(HEADS_EACH, 2 * processors(self.x.device))
+        dx, ddecays, dscales, dD = self._empty_gradients()
         ddiagonal = None if self.diagonal is None else torch.empty_like(self.diagonal)
-        dD = None if self.D is None else self.decays.new_empty(count, self.heads, self.headdim)
-        _inputs_kernel[(count * self.groups * splits,)](
+        _inputs_kernel[(len(self.plan.chunks) * self.groups * splits,)](
             self.rows(self.x), self.rows(dy), self.decays, self.scales, self.rows(self.B), self.rows(self.C),
             self.diagonal, self.D, self.states(entering), self.states(leaving), self.rows(rows_of(dx)),
             ddecays, dscales, ddiagonal, dD, self.plan.chunks, *self.strides, *dy.stride()[1:3], **self.sizes,
             SKIP=self.skip, BLOCK_P=self.block_p, SPLITS=splits,
             num_warps=4 if self.block_p <= 64 else 8, num_stages=self.stages(2 if self.full else 1),
         )  # fmt: skip
-        da, ds = (self.decays.new_empty(batch, length, self.heads) for _ in "as")
-        _decay_gradients_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
+        return _InputGradients(dx, *self._decay_gradients(ddecays, dscales), ddiagonal, dD)
+
+    def _empty_gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Room for the gradients of x, of sums of decays, of scales, and of D for each chunk."""
+        dx = self.x.new_empty(*self.shape, self.heads, self.headdim)
+        dD = None if self.D is None else self.decays.new_empty(len(self.plan.chunks), self.heads, self.headdim)
+        return dx, torch.empty_like(self.decays), torch.empty_like(self.scales), dD
+
+    def _decay_gradients(self, ddecays: Tensor, dscales: Tensor) -> tuple[Tensor, Tensor]:
+        da, ds = (self.decays.new_empty(*self.shape, self.heads) for _ in "as")
+        _decay_gradients_kernel[(len(self.plan.chunks), triton.cdiv(self.heads, BLOCK_H))](
             ddecays, dscales, da, ds, self.plan.chunks, HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H
         )
-        return _InputGradients(dx, da, ds, ddiagonal, dD)
+        return da, ds
+
+    def _empty_key_gradients(self, splits: int) -> tuple[Tensor, Tensor]:
+        """Room for the gradients of B and C: those of parts of the heads are summed in float32."""
+        shape = (splits, *self.shape, *self.B.shape[2:])
+        dB, dC = (t.new_empty(shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
+        return dB, dC
 
     def key_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of B and C."""
-        splits, (batch, length) = self._head_splits(self.heads), self.shape
+        splits = self._head_splits(self.heads, 2 * processors(self.x.device))
         # Accumulators of 64 x 128 leave room for the next two heads, larger ones for one.
         stages = self.stages(3 if self.warps == 4 and self.block_p <= TILE_P else 2)
-        shape = (splits, batch, length, *self.B.shape[2:])
-        dB, dC = (t.new_empty(shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
+        dB, dC = self._empty_key_gradients(splits)
         _keys_kernel[(len(self.plan.chunks) * self.groups * splits,)](
             self.x, dy, self.decays, self.scales, self.B, self.C, entering, leaving, dB, dC, self.plan.chunks,
-            *self.strides, *dy.stride()[1:3], batch * length, **_only(self.sizes, _KEYS),
+            *self.strides, *dy.stride()[1:3], self.shape[0] * self.shape[1], **_only(self.sizes, _KEYS),
             BLOCK_P=self.block_p, SPLITS=splits, num_warps=8, num_stages=stages,
         )  # fmt: skip
         return dB.sum(0) if splits > 1 else dB[0], dC.sum(0) if splits > 1 else dC[0]
+
+    def all_gradients(
+        self, hopper: ModuleType, dy: Tensor, entering: Tensor, leaving: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """Gradients of x, a, s, D (still to be summed over chunks), B and C."""
+        dx, ddecays, dscales, dD = self._empty_gradients()
+        dB, dC = self._empty_key_gradients(self._head_splits(self.heads, processors(self.x.device)))
+        hopper.gradients(self, dy, entering, leaving, dx, ddecays, dscales, dD, dB, dC)
+        dB, dC = (t.sum(0) if len(t) > 1 else t[0] for t in (dB, dC))
+        return dx, *self._decay_gradients(ddecays, dscales), dD, dB, dC
+
+
+def _hopper(call: "_Call", d_state: int, rank: int) -> ModuleType | None:
+    """The kernels that are written for Hopper GPUs, where they serve."""
+    sizes = call.headdim == 64 and d_state in (64, 128) and rank == 0 and call.heads // call.groups % 2 == 0
+    device = call.x.device
+    if not sizes or INTERPRETED or capability(device)[0] != 9 or shared_memory(device) < DEEP:
+        return None
+    # Their language is experimental: what another version makes of them nobody has tried.
+    if not triton.__version__.startswith("3.6.") or call.x[..., 0].numel() >= 2**31:
+        return None
+    return import_module("everstate.ops.ssd.triton_hopper")
 
 
 _SWEEP = ("HEADS", "GROUPS", "P", "N", "RANK", "BLOCK", "BLOCK_N", "PRECISION", "FULL")

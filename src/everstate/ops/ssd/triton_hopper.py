@@ -1,0 +1,548 @@
+"""The gradients of SSD on a Hopper GPU: one kernel for those of x, the decays, B and C of whole chunks.
+
+What Triton compiles in one piece needs more registers than there are. Here three groups of warps share the work of a
+program, each with registers of its own: one warp moves tiles into shared memory ahead of time, four find the
+gradients of inputs, four those of B and C. So every tile is read from memory once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton.experimental.gluon as gluon
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+if TYPE_CHECKING:
+    from everstate.ops.ssd.triton import _Call
+
+ROWS = gl.NVMMASharedLayout(128, 16, 3)
+"""How rows of 16-bit numbers lie in shared memory, for products to read them."""
+
+STATES = gl.NVMMASharedLayout(128, 16, 2)
+
+VECTOR = gl.NVMMASharedLayout(0, 32, 1)
+
+REGISTERS = 168
+"""Registers of a thread when a program of three groups of 128 threads starts; they then share them out."""
+
+
+def scan(call: _Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
+    """Outputs and final states."""
+    scan_kernel[(len(call.plan.segments) * call.heads // 2,)](
+        _rows(call, call.x), _vectors(call.decays), _vectors(call.scales),
+        _rows(call, call.B), _rows(call, call.C), call.D, entering, _rows(call, y), final, call.plan.chunks,
+        call.plan.segments, call.shape[1], **_sizes(call), SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=REGISTERS,
+    )  # fmt: skip
+
+
+def sweep(
+    call: _Call, x: Tensor, keys: Tensor, ends: Tensor, entering: Tensor | None, chunks: Tensor | None,
+    kept: Tensor | None, reverse: bool,
+) -> None:  # fmt: skip
+    """The states alone."""
+    sweep_kernel[(len(call.plan.segments) * call.heads // 2,)](
+        _rows(call, x), _vectors(call.decays), _vectors(call.scales), _rows(call, keys),
+        entering, None if chunks is None else _states(chunks), ends, kept, call.plan.chunks, call.plan.segments,
+        call.shape[1], **_sizes(call), REVERSE=reverse, STAGES=4, num_warps=4, maxnreg=REGISTERS,
+    )  # fmt: skip
+
+
+def gradients(
+    call: _Call, dy: Tensor, entering: Tensor, leaving: Tensor, dx: Tensor, ddecays: Tensor, dscales: Tensor,
+    dD: Tensor | None, dB: Tensor, dC: Tensor,
+) -> None:  # fmt: skip
+    """All that a chunk says by itself: gradients of x, the decays, s, D, B and C."""
+    splits = len(dB)
+    gradients_kernel[(len(call.plan.chunks) * call.groups * splits,)](
+        _rows(call, call.x), _rows(call, dy), _vectors(call.decays), _vectors(call.scales),
+        _rows(call, call.B), _rows(call, call.C), _states(entering), _states(leaving), _rows(call, dx), call.D,
+        ddecays, dscales, dD, dB, dC, call.plan.chunks, *call.shape,
+        **_sizes(call), SPLITS=splits, SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=REGISTERS,
+    )  # fmt: skip
+
+
+def _sizes(call: _Call) -> dict[str, int]:
+    return {name: call.sizes[name] for name in ("HEADS", "GROUPS", "P", "N", "BLOCK")}
+
+
+def _rows(call: _Call, t: Tensor) -> TensorDescriptor:
+    """Tiles of 64 tokens of `t`, (1, b l, h, p) or (b, l, h, p).
+
+    Sequences are a dimension of their own: beyond the end of one zeros are read and nothing is written.
+    """
+    flat = t.flatten(0, 1).unflatten(0, call.shape).flatten(2)
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [1, 64, t.shape[3]], ROWS)
+
+
+def _vectors(t: Tensor) -> TensorDescriptor:
+    """The 64 numbers of a chunk and head."""
+    return TensorDescriptor(t.flatten(), [t.numel()], [1], [64], VECTOR)
+
+
+def _states(t: Tensor) -> TensorDescriptor:
+    flat = t.flatten(0, 2)
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), list(t.shape[2:]), STATES)
+
+
+@gluon.jit
+def _move(
+    tensors, tiles, vectors, keys, barriers, chunk, row, start, group, head,
+    HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp: B and C of the chunk, then what belongs to each head, as soon as there is room."""
+    x, dy, decays, scales, B, C, entering, leaving = tensors
+    us, dus, hs, dhs = tiles
+    css, ss = vectors
+    k, q = keys
+    full, empty, ready = barriers
+    mbarrier.expect(ready, 2 * B.block_type.nbytes)
+    tma.async_copy_global_to_shared(B, [row, start, group * N], ready, k)
+    tma.async_copy_global_to_shared(C, [row, start, group * N], ready, q)
+    for i in range(EACH):
+        at = i % STAGES
+        mbarrier.wait(empty.index(at), (i // STAGES & 1) ^ 1)
+        bar = full.index(at)
+        mbarrier.expect(bar, 2 * x.block_type.nbytes + 2 * entering.block_type.nbytes + 2 * decays.block_type.nbytes)
+        place = chunk * HEADS + head + i
+        tma.async_copy_global_to_shared(decays, [place * BLOCK], bar, css.index(at))
+        tma.async_copy_global_to_shared(scales, [place * BLOCK], bar, ss.index(at))
+        tma.async_copy_global_to_shared(leaving, [place * P, 0], bar, dhs.index(at))
+        tma.async_copy_global_to_shared(x, [row, start, (head + i) * P], bar, us.index(at))
+        tma.async_copy_global_to_shared(dy, [row, start, (head + i) * P], bar, dus.index(at))
+        tma.async_copy_global_to_shared(entering, [place * P, 0], bar, hs.index(at))
+
+
+@gluon.jit
+def _inputs(
+    tiles, vectors, keys, barriers, out, dx, D, ddecays, dscales, dD, chunk, sequence, start, head,
+    HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, SKIP: gl.constexpr,
+):  # fmt: skip
+    """Four warps: the gradients of x, s, a and D. Matrices over pairs are `[j, i]` for what i receives from j."""
+    us, dus, hs, dhs = tiles
+    css, ss = vectors
+    k, q = keys[0].reshape([BLOCK, N]), keys[1].reshape([BLOCK, N])
+    full, empty, ready = barriers
+    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    row: gl.constexpr = gl.SliceLayout(1, square)
+    column: gl.constexpr = gl.SliceLayout(0, square)
+    first: gl.constexpr = gl.DotOperandLayout(0, square, 2)
+    j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    mbarrier.wait(ready, 0)
+    gram = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False)
+    gram = gl.where(i[None, :] >= j[:, None], gram, 0.0)
+    for step in range(EACH):
+        at = step % STAGES
+        place = (chunk * HEADS + head + step).to(gl.int64)
+        u_tile, du_tile = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
+        mbarrier.wait(full.index(at), step // STAGES & 1)
+        dadded = warpgroup_mma(k, dhs.index(at).permute((1, 0)), none, use_acc=False, is_async=True)
+        answers = warpgroup_mma(q, hs.index(at).permute((1, 0)), none, use_acc=False, is_async=True)
+        cs, scale, later = css.index(at).load(row), ss.index(at).load(row), css.index(at).load(column)
+        last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
+        weights = (gram * gl.exp2(gl.minimum(later[None, :] - cs[:, None], 126.0))).to(k.dtype)
+        # What went through the state.
+        dadded = warpgroup_mma_wait(1, (dadded,)) * gl.exp2(last - cs)[:, None]
+        through = gl.sum(dadded * u_tile.load(square).to(gl.float32), 1)
+        dadded = warpgroup_mma(gl.convert_layout(weights, first), du_tile, dadded, is_async=True)
+        answers = warpgroup_mma_wait(1, (answers,))
+        ddecay = gl.sum(answers * du_tile.load(square).to(gl.float32), 1) * gl.exp2(cs)
+        products = warpgroup_mma(hs.index(at), dhs.index(at).permute((1, 0)), none, use_acc=False, is_async=True)
+        dadded = warpgroup_mma_wait(1, (dadded,))
+        u, du = u_tile.load(square).to(gl.float32), du_tile.load(square).to(gl.float32)
+        dscale = gl.sum(dadded * u, 1)
+        dinput = dadded * scale[:, None]
+        if SKIP == 1:
+            dinput += gl.load(D + head + step).to(gl.float32) * du
+            gl.store(dD + place * P + j, gl.sum(u * du, 1))
+        if SKIP == 2:
+            dinput += gl.load(D + (head + step) * P + i).to(gl.float32)[None, :] * du
+            gl.store(dD + place * P + i, gl.sum(u * du, 0))
+        tma.store_wait(0)
+        out.reshape([BLOCK, P]).store(dinput.to(k.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dx, [sequence, start, (head + step) * P], out)
+        received = warpgroup_mma(u_tile, du_tile.permute((1, 0)), none, use_acc=False, is_async=True)
+        products = warpgroup_mma_wait(1, (products,))
+        own = gl.sum(gl.where(_fresh(j)[:, None] == i[None, :], products, 0.0), 1)
+        dlast = gl.sum(scale * through + gl.exp2(last) * own, 0)
+        received = warpgroup_mma_wait(0, (received,))
+        mbarrier.arrive(empty.index(at), count=1)
+        # Both sides with the same rounded weights: then two entries of the same decay cancel, as they must.
+        gained = gl.sum(received * weights.to(gl.float32) * scale[:, None], 0)
+        ddecay += gl.convert_layout(gained, row) - scale * dscale + gl.where(j == BLOCK - 1, dlast, 0.0)
+        gl.store(ddecays + place * BLOCK + j, ddecay)
+        gl.store(dscales + place * BLOCK + j, dscale)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _fresh(t):
+    """`t`, so that what depends on it is computed again and not kept: registers are scarce."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [t], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _keys(
+    tiles, vectors, keys, barriers, turned, dB, dC, start, end, total, group, split,
+    GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Four warps: the gradients of B and C, summed over the heads."""
+    us, dus, hs, dhs = tiles
+    css, ss = vectors
+    k, q = keys[0].reshape([BLOCK, N]), keys[1].reshape([BLOCK, N])
+    full, empty, ready = barriers
+    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    row: gl.constexpr = gl.SliceLayout(1, square)
+    column: gl.constexpr = gl.SliceLayout(0, square)
+    first: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    dtype: gl.constexpr = k.dtype
+    j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    dgram = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    dk, dq = gl.zeros((BLOCK, N), gl.float32, wide), gl.zeros((BLOCK, N), gl.float32, wide)
+    for step in range(EACH):
+        at = step % STAGES
+        u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
+        mbarrier.wait(full.index(at), step // STAGES & 1)
+        received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
+        cs, scale = css.index(at).load(gl.SliceLayout(1, first)), ss.index(at).load(gl.SliceLayout(1, first))
+        later = css.index(at).load(column)
+        last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
+        kept = (du.load(first).to(gl.float32) * gl.exp2(cs)[:, None]).to(dtype)
+        dq = warpgroup_mma(kept, hs.index(at), dq, is_async=True)
+        given = (u.load(first).to(gl.float32) * (scale * gl.exp2(last - cs))[:, None]).to(dtype)
+        dk = warpgroup_mma(given, dhs.index(at), dk, is_async=True)
+        received = warpgroup_mma_wait(2, (received,)) * ss.index(at).load(row)[:, None]
+        # Bounded, so that the powers of entries that receive nothing stay finite until they are masked, once.
+        difference = later[None, :] - css.index(at).load(row)[:, None]
+        dgram += received * gl.exp2(gl.minimum(difference, 126.0))
+        dq, dk = warpgroup_mma_wait(0, (dq, dk))
+        mbarrier.arrive(empty.index(at), count=1)
+    mbarrier.wait(ready, 0)
+    masked = gl.where(i[None, :] >= j[:, None], dgram, 0.0).to(dtype)
+    turned.store(masked)
+    fence_async_shared()
+    dk = warpgroup_mma(gl.convert_layout(masked, first), q, dk)
+    dq = warpgroup_mma(turned.permute((1, 0)), k, dq)
+    # What rounding cut off this sum of all heads is a third of the error of B and C, and costs nothing to add.
+    rest = (gl.where(i[None, :] >= j[:, None], dgram, 0.0) - masked.to(gl.float32)).to(dtype)
+    turned.store(rest)
+    fence_async_shared()
+    dk = warpgroup_mma(gl.convert_layout(rest, first), q, dk)
+    dq = warpgroup_mma(turned.permute((1, 0)), k, dq)
+    at = start + gl.arange(0, BLOCK, gl.SliceLayout(1, wide))
+    rows = (split.to(gl.int64) * total + at) * (GROUPS * N) + group * N
+    place = rows[:, None] + gl.arange(0, N, gl.SliceLayout(0, wide))[None, :]
+    gl.store(dB + place, dk.to(dB.dtype.element_ty), mask=(at < end)[:, None])
+    gl.store(dC + place, dq.to(dC.dtype.element_ty), mask=(at < end)[:, None])
+
+
+@gluon.jit
+def gradients_kernel(
+    x, dy, decays, scales, B, C, entering, leaving, dx, D, ddecays, dscales, dD, dB, dC, chunks, batch, length,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+    SPLITS: gl.constexpr, SKIP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One program per chunk, group and part of its heads."""
+    EACH: gl.constexpr = HEADS // GROUPS // SPLITS
+    chunk, part = gl.program_id(0) // (GROUPS * SPLITS), gl.program_id(0) % (GROUPS * SPLITS)
+    group, split = part // SPLITS, part % SPLITS
+    head = group * (HEADS // GROUPS) + split * EACH
+    start, end = gl.load(chunks + 2 * chunk), gl.load(chunks + 2 * chunk + 1)
+    sequence, first = start // length, start % length
+    us = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, P], x.layout)
+    dus = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, P], dy.layout)
+    hs = gl.allocate_shared_memory(x.dtype, [STAGES, P, N], entering.layout)
+    dhs = gl.allocate_shared_memory(x.dtype, [STAGES, P, N], leaving.layout)
+    css = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], decays.layout)
+    ss = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], scales.layout)
+    k = gl.allocate_shared_memory(x.dtype, [1, BLOCK, N], B.layout)
+    q = gl.allocate_shared_memory(x.dtype, [1, BLOCK, N], C.layout)
+    out = gl.allocate_shared_memory(x.dtype, [1, BLOCK, P], dx.layout)
+    turned = gl.allocate_shared_memory(x.dtype, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    mbarrier.init(ready, count=1)
+    fence_async_shared()
+    tiles, vectors, keys, barriers = (us, dus, hs, dhs), (css, ss), (k, q), (full, empty, ready)
+    gl.warp_specialize(
+        [
+            (_inputs, (tiles, vectors, keys, barriers, out, dx, D, ddecays, dscales, dD, chunk, sequence, first, head,
+                       HEADS, EACH, P, N, BLOCK, STAGES, SKIP)),
+            (_keys, (tiles, vectors, keys, barriers, turned, dB, dC, start, end, batch * length, group, split,
+                     GROUPS, EACH, P, N, BLOCK, STAGES)),
+            (_move, ((x, dy, decays, scales, B, C, entering, leaving), tiles, vectors, keys, barriers,
+                     chunk, sequence, first, group, head, HEADS, EACH, P, N, BLOCK, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _feed(
+    tensors, tiles, vectors, barriers, segments, chunks, length, segment, group, head,
+    HEADS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp: what two heads of a segment need, chunk by chunk, as soon as there is room."""
+    x, decays, scales, B, C = tensors
+    us, ks, qs = tiles
+    css, ss = vectors
+    full, empty = barriers
+    first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
+    start = gl.load(chunks + 2 * first)
+    sequence, start = start // length, start % length
+    for step in range(count):
+        at = step % STAGES
+        mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
+        bar = full.index(at)
+        mbarrier.expect(bar, 2 * x.block_type.nbytes + 2 * B.block_type.nbytes + 4 * decays.block_type.nbytes)
+        tma.async_copy_global_to_shared(B, [sequence, start, group * N], bar, ks.index(at))
+        tma.async_copy_global_to_shared(C, [sequence, start, group * N], bar, qs.index(at))
+        for own in gl.static_range(2):
+            place = ((first + step) * HEADS + head + own) * BLOCK
+            tma.async_copy_global_to_shared(decays, [place], bar, css.index(2 * at + own))
+            tma.async_copy_global_to_shared(scales, [place], bar, ss.index(2 * at + own))
+            tma.async_copy_global_to_shared(x, [sequence, start, (head + own) * P], bar, us.index(2 * at + own))
+        start += BLOCK
+
+
+@gluon.jit
+def _walk(
+    tiles, vectors, barriers, pairs, out, y, entering, final, D, segments, chunks, length, segment, head,
+    OWN: gl.constexpr, HEADS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, SKIP: gl.constexpr,
+):  # fmt: skip
+    """Four warps: one head along a segment, its state (p, n) in registers. Outputs are transposed, `[p, i]`."""
+    us, ks, qs = tiles
+    css, ss = vectors
+    full, empty = barriers
+    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    row: gl.constexpr = gl.SliceLayout(1, square)
+    column: gl.constexpr = gl.SliceLayout(0, square)
+    states: gl.constexpr = gl.DotOperandLayout(0, square, 2)
+    inputs: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    dtype: gl.constexpr = out.dtype
+    j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
+    start = gl.load(chunks + 2 * first)
+    sequence, start = start // length, start % length
+    p, n = gl.arange(0, P, gl.SliceLayout(1, wide)), gl.arange(0, N, gl.SliceLayout(0, wide))
+    h = gl.load(entering + (segment.to(gl.int64) * HEADS + head) * (P * N) + (p[:, None] * N + n[None, :]))
+    if SKIP == 1:
+        skip = gl.load(D + head + j * 0).to(gl.float32)
+    elif SKIP == 2:
+        skip = gl.load(D + head * P + j).to(gl.float32)
+    for step in range(count):
+        at = step % STAGES
+        mine = 2 * at + OWN
+        k, q, u = ks.index(at).reshape([BLOCK, N]), qs.index(at).reshape([BLOCK, N]), us.index(mine).reshape([BLOCK, P])
+        mbarrier.wait(full.index(at), step // STAGES & 1)
+        weights = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+        answers = warpgroup_mma(
+            gl.convert_layout(h.to(dtype), states), q.permute((1, 0)), none, use_acc=False, is_async=True
+        )
+        cs, scale, later = css.index(mine).load(row), ss.index(mine).load(row), css.index(mine).load(column)
+        last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
+        decay = gl.exp2(later[None, :] - cs[:, None])
+        weights = warpgroup_mma_wait(1, (weights,)) * decay * scale[:, None]
+        pairs.store(gl.where(i[None, :] >= j[:, None], weights, 0.0).to(dtype))
+        fence_async_shared()
+        answers = warpgroup_mma_wait(0, (answers,)) * gl.exp2(later)[None, :]
+        answers = warpgroup_mma(u.permute((1, 0)), pairs, answers, is_async=True)
+        given = ss.index(mine).load(gl.SliceLayout(0, inputs))
+        given = given * gl.exp2(last - css.index(mine).load(gl.SliceLayout(0, inputs)))
+        added = (u.permute((1, 0)).load(inputs).to(gl.float32) * given[None, :]).to(dtype)
+        h = warpgroup_mma(added, k, h * gl.exp2(last), is_async=True)
+        answers = warpgroup_mma_wait(1, (answers,))
+        if SKIP > 0:
+            answers += u.permute((1, 0)).load(square).to(gl.float32) * skip[:, None]
+        tma.store_wait(0)
+        out.reshape([BLOCK, P]).permute((1, 0)).store(answers.to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(y, [sequence, start, head * P], out)
+        h = warpgroup_mma_wait(0, (h,))
+        mbarrier.arrive(empty.index(at), count=1)
+        start += BLOCK
+    tma.store_wait(0)
+    if gl.load(segments + 5 * segment + 4) == 1:
+        own = gl.load(segments + 5 * segment + 2).to(gl.int64)
+        gl.store(final + (own * HEADS + head) * (P * N) + (p[:, None] * N + n[None, :]), h)
+
+
+@gluon.jit
+def scan_kernel(
+    x, decays, scales, B, C, D, entering, y, final, chunks, segments, length,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+    SKIP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One program per segment and pair of heads, which share B and C."""
+    segment, head = gl.program_id(0) // (HEADS // 2), gl.program_id(0) % (HEADS // 2) * 2
+    group = head // (HEADS // GROUPS)
+    us = gl.allocate_shared_memory(x.dtype, [2 * STAGES, 1, BLOCK, P], x.layout)
+    ks = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, N], B.layout)
+    qs = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, N], C.layout)
+    css = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], decays.layout)
+    ss = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], scales.layout)
+    out = gl.allocate_shared_memory(x.dtype, [2, 1, BLOCK, P], y.layout)
+    pairs = gl.allocate_shared_memory(x.dtype, [2, BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    tiles, vectors, barriers = (us, ks, qs), (css, ss), (full, empty)
+    gl.warp_specialize(
+        [
+            (_walk, (tiles, vectors, barriers, pairs.index(0), out.index(0), y, entering, final, D, segments, chunks,
+                     length, segment, head, 0, HEADS, P, N, BLOCK, STAGES, SKIP)),
+            (_walk, (tiles, vectors, barriers, pairs.index(1), out.index(1), y, entering, final, D, segments, chunks,
+                     length, segment, head + 1, 1, HEADS, P, N, BLOCK, STAGES, SKIP)),
+            (_feed, ((x, decays, scales, B, C), tiles, vectors, barriers, segments, chunks, length, segment, group, head,
+                     HEADS, P, N, BLOCK, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _feed_sweep(
+    tensors, tiles, vectors, barriers, segments, chunks, length, segment, group, head,
+    HEADS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr,
+):  # fmt: skip
+    """One warp: what two heads of a sweep need, chunk by chunk, as soon as there is room."""
+    x, decays, scales, B = tensors
+    us, ks = tiles
+    css, ss = vectors
+    full, empty = barriers
+    first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
+    start = gl.load(chunks + 2 * first)
+    sequence, start = start // length, start % length
+    for step in range(count):
+        at = step % STAGES
+        own = count - 1 - step if REVERSE else step
+        mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
+        bar = full.index(at)
+        mbarrier.expect(bar, 2 * x.block_type.nbytes + B.block_type.nbytes + 4 * decays.block_type.nbytes)
+        tma.async_copy_global_to_shared(B, [sequence, start + own * BLOCK, group * N], bar, ks.index(at))
+        for which in gl.static_range(2):
+            place = ((first + own) * HEADS + head + which) * BLOCK
+            tma.async_copy_global_to_shared(decays, [place], bar, css.index(2 * at + which))
+            tma.async_copy_global_to_shared(scales, [place], bar, ss.index(2 * at + which))
+            tma.async_copy_global_to_shared(
+                x, [sequence, start + own * BLOCK, (head + which) * P], bar, us.index(2 * at + which)
+            )
+
+
+@gluon.jit
+def _sweep(
+    tiles, vectors, barriers, outs, boundaries, entering, ends, kept, segments, segment, head,
+    OWN: gl.constexpr, HEADS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, REVERSE: gl.constexpr,
+):  # fmt: skip
+    """Four warps: the state (p, n) of one head along a segment, or its gradient backwards."""
+    us, ks = tiles
+    css, ss = vectors
+    full, empty = barriers
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    inputs: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    token: gl.constexpr = gl.SliceLayout(0, inputs)
+    dtype: gl.constexpr = us.dtype
+    j = gl.arange(0, BLOCK, token)
+    first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
+    p, n = gl.arange(0, P, gl.SliceLayout(1, wide)), gl.arange(0, N, gl.SliceLayout(0, wide))
+    place = p[:, None] * N + n[None, :]
+    size: gl.constexpr = P * N
+    if entering is None:
+        h = gl.zeros((P, N), gl.float32, wide)
+    else:
+        h = gl.load(entering + (segment.to(gl.int64) * HEADS + head) * size + place)
+    decayed = 0.0
+    for step in range(count):
+        at = step % STAGES
+        mine = 2 * at + OWN
+        if boundaries is not None:
+            own = count - 1 - step if REVERSE else step
+            tma.store_wait(1)
+            outs.index(step % 2).store(h.to(dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(
+                boundaries, [((first + own) * HEADS + head) * P, 0], outs.index(step % 2)
+            )
+        mbarrier.wait(full.index(at), step // STAGES & 1)
+        cs = css.index(mine).load(token)
+        last = gl.sum(gl.where(j == BLOCK - 1, cs, 0.0), 0)
+        if REVERSE:
+            weight = gl.exp2(cs)
+        else:
+            weight = ss.index(mine).load(token) * gl.exp2(last - cs)
+        added = (us.index(mine).reshape([BLOCK, P]).permute((1, 0)).load(inputs).to(gl.float32) * weight[None, :]).to(dtype)
+        h = warpgroup_mma(added, ks.index(at).reshape([BLOCK, N]), h * gl.exp2(last))
+        mbarrier.arrive(empty.index(at), count=1)
+        decayed += last
+    tma.store_wait(0)
+    if boundaries is None:
+        gl.store(ends + (segment.to(gl.int64) * HEADS + head) * size + place, h)
+        gl.store(kept + segment * HEADS + head, decayed * 0.6931471805599453)
+    elif gl.load(segments + 5 * segment + (3 if REVERSE else 4)) == 1:
+        sequence = gl.load(segments + 5 * segment + 2).to(gl.int64)
+        gl.store(ends + (sequence * HEADS + head) * size + place, h)
+
+
+@gluon.jit
+def sweep_kernel(
+    x, decays, scales, B, entering, boundaries, ends, kept, chunks, segments, length,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+    REVERSE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One program per segment and pair of heads: only the states."""
+    segment, head = gl.program_id(0) // (HEADS // 2), gl.program_id(0) % (HEADS // 2) * 2
+    group = head // (HEADS // GROUPS)
+    us = gl.allocate_shared_memory(x.dtype, [2 * STAGES, 1, BLOCK, P], x.layout)
+    ks = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, N], B.layout)
+    css = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], decays.layout)
+    ss = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], scales.layout)
+    even = gl.allocate_shared_memory(x.dtype, [2, P, N], gl.NVMMASharedLayout(128, 16, 2))
+    odd = gl.allocate_shared_memory(x.dtype, [2, P, N], gl.NVMMASharedLayout(128, 16, 2))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    tiles, vectors, barriers = (us, ks), (css, ss), (full, empty)
+    gl.warp_specialize(
+        [
+            (_sweep, (tiles, vectors, barriers, even, boundaries, entering, ends, kept, segments,
+                      segment, head, 0, HEADS, P, N, BLOCK, STAGES, REVERSE)),
+            (_sweep, (tiles, vectors, barriers, odd, boundaries, entering, ends, kept, segments,
+                      segment, head + 1, 1, HEADS, P, N, BLOCK, STAGES, REVERSE)),
+            (_feed_sweep, ((x, decays, scales, B), tiles, vectors, barriers, segments, chunks, length, segment, group,
+                           head, HEADS, P, N, BLOCK, STAGES, REVERSE)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

@@ -1,0 +1,230 @@
+"""Runs kernels written in Gluon without a GPU: their Python source, with tensors of PyTorch for tiles.
+
+Triton's interpreter does not know Gluon. Here layouts mean nothing, a copy is done when it is asked for, and the groups
+of warps of a program are threads that meet at barriers, so a kernel that waits for what nobody sends fails here too.
+"""
+
+from __future__ import annotations
+
+import __future__
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PATIENCE = 60.0
+"""Seconds after which a wait is a deadlock."""
+
+_program = threading.local()
+
+
+class Pointer:
+    def __init__(self, flat: Tensor, offset: Any = 0) -> None:
+        self.flat, self.offset = flat, offset
+        self.dtype = SimpleNamespace(element_ty=flat.dtype)
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.flat, self.offset + offset)
+
+
+class Shared:
+    """A piece of shared memory."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data, self.dtype, self.shape = data, data.dtype, data.shape
+
+    def index(self, at: int) -> Shared:
+        return Shared(self.data[at])
+
+    def permute(self, order: Sequence[int]) -> Shared:
+        return Shared(self.data.permute(*order))
+
+    def reshape(self, shape: Sequence[int]) -> Shared:
+        return Shared(self.data.view(*shape))
+
+    def load(self, layout: Any) -> Tensor:
+        return self.data.clone()
+
+    def store(self, value: Tensor) -> None:
+        assert value.dtype == self.dtype and value.shape == self.shape
+        self.data.copy_(value)
+
+
+class Barrier:
+    """Counts arrivals and bytes; when all are there its phase changes."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.count = self.missing = self.bytes = self.phase = 0
+
+    def meet(self, arrivals: int, size: int) -> None:
+        with self.changed:
+            self.missing -= arrivals
+            self.bytes += size
+            assert self.missing >= 0
+            if self.missing == 0 and self.bytes == 0:
+                self.missing, self.phase = self.count, self.phase ^ 1
+                self.changed.notify_all()
+
+    def init(self, count: int) -> None:
+        self.count = self.missing = count
+
+    def wait(self, phase: int) -> None:
+        """Until the phase of this parity has ended; the one before the first counts as odd and ended."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.phase != phase, PATIENCE), "deadlock"
+
+
+class Barriers(list[Barrier]):
+    def index(self, at: int) -> Barrier:  # type: ignore[override]
+        return self[at]
+
+
+class Descriptor:
+    def __init__(self, given: Any) -> None:
+        self.base, self.block, self.layout, self.dtype = given.base, given.block_shape, given.layout, given.base.dtype
+        size = torch.Size(self.block).numel() * self.base.element_size()
+        self.block_type = SimpleNamespace(nbytes=size, shape=list(self.block))
+        assert [int(n) for n in given.shape] == list(self.base.shape)
+
+    def window(self, place: Sequence[int], tile: Tensor) -> tuple[Tensor, Tensor]:
+        """What of the tensor lies where the tile is, and that part of the tile."""
+        ends = [min(int(at) + n, size) for at, n, size in zip(place, self.block, self.base.shape, strict=True)]
+        there = [slice(int(at), end) for at, end in zip(place, ends, strict=True)]
+        here = [slice(0, end - int(at)) for at, end in zip(place, ends, strict=True)]
+        assert list(tile.shape) == list(self.block) and all(part.start >= 0 for part in there)
+        return self.base[tuple(there)], tile[tuple(here)]
+
+
+def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Any:
+    if layout == "barrier":
+        return Barriers(Barrier() for _ in range(shape[0])) if len(shape) == 2 else Barrier()
+    # What nobody has written shows.
+    return Shared(torch.full(tuple(shape), torch.nan, dtype=dtype))
+
+
+def _copy_in(source: Descriptor, place: Sequence[int], barrier: Barrier, target: Shared) -> None:
+    there, here = source.window(place, target.data)
+    target.data.zero_()
+    here.copy_(there)
+    barrier.meet(0, -source.block_type.nbytes)
+
+
+def _copy_out(target: Descriptor, place: Sequence[int], source: Shared) -> None:
+    there, here = target.window(place, source.data)
+    there.copy_(here)
+
+
+def _multiply(a: Shared | Tensor, b: Shared, added: Tensor, *, use_acc: bool = True, is_async: bool = False) -> Tensor:
+    left = a.data if isinstance(a, Shared) else a
+    assert left.dtype == b.dtype and added.dtype == torch.float32 and left.shape[0] % 64 == 0
+    product = left.float() @ b.data.float()
+    return product + added if use_acc else product
+
+
+def _wait(outstanding: int, deps: Sequence[Tensor]) -> Any:
+    return deps[0] if len(deps) == 1 else tuple(deps)
+
+
+def _specialize(parts: Sequence[tuple[Callable[..., None], Sequence[Any]]], warps: Any, registers: Any) -> None:
+    at, failures = _program.at, []
+
+    def run(function: Callable[..., None], arguments: Sequence[Any]) -> None:
+        _program.at = at
+        try:
+            with torch.no_grad():
+                function(*arguments)
+        except BaseException as failure:
+            failures.append(failure)  # raised again below
+
+    threads = [threading.Thread(target=run, args=part) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+class Kernel:
+    """A function of a kernel file; `kernel[grid](...)` runs its programs one after the other."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.function(*arguments, **named)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, num_warps: int, maxnreg: int, **sizes: int) -> None:
+            given = [self.argument(a) for a in arguments]
+            with torch.no_grad():
+                for at in range(grid[0]):
+                    _program.at = at
+                    self.function(*given, **sizes)
+
+        return launch
+
+    @staticmethod
+    def argument(given: Any) -> Any:
+        if isinstance(given, Tensor):
+            assert given.is_contiguous()
+            return Pointer(given.view(-1))
+        return Descriptor(given) if hasattr(given, "block_shape") else given
+
+
+def _store(at: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
+    place = at.offset
+    if mask is not None:
+        mask = mask.expand(value.shape)
+        place, value = place[mask], value[mask]
+    at.flat[place] = value.to(at.flat.dtype)
+
+
+def _language() -> SimpleNamespace:
+    layout = lambda *a, **k: None
+    return SimpleNamespace(
+        constexpr=int, float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
+        NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SliceLayout=layout, DotOperandLayout=layout,
+        arange=lambda start, end, layout: torch.arange(start, end), zeros=lambda shape, dtype, layout: torch.zeros(shape),
+        exp2=torch.exp2, where=lambda c, a, b: torch.where(c, a, torch.tensor(b)), sum=torch.sum,
+        minimum=lambda a, b: a.clamp(max=b), convert_layout=lambda t, layout: t,
+        inline_asm_elementwise=lambda asm, constraints, args, **k: args[0],
+        program_id=lambda axis: torch.tensor(_program.at), load=lambda at: at.flat[at.offset].clone(), store=_store,
+        allocate_shared_memory=_allocate, warp_specialize=_specialize,
+    )  # fmt: skip
+
+
+@contextmanager
+def imitated(name: str) -> Iterator[ModuleType]:
+    """The module of kernels `name`, made to run here."""
+    original = import_module(name)
+    module = ModuleType(name)
+    module.__dict__.update(vars(original), **_hopper_names())
+    source = inspect.getsource(original)
+    start = source.index("\n\n\ndef ")  # imports and constants stay as they are
+    body = "\n" * source[:start].count("\n") + source[start:]
+    flags = __future__.annotations.compiler_flag
+    exec(compile(body, str(original.__file__), "exec", flags, dont_inherit=True), module.__dict__)
+    yield module
+
+
+def _hopper_names() -> dict[str, Any]:
+    barrier = SimpleNamespace(
+        init=lambda bar, count: bar.init(count), wait=lambda bar, phase: bar.wait(phase),
+        expect=lambda bar, size: bar.meet(1, size), arrive=lambda bar, count: bar.meet(count, 0),
+        MBarrierLayout=lambda: "barrier",
+    )  # fmt: skip
+    copies = SimpleNamespace(
+        async_copy_global_to_shared=_copy_in, async_copy_shared_to_global=_copy_out, store_wait=lambda pending: None
+    )
+    return {
+        "gl": _language(), "gluon": SimpleNamespace(jit=Kernel), "fence_async_shared": lambda: None,
+        "warpgroup_mma": _multiply, "warpgroup_mma_wait": _wait, "mbarrier": barrier, "tma": copies,
+    }  # fmt: skip

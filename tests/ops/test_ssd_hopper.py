@@ -1,0 +1,151 @@
+"""The kernels of `ssd_scan` for Hopper GPUs: on one, or imitated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from everstate.core.kernels import capability
+from everstate.core.op import REFERENCE
+from everstate.core.packing import Packing
+from everstate.ops import ssd_scan, use
+from tests.ops.test_ssd_triton import draw, outputs_and_gradients
+
+
+@pytest.fixture
+def hopper(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    from everstate.ops.ssd import triton as kernels
+
+    if kernel_device.type == "cuda":
+        if capability(kernel_device)[0] != 9:
+            pytest.skip("needs a Hopper GPU")
+        yield kernel_device
+        return
+    from tests.imitation import imitated
+
+    with imitated("everstate.ops.ssd.triton_hopper") as module:
+        monkeypatch.setattr(kernels, "INTERPRETED", False)
+        monkeypatch.setattr(kernels, "import_module", lambda name: module)
+        yield kernel_device
+
+
+def served(inputs: dict[str, Tensor], packing: Packing | None = None) -> Any:
+    """The call, after asking that the kernels for Hopper take it."""
+    from everstate.ops.ssd import triton as kernels
+
+    names = ("x", "a", "s", "B", "C", "diagonal", "D")
+    call = kernels._Call(*(inputs.get(name) for name in names), [] if packing is None else list(packing.cu_seqlens))
+    assert call.hopper is not None
+    return call
+
+
+def agree(inputs: dict[str, Tensor], **settings: Any) -> None:
+    expected = outputs_and_gradients(REFERENCE, {name: value.double() for name, value in inputs.items()}, **settings)
+    plain = outputs_and_gradients("torch", inputs, **settings)
+    for name, got in outputs_and_gradients("triton", inputs, **settings).items():
+        assert got.dtype == plain[name].dtype
+        error, least = ((t.double() - expected[name]).norm() / expected[name].norm() for t in (got, plain[name]))
+        # Upstream gradients are rounded, so that the plain form has its part of these errors.
+        assert error <= 1.6 * least + 3e-3, (name, error, least)
+
+
+def fill(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+    """Pretend that it takes as many programs to fill the GPU."""
+    from everstate.ops import triton_segments
+    from everstate.ops.ssd import triton as kernels
+
+    for module in (triton_segments, kernels):
+        monkeypatch.setattr(module, "processors", lambda device: programs)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "groups", "d_state", "dtype"),
+    [
+        (1, 192, 2, 1, 128, torch.bfloat16), (2, 130, 4, 2, 64, torch.bfloat16),
+        (3, 7, 2, 1, 128, torch.float16), (1, 1, 4, 1, 64, torch.bfloat16),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("skip", ["none", "heads", "channels"])
+def test_any_length(
+    batch: int, length: int, heads: int, groups: int, d_state: int, dtype: torch.dtype, skip: str, hopper: torch.device
+) -> None:
+    inputs = draw(hopper, batch, length, heads, 64, groups, d_state, dtype=dtype)
+    inputs["D"] = inputs["D"] if skip == "channels" else inputs["D"][:, 0]
+    if skip == "none":
+        del inputs["D"]
+    served(inputs)
+    agree(inputs)
+
+
+@pytest.mark.parametrize("programs", [2, 8])
+def test_segments_and_parts_of_the_heads(
+    programs: int, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(monkeypatch, programs)
+    inputs = draw(hopper, 1, 300, 4, 64, 1, 64, dtype=torch.bfloat16)
+    call = served(inputs)
+    assert len(call.plan.segments) == (1 if programs == 2 else 3)
+    agree(inputs)
+
+
+def test_packed_sequences_of_whole_chunks(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(monkeypatch, 4)
+    packing = Packing([0, 64, 256])
+    inputs = draw(hopper, 1, 256, 2, 64, 1, 64, dtype=torch.bfloat16, sequences=2)
+    served(inputs, packing)
+    agree(inputs, packing=packing)
+
+
+def test_others_are_left_to_the_other_kernels(hopper: torch.device) -> None:
+    from everstate.ops.ssd import triton as kernels
+
+    names = ("x", "a", "s", "B", "C", "diagonal", "D")
+    sizes = {"heads": 2, "headdim": 64, "groups": 1, "d_state": 128}
+    for changes in ({"headdim": 32}, {"d_state": 16}, {"groups": 2}, {"rank": 1}, {"dtype": torch.float32}):
+        inputs = draw(hopper, 1, 64, **{"dtype": torch.bfloat16, **sizes, **changes})  # type: ignore[arg-type]
+        assert kernels._Call(*(inputs.get(name) for name in names), []).hopper is None
+    inputs = draw(hopper, 1, 65, **sizes, dtype=torch.bfloat16)
+    assert kernels._Call(*(inputs.get(name) for name in names), [0, 30, 65]).hopper is None
+
+
+def test_sequences_do_not_meet(hopper: torch.device) -> None:
+    inputs = draw(hopper, 2, 70, 2, 64, 1, 64, dtype=torch.bfloat16)
+    served(inputs)
+    before = outputs_and_gradients("triton", inputs)
+    for name in ("x", "B", "C", "a", "s"):
+        inputs[name][1] = torch.nan
+    after = outputs_and_gradients("triton", inputs)
+    for name in ("y", "final", "x", "a", "s", "B", "C", "state"):
+        assert torch.equal(before[name][0], after[name][0]), name
+
+
+def test_an_output_does_not_depend_on_what_comes_later(hopper: torch.device) -> None:
+    inputs = draw(hopper, 1, 130, 2, 64, 1, 64, dtype=torch.bfloat16)
+    with use("triton"):
+        before, _ = ssd_scan(**inputs)
+        for name in ("x", "B", "C", "a", "s"):
+            inputs[name][:, 40:] *= 0.5
+        after, _ = ssd_scan(**inputs)
+    assert torch.equal(before[:, :40], after[:, :40]) and not torch.equal(before, after)
+
+
+def test_the_same_call_gives_the_same_bits(hopper: torch.device) -> None:
+    inputs = draw(hopper, 2, 130, 4, 64, 1, 64, dtype=torch.bfloat16)
+    first, *others = (outputs_and_gradients("triton", inputs) for _ in range(2 if hopper.type == "cpu" else 20))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+def test_a_wait_for_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests import imitation
+
+    monkeypatch.setattr(imitation, "PATIENCE", 0.01)
+    barrier = imitation.Barrier()
+    barrier.init(2)
+    barrier.wait(1)
+    barrier.meet(1, 0)
+    with pytest.raises(AssertionError, match="deadlock"):
+        barrier.wait(0)
