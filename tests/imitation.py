@@ -88,10 +88,10 @@ class Barriers(list[Barrier]):
 
 class Descriptor:
     def __init__(self, given: Any) -> None:
-        self.base, self.block, self.layout, self.dtype = given.base, given.block_shape, given.layout, given.base.dtype
+        self.base = given.base.as_strided(given.shape, given.strides)
+        self.block, self.layout, self.dtype = given.block_shape, given.layout, given.base.dtype
         size = torch.Size(self.block).numel() * self.base.element_size()
         self.block_type = SimpleNamespace(nbytes=size, shape=list(self.block))
-        assert [int(n) for n in given.shape] == list(self.base.shape)
 
     def window(self, place: Sequence[int], tile: Tensor) -> tuple[Tensor, Tensor]:
         """What of the tensor lies where the tile is, and that part of the tile."""
@@ -179,6 +179,10 @@ class Kernel:
         return Descriptor(given) if hasattr(given, "block_shape") else given
 
 
+def _jit(function: Callable[..., Any] | None = None, **settings: Any) -> Any:
+    return Kernel if function is None else Kernel(function)
+
+
 def _store(at: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
     place = at.offset
     if mask is not None:
@@ -194,7 +198,7 @@ def _language() -> SimpleNamespace:
         NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SliceLayout=layout, DotOperandLayout=layout,
         arange=lambda start, end, layout: torch.arange(start, end), zeros=lambda shape, dtype, layout: torch.zeros(shape),
         exp2=torch.exp2, where=lambda c, a, b: torch.where(c, a, torch.tensor(b)), sum=torch.sum,
-        minimum=lambda a, b: a.clamp(max=b), convert_layout=lambda t, layout: t,
+        minimum=lambda a, b: min(a, b) if isinstance(a, int) else a.clamp(max=b), convert_layout=lambda t, layout: t,
         inline_asm_elementwise=lambda asm, constraints, args, **k: args[0],
         program_id=lambda axis: torch.tensor(_program.at), load=lambda at: at.flat[at.offset].clone(), store=_store,
         allocate_shared_memory=_allocate, warp_specialize=_specialize,
@@ -225,6 +229,6 @@ def _hopper_names() -> dict[str, Any]:
         async_copy_global_to_shared=_copy_in, async_copy_shared_to_global=_copy_out, store_wait=lambda pending: None
     )
     return {
-        "gl": _language(), "gluon": SimpleNamespace(jit=Kernel), "fence_async_shared": lambda: None,
+        "gl": _language(), "gluon": SimpleNamespace(jit=_jit), "fence_async_shared": lambda: None,
         "warpgroup_mma": _multiply, "warpgroup_mma_wait": _wait, "mbarrier": barrier, "tma": copies,
     }  # fmt: skip

@@ -82,9 +82,7 @@ def test_any_length(
 
 
 @pytest.mark.parametrize("programs", [2, 8])
-def test_segments_and_parts_of_the_heads(
-    programs: int, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_segments_and_parts_of_the_heads(programs: int, hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(monkeypatch, programs)
     inputs = draw(hopper, 1, 300, 4, 64, 1, 64, dtype=torch.bfloat16)
     call = served(inputs)

@@ -331,11 +331,16 @@ class _Call:
         self, hopper: ModuleType, dy: Tensor, entering: Tensor, leaving: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """Gradients of x, a, s, D (still to be summed over chunks), B and C."""
-        dx, ddecays, dscales, dD = self._empty_gradients()
+        dx, _, _, dD = self._empty_gradients()
+        parts = self.decays.new_empty(5, *self.decays.shape)
         dB, dC = self._empty_key_gradients(self._head_splits(self.heads, processors(self.x.device)))
-        hopper.gradients(self, dy, entering, leaving, dx, ddecays, dscales, dD, dB, dC)
+        hopper.gradients(self, dy, entering, leaving, dx, parts, dD, dB, dC)
+        da, ds = (self.decays.new_empty(*self.shape, self.heads) for _ in "as")
+        _join_kernel[(len(self.plan.chunks), triton.cdiv(self.heads, BLOCK_H))](
+            *parts, self.scales, da, ds, self.plan.chunks, HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H
+        )
         dB, dC = (t.sum(0) if len(t) > 1 else t[0] for t in (dB, dC))
-        return dx, *self._decay_gradients(ddecays, dscales), dD, dB, dC
+        return dx, da, ds, dD, dB, dC
 
 
 def _hopper(call: "_Call", d_state: int, rank: int) -> ModuleType | None:
@@ -451,6 +456,31 @@ def _decay_gradients_kernel(
     ddecay = tl.load(ddecays + place, mask=(heads < HEADS)[None, :], other=0.0)
     tl.store(da + out, tl.cumsum(ddecay, 0, reverse=True), mask=exists)
     tl.store(ds + out, tl.load(dscales + place, mask=(heads < HEADS)[None, :], other=0.0), mask=exists)
+
+
+@triton.jit
+def _join_kernel(
+    through, answered, own, given, gained, scales, da, ds, chunks,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """As `_decay_gradients_kernel`, of parts that several groups of warps found.
+
+    What an entry gave is `scales` times what went `through` the state and was `given` inside the chunk; it received
+    what it `answered` from the state and `gained` inside the chunk. `own` sums to what the entering state gave.
+    """
+    chunk, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    tokens = tl.load(chunks + 2 * chunk) + at
+    exists = (tokens < tl.load(chunks + 2 * chunk + 1))[:, None] & (heads < HEADS)[None, :]
+    place = chunk * HEADS * BLOCK + heads[None, :] * BLOCK + at[:, None]
+    mine = (heads < HEADS)[None, :]
+    out = tokens.to(tl.int64)[:, None] * HEADS + heads[None, :]
+    scale, passed = tl.load(scales + place, mask=mine, other=0.0), tl.load(through + place, mask=mine, other=0.0)
+    dscale = passed + tl.load(given + place, mask=mine, other=0.0)
+    received = tl.load(answered + place, mask=mine, other=0.0) + tl.load(gained + place, mask=mine, other=0.0)
+    left = tl.sum(scale * passed + tl.load(own + place, mask=mine, other=0.0), 0)
+    tl.store(da + out, tl.cumsum(received - scale * dscale, 0, reverse=True) + left[None, :], mask=exists)
+    tl.store(ds + out, dscale, mask=exists)
 
 
 @triton.jit

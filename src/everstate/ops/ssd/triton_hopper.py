@@ -57,16 +57,16 @@ def sweep(
 
 
 def gradients(
-    call: _Call, dy: Tensor, entering: Tensor, leaving: Tensor, dx: Tensor, ddecays: Tensor, dscales: Tensor,
-    dD: Tensor | None, dB: Tensor, dC: Tensor,
+    call: _Call, dy: Tensor, entering: Tensor, leaving: Tensor, dx: Tensor, parts: Tensor, dD: Tensor | None,
+    dB: Tensor, dC: Tensor,
 ) -> None:  # fmt: skip
     """All that a chunk says by itself: gradients of x, the decays, s, D, B and C."""
     splits = len(dB)
     gradients_kernel[(len(call.plan.chunks) * call.groups * splits,)](
         _rows(call, call.x), _rows(call, dy), _vectors(call.decays), _vectors(call.scales),
         _rows(call, call.B), _rows(call, call.C), _states(entering), _states(leaving), _rows(call, dx), call.D,
-        ddecays, dscales, dD, dB, dC, call.plan.chunks, *call.shape,
-        **_sizes(call), SPLITS=splits, SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=REGISTERS,
+        *parts, dD, dB, dC, call.plan.chunks, *call.shape,
+        **_sizes(call), SPLITS=splits, SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=128,
     )  # fmt: skip
 
 
@@ -79,18 +79,19 @@ def _rows(call: _Call, t: Tensor) -> TensorDescriptor:
 
     Sequences are a dimension of their own: beyond the end of one zeros are read and nothing is written.
     """
-    flat = t.flatten(0, 1).unflatten(0, call.shape).flatten(2)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [1, 64, t.shape[3]], ROWS)
+    (batch, length), width = call.shape, t.shape[2] * t.shape[3]
+    strides = [length * t.stride(1), t.stride(1), 1]
+    return TensorDescriptor(t, [batch, length, width], strides, [1, 64, t.shape[3]], ROWS)
 
 
 def _vectors(t: Tensor) -> TensorDescriptor:
     """The 64 numbers of a chunk and head."""
-    return TensorDescriptor(t.flatten(), [t.numel()], [1], [64], VECTOR)
+    return TensorDescriptor(t, [t.numel()], [1], [64], VECTOR)
 
 
 def _states(t: Tensor) -> TensorDescriptor:
-    flat = t.flatten(0, 2)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), list(t.shape[2:]), STATES)
+    chunks, heads, p, n = t.shape
+    return TensorDescriptor(t, [chunks * heads * p, n], [n, 1], [p, n], STATES)
 
 
 @gluon.jit
@@ -104,7 +105,7 @@ def _move(
     us, dus, hs, dhs = tiles
     css, ss = vectors
     k, q = keys
-    full, empty, ready = barriers
+    full, empty, ready, summed = barriers
     mbarrier.expect(ready, 2 * B.block_type.nbytes)
     tma.async_copy_global_to_shared(B, [row, start, group * N], ready, k)
     tma.async_copy_global_to_shared(C, [row, start, group * N], ready, q)
@@ -124,67 +125,98 @@ def _move(
 
 @gluon.jit
 def _inputs(
-    tiles, vectors, keys, barriers, out, dx, D, ddecays, dscales, dD, chunk, sequence, start, head,
+    tiles, vectors, keys, barriers, out, dx, D, dD, through, chunk, sequence, start, head,
     HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
     STAGES: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: the gradients of x, s, a and D. Matrices over pairs are `[j, i]` for what i receives from j."""
+    """Four warps: the gradients of x and D. Matrices over pairs are `[j, i]` for what i receives from j."""
     us, dus, hs, dhs = tiles
     css, ss = vectors
     k, q = keys[0].reshape([BLOCK, N]), keys[1].reshape([BLOCK, N])
-    full, empty, ready = barriers
+    full, empty, ready, summed = barriers
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     row: gl.constexpr = gl.SliceLayout(1, square)
     column: gl.constexpr = gl.SliceLayout(0, square)
-    first: gl.constexpr = gl.DotOperandLayout(0, square, 2)
     j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
     none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
     mbarrier.wait(ready, 0)
-    gram = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False)
-    gram = gl.where(i[None, :] >= j[:, None], gram, 0.0)
+    gram = gl.where(i[None, :] >= j[:, None], warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False), 0.0)
     for step in range(EACH):
         at = step % STAGES
-        place = (chunk * HEADS + head + step).to(gl.int64)
-        u_tile, du_tile = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
+        u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
         dadded = warpgroup_mma(k, dhs.index(at).permute((1, 0)), none, use_acc=False, is_async=True)
-        answers = warpgroup_mma(q, hs.index(at).permute((1, 0)), none, use_acc=False, is_async=True)
         cs, scale, later = css.index(at).load(row), ss.index(at).load(row), css.index(at).load(column)
         last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
         weights = (gram * gl.exp2(gl.minimum(later[None, :] - cs[:, None], 126.0))).to(k.dtype)
-        # What went through the state.
-        dadded = warpgroup_mma_wait(1, (dadded,)) * gl.exp2(last - cs)[:, None]
-        through = gl.sum(dadded * u_tile.load(square).to(gl.float32), 1)
-        dadded = warpgroup_mma(gl.convert_layout(weights, first), du_tile, dadded, is_async=True)
-        answers = warpgroup_mma_wait(1, (answers,))
-        ddecay = gl.sum(answers * du_tile.load(square).to(gl.float32), 1) * gl.exp2(cs)
-        products = warpgroup_mma(hs.index(at), dhs.index(at).permute((1, 0)), none, use_acc=False, is_async=True)
-        dadded = warpgroup_mma_wait(1, (dadded,))
-        u, du = u_tile.load(square).to(gl.float32), du_tile.load(square).to(gl.float32)
-        dscale = gl.sum(dadded * u, 1)
-        dinput = dadded * scale[:, None]
+        # The gradient of s x: first what went through the state, then what entries of the chunk received.
+        dadded = warpgroup_mma_wait(0, (dadded,)) * gl.exp2(last - cs)[:, None]
+        place = (chunk * HEADS + head + step).to(gl.int64) * BLOCK
+        given = u.load(square).to(gl.float32)
+        gl.store(through + place + j, gl.sum(dadded * given, 1))
+        weights = gl.convert_layout(weights, gl.DotOperandLayout(0, square, 2))
+        dadded = warpgroup_mma(weights, du, dadded, is_async=True)
+        answered = du.load(square).to(gl.float32)
         if SKIP == 1:
-            dinput += gl.load(D + head + step).to(gl.float32) * du
-            gl.store(dD + place * P + j, gl.sum(u * du, 1))
+            gl.store(dD + place + j, gl.sum(given * answered, 1))
         if SKIP == 2:
-            dinput += gl.load(D + (head + step) * P + i).to(gl.float32)[None, :] * du
-            gl.store(dD + place * P + i, gl.sum(u * du, 0))
+            gl.store(dD + place + i, gl.sum(given * answered, 0))
+        dadded = warpgroup_mma_wait(0, (dadded,)) * scale[:, None]
+        mbarrier.arrive(empty.index(at), count=1)
+        if SKIP == 1:
+            dadded += gl.load(D + head + step).to(gl.float32) * answered
+        if SKIP == 2:
+            dadded += gl.load(D + (head + step) * P + i).to(gl.float32)[None, :] * answered
         tma.store_wait(0)
-        out.reshape([BLOCK, P]).store(dinput.to(k.dtype))
+        out.reshape([BLOCK, P]).store(dadded.to(k.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(dx, [sequence, start, (head + step) * P], out)
-        received = warpgroup_mma(u_tile, du_tile.permute((1, 0)), none, use_acc=False, is_async=True)
-        products = warpgroup_mma_wait(1, (products,))
-        own = gl.sum(gl.where(_fresh(j)[:, None] == i[None, :], products, 0.0), 1)
-        dlast = gl.sum(scale * through + gl.exp2(last) * own, 0)
-        received = warpgroup_mma_wait(0, (received,))
-        mbarrier.arrive(empty.index(at), count=1)
-        # Both sides with the same rounded weights: then two entries of the same decay cancel, as they must.
-        gained = gl.sum(received * weights.to(gl.float32) * scale[:, None], 0)
-        ddecay += gl.convert_layout(gained, row) - scale * dscale + gl.where(j == BLOCK - 1, dlast, 0.0)
-        gl.store(ddecays + place * BLOCK + j, ddecay)
-        gl.store(dscales + place * BLOCK + j, dscale)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _decays(
+    tiles, vectors, keys, barriers, grams, sums, given, gained, chunk, head,
+    HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Four warps: what pairs of entries say of a and s, and for B and C its sum over the heads."""
+    us, dus, _, _ = tiles
+    css, ss = vectors
+    k, q = keys[0].reshape([BLOCK, N]), keys[1].reshape([BLOCK, N])
+    full, empty, ready, summed = barriers
+    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    row: gl.constexpr = gl.SliceLayout(1, square)
+    column: gl.constexpr = gl.SliceLayout(0, square)
+    j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    dgram = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    mbarrier.wait(ready, 0)
+    gram = gl.where(i[None, :] >= j[:, None], warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False), 0.0)
+    grams.store(gram.to(k.dtype))
+    for step in range(EACH):
+        at = step % STAGES
+        u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
+        place = (chunk * HEADS + head + step).to(gl.int64) * BLOCK
+        mbarrier.wait(full.index(at), step // STAGES & 1)
+        received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
+        cs, scale, later = css.index(at).load(row), ss.index(at).load(row), css.index(at).load(column)
+        # Bounded, so that the powers of entries that receive nothing stay finite until they are masked.
+        decay = gl.exp2(gl.minimum(later[None, :] - cs[:, None], 126.0))
+        received = warpgroup_mma_wait(0, (received,))
+        dgram += received * scale[:, None] * decay
+        # Both sides of each pair are the same number: two entries of the same decay cancel, as they must.
+        received = received * decay * grams.load(square).to(gl.float32)
+        mbarrier.arrive(empty.index(at), count=1)
+        gl.store(given + place + j, gl.sum(received, 1))
+        gl.store(gained + place + i, gl.sum(received * scale[:, None], 0))
+    dgram = gl.where(i[None, :] >= j[:, None], dgram, 0.0)
+    rounded = dgram.to(k.dtype)
+    sums.index(0).store(rounded)
+    # What rounding cut off this sum of all heads is a third of the error of B and C, and costs nothing to add.
+    sums.index(1).store((dgram - rounded.to(gl.float32)).to(k.dtype))
+    fence_async_shared()
+    mbarrier.arrive(summed, count=1)
 
 
 @gluon.jit
@@ -195,55 +227,50 @@ def _fresh(t):
 
 @gluon.jit
 def _keys(
-    tiles, vectors, keys, barriers, turned, dB, dC, start, end, total, group, split,
-    GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
+    tiles, vectors, keys, barriers, sums, answered, own, dB, dC, start, end, total, chunk, group, split, head,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: the gradients of B and C, summed over the heads."""
+    """Four warps: the gradients of B and C, summed over the heads, and what the entering state says of a."""
     us, dus, hs, dhs = tiles
     css, ss = vectors
     k, q = keys[0].reshape([BLOCK, N]), keys[1].reshape([BLOCK, N])
-    full, empty, ready = barriers
+    full, empty, ready, summed = barriers
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     row: gl.constexpr = gl.SliceLayout(1, square)
     column: gl.constexpr = gl.SliceLayout(0, square)
     first: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    entry: gl.constexpr = gl.SliceLayout(1, first)
     dtype: gl.constexpr = k.dtype
     j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
-    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
-    dgram = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    none = gl.zeros((BLOCK, P), gl.float32, square)
     dk, dq = gl.zeros((BLOCK, N), gl.float32, wide), gl.zeros((BLOCK, N), gl.float32, wide)
+    mbarrier.wait(ready, 0)
     for step in range(EACH):
         at = step % STAGES
-        u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
-        received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
-        cs, scale = css.index(at).load(gl.SliceLayout(1, first)), ss.index(at).load(gl.SliceLayout(1, first))
-        later = css.index(at).load(column)
-        last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
-        kept = (du.load(first).to(gl.float32) * gl.exp2(cs)[:, None]).to(dtype)
-        dq = warpgroup_mma(kept, hs.index(at), dq, is_async=True)
-        given = (u.load(first).to(gl.float32) * (scale * gl.exp2(last - cs))[:, None]).to(dtype)
-        dk = warpgroup_mma(given, dhs.index(at), dk, is_async=True)
-        received = warpgroup_mma_wait(2, (received,)) * ss.index(at).load(row)[:, None]
-        # Bounded, so that the powers of entries that receive nothing stay finite until they are masked, once.
-        difference = later[None, :] - css.index(at).load(row)[:, None]
-        dgram += received * gl.exp2(gl.minimum(difference, 126.0))
+        cs, scale = css.index(at).load(entry), ss.index(at).load(entry)
+        last = gl.sum(gl.where(i == BLOCK - 1, css.index(at).load(column), 0.0), 0)
+        kept = dus.index(at).reshape([BLOCK, P]).load(first).to(gl.float32) * gl.exp2(cs)[:, None]
+        dq = warpgroup_mma(kept.to(dtype), hs.index(at), dq, is_async=True)
+        given = us.index(at).reshape([BLOCK, P]).load(first).to(gl.float32) * (scale * gl.exp2(last - cs))[:, None]
+        dk = warpgroup_mma(given.to(dtype), dhs.index(at), dk, is_async=True)
         dq, dk = warpgroup_mma_wait(0, (dq, dk))
+        products = warpgroup_mma(hs.index(at), dhs.index(at).permute((1, 0)), none, use_acc=False)
+        answers = warpgroup_mma(q, hs.index(at).permute((1, 0)), none, use_acc=False, is_async=True)
+        products = gl.where(_fresh(j)[:, None] == i[None, :], products, 0.0)
+        place = (chunk * HEADS + head + step).to(gl.int64) * BLOCK + j
+        gl.store(own + place, gl.sum(products, 1) * gl.exp2(last))
+        answers = warpgroup_mma_wait(0, (answers,))
+        answers = answers * dus.index(at).reshape([BLOCK, P]).load(square).to(gl.float32)
+        answers = gl.sum(answers, 1) * gl.exp2(css.index(at).load(row))
         mbarrier.arrive(empty.index(at), count=1)
-    mbarrier.wait(ready, 0)
-    masked = gl.where(i[None, :] >= j[:, None], dgram, 0.0).to(dtype)
-    turned.store(masked)
-    fence_async_shared()
-    dk = warpgroup_mma(gl.convert_layout(masked, first), q, dk)
-    dq = warpgroup_mma(turned.permute((1, 0)), k, dq)
-    # What rounding cut off this sum of all heads is a third of the error of B and C, and costs nothing to add.
-    rest = (gl.where(i[None, :] >= j[:, None], dgram, 0.0) - masked.to(gl.float32)).to(dtype)
-    turned.store(rest)
-    fence_async_shared()
-    dk = warpgroup_mma(gl.convert_layout(rest, first), q, dk)
-    dq = warpgroup_mma(turned.permute((1, 0)), k, dq)
+        gl.store(answered + place, answers)
+    mbarrier.wait(summed, 0)
+    for part in gl.static_range(2):
+        dk = warpgroup_mma(sums.index(part), q, dk)
+        dq = warpgroup_mma(sums.index(part).permute((1, 0)), k, dq)
     at = start + gl.arange(0, BLOCK, gl.SliceLayout(1, wide))
     rows = (split.to(gl.int64) * total + at) * (GROUPS * N) + group * N
     place = rows[:, None] + gl.arange(0, N, gl.SliceLayout(0, wide))[None, :]
@@ -251,10 +278,10 @@ def _keys(
     gl.store(dC + place, dq.to(dC.dtype.element_ty), mask=(at < end)[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["batch", "length"])
 def gradients_kernel(
-    x, dy, decays, scales, B, C, entering, leaving, dx, D, ddecays, dscales, dD, dB, dC, chunks, batch, length,
-    HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+    x, dy, decays, scales, B, C, entering, leaving, dx, D, through, answered, own, given, gained, dD, dB, dC, chunks,
+    batch, length, HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
     SPLITS: gl.constexpr, SKIP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program per chunk, group and part of its heads."""
@@ -273,27 +300,32 @@ def gradients_kernel(
     k = gl.allocate_shared_memory(x.dtype, [1, BLOCK, N], B.layout)
     q = gl.allocate_shared_memory(x.dtype, [1, BLOCK, N], C.layout)
     out = gl.allocate_shared_memory(x.dtype, [1, BLOCK, P], dx.layout)
-    turned = gl.allocate_shared_memory(x.dtype, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
+    sums = gl.allocate_shared_memory(x.dtype, [2, BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
+    grams = gl.allocate_shared_memory(x.dtype, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    summed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=3)
     mbarrier.init(ready, count=1)
+    mbarrier.init(summed, count=1)
     fence_async_shared()
-    tiles, vectors, keys, barriers = (us, dus, hs, dhs), (css, ss), (k, q), (full, empty, ready)
+    tiles, vectors, keys, barriers = (us, dus, hs, dhs), (css, ss), (k, q), (full, empty, ready, summed)
     gl.warp_specialize(
         [
-            (_inputs, (tiles, vectors, keys, barriers, out, dx, D, ddecays, dscales, dD, chunk, sequence, first, head,
+            (_inputs, (tiles, vectors, keys, barriers, out, dx, D, dD, through, chunk, sequence, first, head,
                        HEADS, EACH, P, N, BLOCK, STAGES, SKIP)),
-            (_keys, (tiles, vectors, keys, barriers, turned, dB, dC, start, end, batch * length, group, split,
-                     GROUPS, EACH, P, N, BLOCK, STAGES)),
+            (_decays, (tiles, vectors, keys, barriers, grams, sums, given, gained, chunk, head,
+                       HEADS, EACH, P, N, BLOCK, STAGES)),
+            (_keys, (tiles, vectors, keys, barriers, sums, answered, own, dB, dC, start, end, batch * length,
+                     chunk, group, split, head, HEADS, GROUPS, EACH, P, N, BLOCK, STAGES)),
             (_move, ((x, dy, decays, scales, B, C, entering, leaving), tiles, vectors, keys, barriers,
                      chunk, sequence, first, group, head, HEADS, EACH, P, N, BLOCK, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 4, 1],
+        [144, 200, 24],
     )  # fmt: skip
 
 
@@ -323,6 +355,12 @@ def _feed(
             tma.async_copy_global_to_shared(scales, [place], bar, ss.index(2 * at + own))
             tma.async_copy_global_to_shared(x, [sequence, start, (head + own) * P], bar, us.index(2 * at + own))
         start += BLOCK
+
+
+@gluon.jit
+def _now(t):
+    """`t` of 16-bit numbers, computed before what is written below: a product under way would have to be awaited."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [t], dtype=t.dtype, is_pure=False, pack=2)
 
 
 @gluon.jit
@@ -358,10 +396,9 @@ def _walk(
         mine = 2 * at + OWN
         k, q, u = ks.index(at).reshape([BLOCK, N]), qs.index(at).reshape([BLOCK, N]), us.index(mine).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
+        kept = gl.convert_layout(_now(h.to(dtype)), states)
         weights = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-        answers = warpgroup_mma(
-            gl.convert_layout(h.to(dtype), states), q.permute((1, 0)), none, use_acc=False, is_async=True
-        )
+        answers = warpgroup_mma(kept, q.permute((1, 0)), none, use_acc=False, is_async=True)
         cs, scale, later = css.index(mine).load(row), ss.index(mine).load(row), css.index(mine).load(column)
         last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
         decay = gl.exp2(later[None, :] - cs[:, None])
@@ -390,7 +427,7 @@ def _walk(
         gl.store(final + (own * HEADS + head) * (P * N) + (p[:, None] * N + n[None, :]), h)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["length"])
 def scan_kernel(
     x, decays, scales, B, C, D, entering, y, final, chunks, segments, length,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
@@ -489,9 +526,7 @@ def _sweep(
             tma.store_wait(1)
             outs.index(step % 2).store(h.to(dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(
-                boundaries, [((first + own) * HEADS + head) * P, 0], outs.index(step % 2)
-            )
+            tma.async_copy_shared_to_global(boundaries, [((first + own) * HEADS + head) * P, 0], outs.index(step % 2))
         mbarrier.wait(full.index(at), step // STAGES & 1)
         cs = css.index(mine).load(token)
         last = gl.sum(gl.where(j == BLOCK - 1, cs, 0.0), 0)
@@ -499,7 +534,9 @@ def _sweep(
             weight = gl.exp2(cs)
         else:
             weight = ss.index(mine).load(token) * gl.exp2(last - cs)
-        added = (us.index(mine).reshape([BLOCK, P]).permute((1, 0)).load(inputs).to(gl.float32) * weight[None, :]).to(dtype)
+        added = (us.index(mine).reshape([BLOCK, P]).permute((1, 0)).load(inputs).to(gl.float32) * weight[None, :]).to(
+            dtype
+        )
         h = warpgroup_mma(added, ks.index(at).reshape([BLOCK, N]), h * gl.exp2(last))
         mbarrier.arrive(empty.index(at), count=1)
         decayed += last
@@ -512,7 +549,7 @@ def _sweep(
         gl.store(ends + (sequence * HEADS + head) * size + place, h)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["length"])
 def sweep_kernel(
     x, decays, scales, B, entering, boundaries, ends, kept, chunks, segments, length,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
