@@ -6,7 +6,6 @@ of warps of a program are threads that meet at barriers, so a kernel that waits 
 
 from __future__ import annotations
 
-import __future__
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -196,7 +195,8 @@ def _language() -> SimpleNamespace:
     return SimpleNamespace(
         constexpr=int, float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
         NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SliceLayout=layout, DotOperandLayout=layout,
-        arange=lambda start, end, layout: torch.arange(start, end), zeros=lambda shape, dtype, layout: torch.zeros(shape),
+        arange=lambda start, end, layout: torch.arange(start, end),
+        zeros=lambda shape, dtype, layout: torch.zeros(shape),
         exp2=torch.exp2, where=lambda c, a, b: torch.where(c, a, torch.tensor(b)), sum=torch.sum,
         minimum=lambda a, b: min(a, b) if isinstance(a, int) else a.clamp(max=b), convert_layout=lambda t, layout: t,
         inline_asm_elementwise=lambda asm, constraints, args, **k: args[0],
@@ -214,8 +214,8 @@ def imitated(name: str) -> Iterator[ModuleType]:
     source = inspect.getsource(original)
     start = source.index("\n\n\ndef ")  # imports and constants stay as they are
     body = "\n" * source[:start].count("\n") + source[start:]
-    flags = __future__.annotations.compiler_flag
-    exec(compile(body, str(original.__file__), "exec", flags, dont_inherit=True), module.__dict__)
+    # The annotations of this file are not evaluated, and so are not those of what it compiles.
+    exec(compile(body, str(original.__file__), "exec"), module.__dict__)
     yield module
 
 

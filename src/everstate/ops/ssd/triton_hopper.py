@@ -1,8 +1,13 @@
-"""The gradients of SSD on a Hopper GPU: one kernel for those of x, the decays, B and C of whole chunks.
+"""SSD on a Hopper GPU, for heads of 64 channels: groups of warps that share the work of a program.
 
-What Triton compiles in one piece needs more registers than there are. Here three groups of warps share the work of a
-program, each with registers of its own: one warp moves tiles into shared memory ahead of time, four find the
-gradients of inputs, four those of B and C. So every tile is read from memory once.
+The formulas are those of `everstate.ops.ssd.triton`. Compiled in one piece, all that a chunk needs takes more registers
+than there are, and whoever waits for a product does nothing else meanwhile. Here one warp moves tiles into shared
+memory ahead of time, and groups of four, each with registers of its own (`gl.warp_specialize`; `maxnreg` times the
+threads is what they share out), do different things with them. So every tile is read from memory once. They tell each
+other by barriers: a tile is `full` when it has arrived and `empty` when all have read it.
+
+Sequences are a dimension of their own for the copy engine: it reads zeros beyond the end of one and writes nothing
+there, so no length needs masks. The language is Gluon; without a GPU, `tests/imitation.py` runs its source.
 """
 
 from __future__ import annotations
@@ -24,15 +29,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 if TYPE_CHECKING:
     from everstate.ops.ssd.triton import _Call
 
-ROWS = gl.NVMMASharedLayout(128, 16, 3)
-"""How rows of 16-bit numbers lie in shared memory, for products to read them."""
-
-STATES = gl.NVMMASharedLayout(128, 16, 2)
-
-VECTOR = gl.NVMMASharedLayout(0, 32, 1)
-
-REGISTERS = 168
-"""Registers of a thread when a program of three groups of 128 threads starts; they then share them out."""
+# How tiles lie in shared memory: 16-bit numbers as products want to read them.
+ROWS, STATES, VECTOR = (
+    gl.NVMMASharedLayout(128, 16, 3),
+    gl.NVMMASharedLayout(128, 16, 2),
+    gl.NVMMASharedLayout(0, 32, 1),
+)
 
 
 def scan(call: _Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
@@ -40,7 +42,7 @@ def scan(call: _Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
     scan_kernel[(len(call.plan.segments) * call.heads // 2,)](
         _rows(call, call.x), _vectors(call.decays), _vectors(call.scales),
         _rows(call, call.B), _rows(call, call.C), call.D, entering, _rows(call, y), final, call.plan.chunks,
-        call.plan.segments, call.shape[1], **_sizes(call), SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=REGISTERS,
+        call.plan.segments, call.shape[1], **_sizes(call), SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=128,
     )  # fmt: skip
 
 
@@ -52,7 +54,7 @@ def sweep(
     sweep_kernel[(len(call.plan.segments) * call.heads // 2,)](
         _rows(call, x), _vectors(call.decays), _vectors(call.scales), _rows(call, keys),
         entering, None if chunks is None else _states(chunks), ends, kept, call.plan.chunks, call.plan.segments,
-        call.shape[1], **_sizes(call), REVERSE=reverse, STAGES=4, num_warps=4, maxnreg=REGISTERS,
+        call.shape[1], **_sizes(call), REVERSE=reverse, STAGES=4, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
@@ -105,7 +107,7 @@ def _move(
     us, dus, hs, dhs = tiles
     css, ss = vectors
     k, q = keys
-    full, empty, ready, summed = barriers
+    full, empty, ready, _ = barriers
     mbarrier.expect(ready, 2 * B.block_type.nbytes)
     tma.async_copy_global_to_shared(B, [row, start, group * N], ready, k)
     tma.async_copy_global_to_shared(C, [row, start, group * N], ready, q)
@@ -130,10 +132,10 @@ def _inputs(
     STAGES: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the gradients of x and D. Matrices over pairs are `[j, i]` for what i receives from j."""
-    us, dus, hs, dhs = tiles
+    us, dus, _, dhs = tiles
     css, ss = vectors
     k, q = keys[0].reshape([BLOCK, N]), keys[1].reshape([BLOCK, N])
-    full, empty, ready, summed = barriers
+    full, empty, ready, _ = barriers
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     row: gl.constexpr = gl.SliceLayout(1, square)
     column: gl.constexpr = gl.SliceLayout(0, square)
@@ -338,7 +340,7 @@ def _feed(
     x, decays, scales, B, C = tensors
     us, ks, qs = tiles
     css, ss = vectors
-    full, empty = barriers
+    full, empty, _, _ = barriers
     first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
     start = gl.load(chunks + 2 * first)
     sequence, start = start // length, start % length
@@ -358,9 +360,33 @@ def _feed(
 
 
 @gluon.jit
-def _now(t):
-    """`t` of 16-bit numbers, computed before what is written below: a product under way would have to be awaited."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [t], dtype=t.dtype, is_pure=False, pack=2)
+def _weigh(
+    tiles, vectors, barriers, pairs, segments, segment, N: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr
+):
+    """Four warps: how much of each entry j of a chunk the entries i from it on receive, `[j, i]`, for both heads."""
+    _, ks, qs = tiles
+    css, ss = vectors
+    full, empty, weighed, used = barriers
+    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    row: gl.constexpr = gl.SliceLayout(1, square)
+    column: gl.constexpr = gl.SliceLayout(0, square)
+    j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    count = gl.load(segments + 5 * segment + 1)
+    for step in range(count):
+        at, turn = step % STAGES, step % 2
+        k, q = ks.index(at).reshape([BLOCK, N]), qs.index(at).reshape([BLOCK, N])
+        mbarrier.wait(full.index(at), step // STAGES & 1)
+        products = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False)
+        products = gl.where(i[None, :] >= j[:, None], products, 0.0)
+        for own in gl.static_range(2):
+            cs, later = css.index(2 * at + own).load(row), css.index(2 * at + own).load(column)
+            decay = gl.exp2(gl.minimum(later[None, :] - cs[:, None], 126.0)) * ss.index(2 * at + own).load(row)[:, None]
+            mbarrier.wait(used.index(2 * turn + own), (step // 2 & 1) ^ 1)
+            pairs.index(2 * turn + own).store((products * decay).to(pairs.dtype))
+            fence_async_shared()
+            mbarrier.arrive(weighed.index(2 * turn + own), count=1)
+        mbarrier.arrive(empty.index(at), count=1)
 
 
 @gluon.jit
@@ -372,59 +398,60 @@ def _walk(
     """Four warps: one head along a segment, its state (p, n) in registers. Outputs are transposed, `[p, i]`."""
     us, ks, qs = tiles
     css, ss = vectors
-    full, empty = barriers
+    full, empty, weighed, used = barriers
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    row: gl.constexpr = gl.SliceLayout(1, square)
     column: gl.constexpr = gl.SliceLayout(0, square)
-    states: gl.constexpr = gl.DotOperandLayout(0, square, 2)
     inputs: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
-    dtype: gl.constexpr = out.dtype
-    j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
-    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    entry: gl.constexpr = gl.SliceLayout(0, inputs)
     first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
     start = gl.load(chunks + 2 * first)
     sequence, start = start // length, start % length
-    p, n = gl.arange(0, P, gl.SliceLayout(1, wide)), gl.arange(0, N, gl.SliceLayout(0, wide))
-    h = gl.load(entering + (segment.to(gl.int64) * HEADS + head) * (P * N) + (p[:, None] * N + n[None, :]))
-    if SKIP == 1:
-        skip = gl.load(D + head + j * 0).to(gl.float32)
-    elif SKIP == 2:
-        skip = gl.load(D + head * P + j).to(gl.float32)
+    i, none = gl.arange(0, BLOCK, column), gl.zeros((P, BLOCK), gl.float32, square)
+    state = gl.arange(0, P, gl.SliceLayout(1, wide))[:, None] * N + gl.arange(0, N, gl.SliceLayout(0, wide))[None, :]
+    h = gl.load(entering + (segment.to(gl.int64) * HEADS + head) * (P * N) + state)
+    skip = _skip(D, head, gl.arange(0, P, gl.SliceLayout(1, square)), P, SKIP)
     for step in range(count):
-        at = step % STAGES
-        mine = 2 * at + OWN
-        k, q, u = ks.index(at).reshape([BLOCK, N]), qs.index(at).reshape([BLOCK, N]), us.index(mine).reshape([BLOCK, P])
+        at, turn = step % STAGES, 2 * (step % 2) + OWN
+        cs, scale, u = css.index(2 * at + OWN), ss.index(2 * at + OWN), us.index(2 * at + OWN).reshape([BLOCK, P])
+        k, q = ks.index(at).reshape([BLOCK, N]), qs.index(at).reshape([BLOCK, N])
         mbarrier.wait(full.index(at), step // STAGES & 1)
-        kept = gl.convert_layout(_now(h.to(dtype)), states)
-        weights = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+        kept = gl.convert_layout(h.to(out.dtype), gl.DotOperandLayout(0, square, 2))
         answers = warpgroup_mma(kept, q.permute((1, 0)), none, use_acc=False, is_async=True)
-        cs, scale, later = css.index(mine).load(row), ss.index(mine).load(row), css.index(mine).load(column)
+        later = cs.load(column)
         last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
-        decay = gl.exp2(later[None, :] - cs[:, None])
-        weights = warpgroup_mma_wait(1, (weights,)) * decay * scale[:, None]
-        pairs.store(gl.where(i[None, :] >= j[:, None], weights, 0.0).to(dtype))
-        fence_async_shared()
+        added = u.permute((1, 0)).load(inputs).to(gl.float32)
+        added = (added * (scale.load(entry) * gl.exp2(last - cs.load(entry)))[None, :]).to(out.dtype)
         answers = warpgroup_mma_wait(0, (answers,)) * gl.exp2(later)[None, :]
-        answers = warpgroup_mma(u.permute((1, 0)), pairs, answers, is_async=True)
-        given = ss.index(mine).load(gl.SliceLayout(0, inputs))
-        given = given * gl.exp2(last - css.index(mine).load(gl.SliceLayout(0, inputs)))
-        added = (u.permute((1, 0)).load(inputs).to(gl.float32) * given[None, :]).to(dtype)
+        mbarrier.wait(weighed.index(turn), step // 2 & 1)
+        answers = warpgroup_mma(u.permute((1, 0)), pairs.index(turn), answers, is_async=True)
         h = warpgroup_mma(added, k, h * gl.exp2(last), is_async=True)
         answers = warpgroup_mma_wait(1, (answers,))
+        mbarrier.arrive(used.index(turn), count=1)
         if SKIP > 0:
             answers += u.permute((1, 0)).load(square).to(gl.float32) * skip[:, None]
         tma.store_wait(0)
-        out.reshape([BLOCK, P]).permute((1, 0)).store(answers.to(dtype))
+        out.reshape([BLOCK, P]).permute((1, 0)).store(answers.to(out.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(y, [sequence, start, head * P], out)
+        tma.async_copy_shared_to_global(y, [sequence, start + step * BLOCK, head * P], out)
         h = warpgroup_mma_wait(0, (h,))
         mbarrier.arrive(empty.index(at), count=1)
-        start += BLOCK
     tma.store_wait(0)
     if gl.load(segments + 5 * segment + 4) == 1:
         own = gl.load(segments + 5 * segment + 2).to(gl.int64)
-        gl.store(final + (own * HEADS + head) * (P * N) + (p[:, None] * N + n[None, :]), h)
+        gl.store(final + (own * HEADS + head) * (P * N) + state, h)
+
+
+@gluon.jit
+def _skip(D, head, p, P: gl.constexpr, SKIP: gl.constexpr):
+    """D of a head for its channels: one number for all (SKIP 1), or one for each (SKIP 2)."""
+    if SKIP == 2:
+        skip = gl.load(D + head * P + p).to(gl.float32)
+    elif SKIP == 1:
+        skip = gl.load(D + head + p * 0).to(gl.float32)
+    else:
+        skip = p.to(gl.float32)
+    return skip
 
 
 @gluon.jit(do_not_specialize=["length"])
@@ -442,25 +469,31 @@ def scan_kernel(
     css = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], decays.layout)
     ss = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], scales.layout)
     out = gl.allocate_shared_memory(x.dtype, [2, 1, BLOCK, P], y.layout)
-    pairs = gl.allocate_shared_memory(x.dtype, [2, BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
+    pairs = gl.allocate_shared_memory(x.dtype, [4, BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    weighed = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    used = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=3)
+    for turn in gl.static_range(4):
+        mbarrier.init(weighed.index(turn), count=1)
+        mbarrier.init(used.index(turn), count=1)
     fence_async_shared()
-    tiles, vectors, barriers = (us, ks, qs), (css, ss), (full, empty)
+    tiles, vectors, barriers = (us, ks, qs), (css, ss), (full, empty, weighed, used)
     gl.warp_specialize(
         [
-            (_walk, (tiles, vectors, barriers, pairs.index(0), out.index(0), y, entering, final, D, segments, chunks,
+            (_walk, (tiles, vectors, barriers, pairs, out.index(0), y, entering, final, D, segments, chunks,
                      length, segment, head, 0, HEADS, P, N, BLOCK, STAGES, SKIP)),
-            (_walk, (tiles, vectors, barriers, pairs.index(1), out.index(1), y, entering, final, D, segments, chunks,
+            (_walk, (tiles, vectors, barriers, pairs, out.index(1), y, entering, final, D, segments, chunks,
                      length, segment, head + 1, 1, HEADS, P, N, BLOCK, STAGES, SKIP)),
-            (_feed, ((x, decays, scales, B, C), tiles, vectors, barriers, segments, chunks, length, segment, group, head,
-                     HEADS, P, N, BLOCK, STAGES)),
+            (_weigh, (tiles, vectors, barriers, pairs, segments, segment, N, BLOCK, STAGES)),
+            (_feed, ((x, decays, scales, B, C), tiles, vectors, barriers, segments, chunks, length, segment, group,
+                     head, HEADS, P, N, BLOCK, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 4, 1],
+        [184, 120, 24],
     )  # fmt: skip
 
 
@@ -507,37 +540,29 @@ def _sweep(
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     inputs: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     token: gl.constexpr = gl.SliceLayout(0, inputs)
-    dtype: gl.constexpr = us.dtype
     j = gl.arange(0, BLOCK, token)
     first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
     p, n = gl.arange(0, P, gl.SliceLayout(1, wide)), gl.arange(0, N, gl.SliceLayout(0, wide))
     place = p[:, None] * N + n[None, :]
     size: gl.constexpr = P * N
-    if entering is None:
-        h = gl.zeros((P, N), gl.float32, wide)
-    else:
+    h, decayed = gl.zeros((P, N), gl.float32, wide), 0.0
+    if entering is not None:
         h = gl.load(entering + (segment.to(gl.int64) * HEADS + head) * size + place)
-    decayed = 0.0
     for step in range(count):
         at = step % STAGES
         mine = 2 * at + OWN
         if boundaries is not None:
             own = count - 1 - step if REVERSE else step
             tma.store_wait(1)
-            outs.index(step % 2).store(h.to(dtype))
+            outs.index(step % 2).store(h.to(us.dtype))
             fence_async_shared()
             tma.async_copy_shared_to_global(boundaries, [((first + own) * HEADS + head) * P, 0], outs.index(step % 2))
         mbarrier.wait(full.index(at), step // STAGES & 1)
         cs = css.index(mine).load(token)
         last = gl.sum(gl.where(j == BLOCK - 1, cs, 0.0), 0)
-        if REVERSE:
-            weight = gl.exp2(cs)
-        else:
-            weight = ss.index(mine).load(token) * gl.exp2(last - cs)
-        added = (us.index(mine).reshape([BLOCK, P]).permute((1, 0)).load(inputs).to(gl.float32) * weight[None, :]).to(
-            dtype
-        )
-        h = warpgroup_mma(added, ks.index(at).reshape([BLOCK, N]), h * gl.exp2(last))
+        weight = gl.exp2(cs) if REVERSE else ss.index(mine).load(token) * gl.exp2(last - cs)
+        added = us.index(mine).reshape([BLOCK, P]).permute((1, 0)).load(inputs).to(gl.float32) * weight[None, :]
+        h = warpgroup_mma(added.to(us.dtype), ks.index(at).reshape([BLOCK, N]), h * gl.exp2(last))
         mbarrier.arrive(empty.index(at), count=1)
         decayed += last
     tma.store_wait(0)
