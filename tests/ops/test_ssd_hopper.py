@@ -108,6 +108,8 @@ def test_others_are_left_to_the_other_kernels(hopper: torch.device) -> None:
         inputs = draw(hopper, 1, 64, **{"dtype": torch.bfloat16, **sizes, **changes})
         assert kernels._Call(*(inputs.get(name) for name in names), []).hopper is None
     inputs = draw(hopper, 1, 65, **sizes, dtype=torch.bfloat16)
+    mixed = {**inputs, "C": inputs["C"].to(torch.float16)}
+    assert kernels._Call(*(mixed.get(name) for name in names), []).hopper is None
     assert kernels._Call(*(inputs.get(name) for name in names), [0, 30, 65]).hopper is None
 
 

@@ -9,6 +9,8 @@ The formulas are those of `everstate.ops.ssd.chunked`. What is different here:
   and their gradients are sums in registers.
 - Chunks that are whole are moved by the copy engine of the GPU (`_Call.full`); its instructions take no registers for
   addresses and masks.
+- On a Hopper GPU heads of 64 channels, with states of 64 or 128 numbers per channel, go to the kernels of
+  `everstate.ops.ssd.triton_hopper` (`_Call.hopper`), whatever the length.
 
 Everything is summed in a fixed order: the same call gives the same bits.
 """
@@ -346,8 +348,8 @@ class _Call:
 def _hopper(call: "_Call", d_state: int, rank: int) -> ModuleType | None:
     """The kernels that are written for Hopper GPUs, where they serve."""
     sizes = call.headdim == 64 and d_state in (64, 128) and rank == 0 and call.heads // call.groups % 2 == 0
-    device = call.x.device
-    if not sizes or INTERPRETED or capability(device)[0] != 9 or shared_memory(device) < DEEP:
+    device, alike = call.x.device, call.x.dtype == call.B.dtype == call.C.dtype
+    if not (sizes and alike) or INTERPRETED or capability(device)[0] != 9 or shared_memory(device) < DEEP:
         return None
     # Their language is experimental: what another version makes of them nobody has tried.
     if not triton.__version__.startswith("3.6.") or call.x[..., 0].numel() >= 2**31:
