@@ -1,11 +1,11 @@
 """One token of a Mamba-3 layer on a GPU, all between its projections in one launch. See `trapezoid/triton_step.py`."""
 
-import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.mamba3.ends import Mamba3Layer
 from everstate.ops.trapezoid import TrapezoidState
@@ -42,7 +42,7 @@ def mamba3_step_(
     return _step(projected, *state, slots, delta_t, *layer[:12], heavy, *layer[13:])
 
 
-@torch.library.custom_op("everstate::mamba3_step_", mutates_args={"ssm", "k", "x", "angle"})
+@kernel_op("mamba3_step_", mutates={"ssm", "k", "x", "angle"})
 def _step(
     projected: Tensor, ssm: Tensor, k: Tensor, x: Tensor, angle: Tensor, slots: Tensor | None, delta_t: Tensor | None,
     dt_bias: Tensor, B_norm: Tensor, C_norm: Tensor, B_bias: Tensor, C_bias: Tensor, D: Tensor,

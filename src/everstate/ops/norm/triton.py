@@ -12,7 +12,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from everstate.core.kernels import processors
+from everstate.core.kernels import kernel_op, processors
 
 PLAIN, GATE_FIRST, GATE_LAST = 0, 1, 2
 """No gate; `norm(x silu(z))`; `norm(x) silu(z)`."""
@@ -38,7 +38,7 @@ def gated_rms_norm(
     return _norm(x, z, weight, eps, groups, GATE_LAST if norm_before_gate else GATE_FIRST)
 
 
-@torch.library.custom_op("everstate::rms_norm", mutates_args=())
+@kernel_op("rms_norm")
 def _norm(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows, gate = _rows(x), None if z is None else _rows(z)
@@ -55,7 +55,7 @@ def _(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: in
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("everstate::rms_norm_backward", mutates_args=())
+@kernel_op("rms_norm_backward")
 def _norm_backward(
     dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int
 ) -> list[Tensor]:

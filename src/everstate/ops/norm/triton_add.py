@@ -12,7 +12,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from everstate.core.kernels import processors
+from everstate.core.kernels import kernel_op, processors
 from everstate.ops.triton_rows import dense, launch_options, start_next, wait_for_last
 
 NUMBERS = 2048
@@ -29,7 +29,7 @@ def add_rms_norm(
     return _add(x, y, weight, eps)
 
 
-@torch.library.custom_op("everstate::residual_norm", mutates_args=())
+@kernel_op("residual_norm")
 def _add(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     left, right = _rows(x), _rows(y)
     summed, normed = _results(x, y)
@@ -46,7 +46,7 @@ def _(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
     return _results(x, y)
 
 
-@torch.library.custom_op("everstate::residual_norm_backward", mutates_args=())
+@kernel_op("residual_norm_backward")
 def _backward(
     dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor, eps: float, wide: torch.dtype, low: torch.dtype
 ) -> list[Tensor]:

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from everstate.core.kernels import capability, processors, shared_memory
+from everstate.core.kernels import capability, kernel_op, processors, shared_memory
 from everstate.core.packing import Packing
 from everstate.ops.triton_common import INTERPRETED, LOG2E, dot
 from everstate.ops.triton_segments import (
@@ -67,7 +67,7 @@ def ssd_scan(
     return _scan(x, a, s, B, C, state.to(torch.float32), diagonal, D, ends)
 
 
-@torch.library.custom_op("everstate::ssd_scan", mutates_args=())
+@kernel_op("ssd_scan")
 def _scan(
     x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor, state: Tensor,
     diagonal: Tensor | None, D: Tensor | None, ends: Sequence[int],
@@ -95,7 +95,7 @@ def _(
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
 
 
-@torch.library.custom_op("everstate::ssd_scan_backward", mutates_args=())
+@kernel_op("ssd_scan_backward")
 def _backward(
     dy: Tensor, dfinal: Tensor, x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor, state: Tensor,
     diagonal: Tensor | None, D: Tensor | None, ends: Sequence[int],

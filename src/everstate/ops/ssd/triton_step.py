@@ -2,12 +2,12 @@
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.triton_common import softplus
 from everstate.ops.triton_rows import (
@@ -56,7 +56,7 @@ def mamba2_step_(
     return _mamba2_step(x, dt, A_log, B, C, state, slots, dt_bias, D, z, *dt_limit, delta_t)
 
 
-@torch.library.custom_op("everstate::ssd_step_", mutates_args={"state"})
+@kernel_op("ssd_step_", mutates={"state"})
 def _step(
     x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, D: Tensor | None
 ) -> Tensor:
@@ -70,7 +70,7 @@ def _(
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("everstate::mamba2_step_", mutates_args={"state"})
+@kernel_op("mamba2_step_", mutates={"state"})
 def _mamba2_step(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, dt_bias: Tensor,
     D: Tensor | None, z: Tensor | None, lowest: float, highest: float, delta_t: Tensor | None,
