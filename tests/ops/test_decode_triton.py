@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from everstate.core.errors import BackendError
+from everstate.core.kernels import overlapping
 from everstate.core.op import REFERENCE
 from everstate.ops import add_rms_norm, argmax, linear, linear_conv_step_, mamba2_step_, use
 
@@ -60,16 +61,57 @@ def test_linear(
             close(got, exact(linear, x, weight, scale=scale, **settings), tolerance)
 
 
+@pytest.fixture(params=[1, 2], ids=["whole sums", "split sums"])
+def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Among how many programs a sum over K is split."""
+    tiles = pytest.importorskip("everstate.ops.linear.triton_tiles")
+    monkeypatch.setattr(tiles, "splits_of", lambda *sizes: request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize(("rows", "outputs"), [(5, 70), (16, 130), (35, 70)])
+def test_linear_of_many_rows(rows: int, outputs: int, splits: int, quantise: bool, kernel_device: torch.device) -> None:
+    if rows > 16 and not quantise:
+        pytest.skip("a product of the library serves")
+    for dtype, tolerance in LOW[1:]:
+        draw = draws(kernel_device, dtype)
+        x, weight, bias, norm = draw(rows, 512), draw(outputs, 512), draw(outputs), draw(512)
+        weight, scale = quantised(weight) if quantise else (weight, None)
+        for settings in ({}, {"bias": bias}, {"bias": bias, "norm": norm, "eps": 1e-3}):
+            if dtype is torch.float16 and "norm" in settings:
+                continue
+            with use("triton"), overlapping():
+                got = linear(x, weight, scale=scale, **settings)
+                assert torch.equal(got, linear(x, weight, scale=scale, **settings))
+            close(got, exact(linear, x, weight, scale=scale, **settings), tolerance)
+
+
+def test_a_row_is_the_same_among_others(splits: int, kernel_device: torch.device) -> None:
+    draw = draws(kernel_device, torch.bfloat16)
+    x, weight, norm = draw(9, 256), draw(50, 256), draw(256)
+    touched = x.clone()
+    touched[1] = draw(256)
+    # Rows that do not start on a multiple of 16 bytes, and a view whose rows lie apart.
+    shifted = torch.cat([x.new_zeros(3), x.flatten()])[3:].view(9, 256)
+    apart = torch.cat([x, x], 1)[:, :256]
+    with use("triton"):
+        before, after, *same = (linear(u, weight, norm=norm) for u in (x, touched, shifted, apart))
+    others = torch.arange(9, device=kernel_device) != 1
+    assert torch.equal(before[others], after[others]) and not torch.equal(before[1], after[1])
+    assert all(torch.equal(before, one) for one in same)
+
+
 @pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("taps", [1, 2, 4])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("rows", "width"), [(1, 72), (3, 72), (6, 256)])
 def test_linear_with_a_convolution_behind_it(
-    rows: int, backend: str, taps: int, pool_dtype: torch.dtype, kernel_device: torch.device
+    rows: int, width: int, backend: str, taps: int, pool_dtype: torch.dtype, splits: int, kernel_device: torch.device
 ) -> None:
     draw = draws(kernel_device, torch.bfloat16)
-    width, outputs, start, channels = 72, 90, 21, 50
-    x, weight, bias = draw(rows, width), draw(outputs, width), draw(outputs)
+    outputs, start, channels = 90, 21, 50
+    x, weight, bias = draw(rows, width), draw(outputs, width) / 8, draw(outputs)
     conv_weight, conv_bias, pool = draw(channels, taps), draw(channels), draw(rows + 2, channels, taps - 1)
     pool, slots = pool.to(pool_dtype), torch.arange(rows + 2, device=kernel_device).flip(0)[:rows]
     for bias_, where, activation in ((None, slots, "silu"), (bias, None, None)):
@@ -142,7 +184,9 @@ def test_sum_and_norm(backend: str, dtype: torch.dtype, tolerance: float, kernel
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"rows": 5}, "takes 1 to 4 rows, not 5"),
+        ({"rows": 17}, "takes 1 to 16 rows, not 17"),
+        ({"rows": 5}, "multiple of 128 numbers, not 16"),
+        ({"rows": 5, "dtype": torch.float32}, "in 16 bits, not torch.float32"),
         ({"weight_dtype": torch.float16}, "of one dtype"),
         ({"gradient": True}, "no gradient"),
     ],

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COUNTERS = 1024
+"""That `counters` gives at most: more than a GPU has multiprocessors."""
 
 # A plain global, because torch.compile traces through it.
 _interpreting = False
 _overlapping = False
+_counters: dict[torch.device, Tensor] | None = None
 
 
 @contextmanager
@@ -33,18 +36,31 @@ def interpreting() -> Iterator[None]:
 
 
 @contextmanager
-def overlapping() -> Iterator[None]:
+def overlapping() -> Iterator[dict[torch.device, Tensor]]:
     """Let a kernel of one token start inside the `with` block while the one before it still runs.
 
-    What it reads before that one has ended are weights, so nothing may write these just before. A GPU of compute
-    capability 9.0 or newer can; on others nothing changes.
+    What it reads before that one has ended are weights and states of its own layer, so nothing may write these just
+    before. A GPU of compute capability 9.0 or newer can; on others nothing changes. Gives the memory by which programs
+    of the kernels launched in the block wait for each other: who captured them keeps it, and does not run them twice at
+    a time.
     """
-    global _overlapping
-    before, _overlapping = _overlapping, True
+    global _overlapping, _counters
+    before = _overlapping, _counters
+    _overlapping, _counters = True, {}
     try:
-        yield
+        yield _counters
     finally:
-        _overlapping = before
+        _overlapping, _counters = before
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """At least `count` zeros (int32), which a kernel leaves as it found them; inside `overlapping` always the same."""
+    assert count <= COUNTERS
+    if _counters is None:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    if device not in _counters:
+        _counters[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return _counters[device]
 
 
 def overlaps(device: torch.device) -> bool:

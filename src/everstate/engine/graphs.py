@@ -55,7 +55,7 @@ class DecodeGraph:
         self._is_chosen = torch.cuda.Event()
         self._choosing, self._reading = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # The weights are those of a model that decodes: no kernel has just written them.
-        with overlapping():
+        with overlapping() as self._counters:
             self._warm_up(state)
             with torch.cuda.graph(self._reading):
                 self.logits = self._read(state)

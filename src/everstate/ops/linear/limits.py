@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from everstate.core.kernels import capability
 from everstate.core.state import Slots
 from everstate.ops.conv1d.limits import accepts_step
 from everstate.ops.limits import step_refusal
 
-ROWS = 4
-"""Rows of x up to which the kernels are faster than a product of matrices."""
+FEW = 4
+"""Rows of x up to which numbers are multiplied one by one: matrix units would wait for memory just as long."""
+ROWS, ROWS_OF_8_BITS = 16, 64
+"""Rows of x up to which the kernels are faster than the library's products, and than widening weights of 8 bits."""
+BLOCK_K = 128
+"""Numbers of a row of weights that a program multiplies at once, at least, if there are more than a few rows."""
 
 
 def accepts_linear(
@@ -24,14 +30,26 @@ def accepts_linear(
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `linear` do not serve these arguments, or None."""
-    rows = x.numel() // max(x.shape[-1], 1)
-    if not 0 < rows <= ROWS:
-        return f"takes 1 to {ROWS} rows, not {rows}"
+    rows, most = x.numel() // max(x.shape[-1], 1), ROWS if scale is None else ROWS_OF_8_BITS
+    if not 0 < rows <= most:
+        return f"takes 1 to {most} rows, not {rows}"
     if scale is None and weight.dtype != x.dtype:
         return f"takes x and weights of one dtype, not {x.dtype} and {weight.dtype}"
     if not weight.is_contiguous():
         return "takes weights that lie row by row in memory"
-    return step_refusal(x, weight, bias, scale, norm)
+    return step_refusal(x, weight, bias, scale, norm) or (_refusal_of_tiles(x, norm) if rows > FEW else None)
+
+
+def _refusal_of_tiles(x: Tensor, norm: Tensor | None) -> str | None:
+    """Why these are not for the kernel of matrix products."""
+    if x.dtype.itemsize != 2 or (norm is not None and x.dtype == torch.float16):
+        # Numbers of float16 may overflow before they are normalised.
+        return f"takes more than {FEW} rows in 16 bits, not {x.dtype}, and before a norm in bfloat16"
+    if x.shape[-1] % BLOCK_K:
+        return f"takes more than {FEW} rows of a multiple of {BLOCK_K} numbers, not {x.shape[-1]}"
+    if capability(x.device) < (9, 0):
+        return f"needs a GPU of compute capability 9.0 or newer for more than {FEW} rows"
+    return None
 
 
 def accepts_conv_step(

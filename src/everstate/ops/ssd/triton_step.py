@@ -21,6 +21,9 @@ from everstate.ops.triton_rows import (
     warps_of,
 )
 
+EARLY_ROWS = 16
+"""Rows up to which states are read, as weights are, while the kernel before still runs; more would slow that down."""
+
 
 def ssd_step_(
     x: Float[Tensor, "b h p"],
@@ -105,6 +108,7 @@ def _run(
         *C.stride()[:2], *state.stride()[:3], *_strides_of_skip(D), *((0, 0) if z is None else z.stride()[:2]),
         0 if dt_bias is None else dt_bias.stride(0), 0 if delta_t is None else delta_t.stride(0),
         HEADS=heads, GROUPS=groups, P=headdim, N=d_state, BLOCK_P=tile, BLOCK_N=width,
+        EARLY=slots is None and batch <= EARLY_ROWS,
         num_warps=warps_of(tile * width), **launch_options(x.device),
     )  # fmt: skip
     return y
@@ -123,7 +127,7 @@ def _step_kernel(
     x_row, x_head, a_row, a_head, s_row, s_head, B_row, B_group, C_row, C_group,
     state_slot, state_head, state_p, D_head, D_p, z_row, z_head, bias_head, delta_row,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per row, head and tile of p, which nobody else reads or writes."""
     start_next(OVERLAP)
@@ -139,9 +143,13 @@ def _step_kernel(
         bias, rate = tl.load(dt_bias + head * bias_head).to(tl.float32), tl.load(a + head * a_head).to(tl.float32)
     if D is not None:
         skip = tl.load(D + head * D_head + p * D_p, mask=p < P, other=0.0).to(tl.float32)
-    wait_for_last(OVERLAP)
+    if not EARLY:
+        wait_for_last(OVERLAP)
     own = state + slot_of(slots, row) * state_slot + head * state_head + p[:, None] * state_p + n[None, :]
-    h = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+    held = tl.load(own, mask=inside, other=0.0)
+    if EARLY:
+        wait_for_last(OVERLAP)
+    h = held.to(tl.float32)
     scale = tl.load(s + row * s_row + head * s_head).to(tl.float32)
     if dt_bias is not None:
         scale = tl.minimum(tl.maximum(softplus(scale + bias), lowest), highest)
