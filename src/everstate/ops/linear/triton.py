@@ -5,12 +5,12 @@ needs no pass of its own: `W (x * norm)` and the sum of the squares of x grow to
 end.
 """
 
-import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.linear.limits import FEW
 from everstate.ops.linear.triton_ends import constants, finish, window_of
@@ -55,7 +55,7 @@ def linear_conv_step_(
     return y[:, :start], y[:, start:stop], y[:, stop:]
 
 
-@torch.library.custom_op("everstate::linear", mutates_args=())
+@kernel_op("linear")
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Tensor | None, eps: float
 ) -> Tensor:
@@ -69,7 +69,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, norm
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-@torch.library.custom_op("everstate::linear_conv_step_", mutates_args={"state"})
+@kernel_op("linear_conv_step_", mutates={"state"})
 def _linear_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, conv_weight: Tensor,
     conv_bias: Tensor | None, state: Tensor, slots: Tensor | None, start: int, activated: bool,
