@@ -32,7 +32,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from everstate.core.kernels import processors
+from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.triton_common import INTERPRETED, LOG2E, softplus
 
@@ -70,7 +70,7 @@ def selective_scan(
     return y, final
 
 
-@torch.library.custom_op("everstate::selective_scan", mutates_args=())
+@kernel_op("selective_scan")
 def _scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],
@@ -97,7 +97,7 @@ def _(
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state), entering
 
 
-@torch.library.custom_op("everstate::selective_scan_backward", mutates_args=())
+@kernel_op("selective_scan_backward")
 def _backward(
     dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
     entering: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],

@@ -1,11 +1,11 @@
 """One token of the selective scan on a GPU: one launch reads and writes each number of the state once."""
 
-import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.triton_common import LOG2E, softplus
 from everstate.ops.triton_rows import dense, silu, slot_of, tile_of, warps_of
@@ -28,7 +28,7 @@ def selective_step_(
     return _step(x, dt, A, B, C, state, slots, D, z, dt_bias)
 
 
-@torch.library.custom_op("everstate::selective_step_", mutates_args={"state"})
+@kernel_op("selective_step_", mutates={"state"})
 def _step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
