@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.language import constexpr
 
 PATIENCE = 60.0
 """Seconds after which a wait is a deadlock."""
@@ -46,6 +47,9 @@ class Shared:
 
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.view(*shape))
+
+    def slice(self, start: int, length: int) -> Shared:
+        return Shared(self.data.narrow(0, start, length))
 
     def load(self, layout: Any) -> Tensor:
         return self.data.clone()
@@ -194,10 +198,12 @@ def _language() -> SimpleNamespace:
     layout = lambda *a, **k: None
     return SimpleNamespace(
         constexpr=int, float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
-        NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SliceLayout=layout, DotOperandLayout=layout,
+        NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SwizzledSharedLayout=layout,
+        SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout,
+        join=lambda a, b: torch.stack([a, b], -1), split=lambda t: t.unbind(-1),
         arange=lambda start, end, layout: torch.arange(start, end),
         zeros=lambda shape, dtype, layout: torch.zeros(shape),
-        exp2=torch.exp2, where=lambda c, a, b: torch.where(c, a, torch.tensor(b)), sum=torch.sum,
+        exp2=torch.exp2, where=lambda c, a, b: torch.where(c, a, torch.as_tensor(b)), sum=torch.sum,
         minimum=lambda a, b: min(a, b) if isinstance(a, int) else a.clamp(max=b), convert_layout=lambda t, layout: t,
         inline_asm_elementwise=lambda asm, constraints, args, **k: args[0],
         program_id=lambda axis: torch.tensor(_program.at), load=lambda at: at.flat[at.offset].clone(), store=_store,
@@ -208,15 +214,28 @@ def _language() -> SimpleNamespace:
 @contextmanager
 def imitated(name: str) -> Iterator[ModuleType]:
     """The module of kernels `name`, made to run here."""
+    yield _imitate(name)
+
+
+def _imitate(name: str) -> ModuleType:
     original = import_module(name)
     module = ModuleType(name)
-    module.__dict__.update(vars(original), **_hopper_names())
+    given = {key: _plain(name, key, value) for key, value in vars(original).items()}
+    module.__dict__.update(given, **_hopper_names())
     source = inspect.getsource(original)
     start = source.index("\n\n\ndef ")  # imports and constants stay as they are
     body = "\n" * source[:start].count("\n") + source[start:]
     # The annotations of this file are not evaluated, and so are not those of what it compiles.
     exec(compile(body, str(original.__file__), "exec"), module.__dict__)
-    yield module
+    return module
+
+
+def _plain(name: str, key: str, value: Any) -> Any:
+    """What a module has from elsewhere: constants without their wrapping, kernel functions made to run here."""
+    if isinstance(value, constexpr):
+        return value.value
+    home = getattr(getattr(value, "fn", None), "__module__", name)
+    return value if home == name else vars(_imitate(home))[key]
 
 
 def _hopper_names() -> dict[str, Any]:

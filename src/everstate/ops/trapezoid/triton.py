@@ -1,34 +1,40 @@
 """The trapezoid on a GPU: SSD with a look-ahead, whose keys and queries are rebuilt in each kernel.
 
 The formulas are those of `everstate.ops.trapezoid.lookahead`, chunks and segments those of
-`everstate.ops.triton_segments`. Nothing that every head has its own of is written to memory, but y and, backwards, one
-state and one gradient of it per chunk; keys, queries and angles are made of B, C and a phase per chunk, head and pair
-where they are used (`triton_keys`).
+`everstate.ops.triton_segments`.
 
-Forward: `triton_prepare` makes numbers per token and phases per chunk, then `triton_forward` walks along time.
-Backward: two sweeps along time write the state that enters each chunk and the gradient of that which leaves it, then
-every chunk is independent (`triton_backward`). All is summed in a fixed order: the same call gives the same bits.
+Forward: `triton_prepare` makes numbers per token, cosines and sines; then `triton_forward` walks along time and makes
+keys and queries of B, C and these where it uses them (`triton_keys`). Backward: two sweeps along time write the state
+that enters each chunk and the gradient of that which leaves it, and on their way the keys and queries of all heads;
+then every chunk is independent (`triton_backward`). All is summed in a fixed order: the same call gives the same bits.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from everstate.core.kernels import processors
+from everstate.core.kernels import capability, kernel_op, processors, shared_memory
 from everstate.core.packing import Packing
-from everstate.ops.rotary.halves import deinterleave, interleave
 from everstate.ops.trapezoid import TrapezoidState
-from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel
+from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel, turn_gradients_kernel
 from everstate.ops.trapezoid.triton_forward import scan_kernel, sweep_kernel
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_prepare import (
     angle_gradients_kernel,
+    angles_kernel,
+    arrange_kernel,
+    chunks_kernel,
     enter_gradients_kernel,
     enter_kernel,
     leave_gradients_kernel,
@@ -39,11 +45,18 @@ from everstate.ops.trapezoid.triton_prepare import (
     steps_kernel,
     turns_kernel,
 )
-from everstate.ops.triton_segments import CHUNK, pass_kernel, pieces_for, plan
+from everstate.ops.triton_common import INTERPRETED
+from everstate.ops.triton_segments import CHUNK, fill, pass_kernel, pieces_for, plan
 
 BLOCK_H = 16
 """Heads whose numbers per token one program makes."""
 
+HOPPER = "everstate.ops.trapezoid.triton_hopper"
+
+DEEP = 227 * 1024
+"""Bytes of shared memory from which on there is room for keys that are made ahead."""
+
+COPIES = False
 TILE_P = 64
 """Rows of the state that one program of a sweep holds."""
 
@@ -68,14 +81,10 @@ def trapezoid_scan(
 ) -> tuple[Float[Tensor, "b l r h p"], TrapezoidState]:
     """See `everstate.ops.trapezoid_scan`. `chunk_size` is the business of other implementations."""
     ssm, k, last, angle = (t.to(torch.float32) for t in state)
-    if not interleaved:
-        # Sums over n do not mind its order; B and C are small before they meet the heads.
-        B, C, ssm, k = (interleave(t) for t in (B, C, ssm, k))
-        B_bias, C_bias = (None if bias is None else interleave(bias) for bias in (B_bias, C_bias))
     ends = [] if packing is None else list(packing.cu_seqlens)
-    y, ssm, k, last, angle = _scan(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D, ends)
-    if not interleaved:
-        ssm, k = deinterleave(ssm), deinterleave(k)
+    y, ssm, k, last, angle = _scan(
+        x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D, interleaved, ends
+    )
     return y, TrapezoidState(ssm, k, last, angle)
 
 
@@ -99,14 +108,15 @@ class _Arguments(NamedTuple):
     D: Tensor | None
 
 
-@torch.library.custom_op("everstate::trapezoid_scan", mutates_args=())
+@kernel_op("trapezoid_scan")
 def _scan(
     x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
-    B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None, ends: Sequence[int],
+    B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
+    interleaved: bool, ends: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
-    call = _Call(given, ends)
+    call = _Call(given, interleaved, ends)
     (y, final), (final_k, final_x) = call.scan(), call.leave()
     return y, final, final_k, final_x, call.final_angle
 
@@ -115,23 +125,25 @@ def _scan(
 def _(
     x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
-    B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None, ends: Sequence[int],
+    B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
+    interleaved: bool, ends: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty(*x.shape[:2], B.shape[2], *x.shape[2:])
     empty = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)
     return y, empty(ssm), empty(k), empty(last), empty(angle)
 
 
-@torch.library.custom_op("everstate::trapezoid_scan_backward", mutates_args=())
+@kernel_op("trapezoid_scan_backward")
 def _backward(
     dy: Tensor, dssm: Tensor, dk: Tensor, dlast: Tensor, dangle: Tensor,
     x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
-    B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None, ends: Sequence[int],
+    B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
+    interleaved: bool, ends: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of all arguments that are given, in their order."""
     given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
-    grads = _Call(given, ends).gradients(dy, dssm, dk, dlast, dangle)
+    grads = _Call(given, interleaved, ends).gradients(dy, dssm, dk, dlast, dangle)
     return [grad.to(t.dtype) for grad, t in zip(grads, given, strict=True) if t is not None and grad is not None]
 
 
@@ -140,21 +152,22 @@ def _(
     dy: Tensor, dssm: Tensor, dk: Tensor, dlast: Tensor, dangle: Tensor,
     x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
-    B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None, ends: Sequence[int],
+    B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
+    interleaved: bool, ends: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     given = (x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given if t is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:-1])
-    ctx.ends = inputs[-1]
+    *tensors, ctx.interleaved, ctx.ends = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    grads = iter(_backward(*upstream, *saved, ctx.ends))
-    return (*(None if t is None else next(grads) for t in saved), None)
+    grads = iter(_backward(*upstream, *saved, ctx.interleaved, ctx.ends))
+    return (*(None if t is None else next(grads) for t in saved), None, None)
 
 
 _scan.register_autograd(_differentiate, setup_context=_save)
@@ -195,8 +208,9 @@ class _KeyGradients(NamedTuple):
 
 
 class _EnterGradients(NamedTuple):
-    """By sequence: of what the token before owes, its key, its input, and the factors."""
+    """By sequence: of the state, of what the token before owes, its key, its input, and the factors."""
 
+    ssm: Tensor
     owed: Tensor
     k: Tensor
     x: Tensor
@@ -226,32 +240,122 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def _only(sizes: dict[str, Any], kernel: Any) -> dict[str, Any]:
+    """The sizes that a kernel asks for."""
+    return {name: size for name, size in sizes.items() if name in kernel.arg_names}
+
+
+def can_copy(t: Float[Tensor, "t h p"]) -> bool:
+    """Whether the copy engine can move such rows: heads beside each other, on multiples of 16 bytes."""
+    return t.stride(1) == t.shape[2] and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+
+
+def _hopper(call: "_Call", bounds: Sequence[int]) -> ModuleType | None:
+    """The kernels that are written for Hopper GPUs, where they serve."""
+    x, device = call.x, call.x.device
+    sizes = call.headdim == 64 and call.d_state in (64, 128) and 4 * call.pairs == call.d_state
+    if not sizes or call.rank > 1 or call.mimo_x is not None or call.heads // call.groups % 2:
+        return None
+    if x.dtype.itemsize != 2 or INTERPRETED or capability(device)[0] != 9 or shared_memory(device) < DEEP:
+        return None
+    # Their language is experimental: what another version makes of them nobody has tried.
+    few = sum(triton.cdiv(b - a, CHUNK) for a, b in pairwise(bounds)) * CHUNK * call.heads * call.headdim < 2**31
+    if not few or not can_copy(x) or not triton.__version__.startswith("3.6."):
+        return None
+    return import_module(HOPPER)
+
+
 class _Call:
     """The arguments as the kernels want them, and the launches that forward and backward share."""
 
-    def __init__(self, given: _Arguments, ends: Sequence[int]) -> None:
+    def __init__(self, given: _Arguments, interleaved: bool, ends: Sequence[int]) -> None:
         x, B, self.given = given.x, given.B, given
         self.batch, self.length, self.heads, self.headdim = x.shape
         self.rank, self.groups, self.d_state = B.shape[2:]
         self.pairs, self.ranks = given.omega.shape[-1], triton.next_power_of_2(B.shape[2])
         self.tokens = CHUNK // self.ranks
-        self.x, self.B, self.C, self.omega = _rows(x), _rows(B), _rows(given.C), _rows(given.omega)
+        self.x, self.omega = _rows(x), _rows(given.omega)
         self.dt, self.A, self.lam = given.dt.flatten(0, 1), given.A.flatten(0, 1), given.lam.flatten(0, 1)
-        self.B_bias, self.C_bias, self.mimo_x, self.D = map(_dense, given[11:])
+        self.mimo_x, self.D = map(_dense, given[13:])
         bounds = tuple(ends) or tuple(range(0, (self.batch + 1) * self.length, self.length))
         # Triton 3.6 reads beyond its shared memory where a product of float32 has a side of 16.
         smallest = 32 if x.dtype == torch.float32 else 16
         filled = lambda size: max(triton.next_power_of_2(size), smallest)
         self.block_p, still = filled(self.headdim), self.d_state - 2 * self.pairs
+        self.hopper = _hopper(self, bounds) if not ends or all(end % CHUNK == 0 for end in ends) else None
         programs = (len(bounds) - 1) * self.heads * triton.cdiv(self.headdim, TILE_P)
-        self.plan = plan(bounds, self.tokens, pieces_for(programs, x.device), x.device)
+        pieces = pieces_for(programs, x.device) if self.hopper is None else fill(programs // 2, x.device)
+        self.plan = plan(bounds, self.tokens, pieces, x.device)
         self.homes = _homes(bounds, self.tokens, x.device)
+        half, still = filled(self.pairs), filled(still) if still else 0
+        self.width = 2 * half + still
         self.sizes = {
-            "HEADS": self.heads, "GROUPS": self.groups, "P": self.headdim, "N": self.d_state, "RANK": self.rank,
-            "RANKS": self.ranks, "TOKENS": self.tokens, "PAIRS": self.pairs, "BLOCK_T": filled(2 * self.pairs),
-            "BLOCK_S": filled(still) if still else 0, "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
+            "HEADS": self.heads, "GROUPS": self.groups, "P": self.headdim, "RANK": self.rank, "RANKS": self.ranks,
+            "TOKENS": self.tokens, "HALF": half, "STILL": still,
+            "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
         }  # fmt: skip
+        # Where rows are numbered in 32 bits.
+        few = len(self.plan.chunks) * self.heads * max(CHUNK, self.block_p) < 2**31
+        self.copies = COPIES and x.dtype.itemsize == 2 and capability(x.device) >= (9, 0) and few
+        self.sizes["COPY"] = self.copies
+        self.order = {"N": self.d_state, "PAIRS": self.pairs, "HALF": half, "INTERLEAVED": interleaved}
+        self.B, self.C = (self._by_chunk(t.flatten(0, 1)) for t in (given.B, given.C))
+        self.B_bias, self.C_bias = (
+            None if t is None else self._arranged(t.unsqueeze(2), torch.float32) for t in (given.B_bias, given.C_bias)
+        )
         self.steps, self.phases, self.final_angle = self._prepare()
+        self.cos, self.sin = self._angles()
+
+    def _by_chunk(self, t: Float[Tensor, "t r g n"]) -> Float[Tensor, "rows w"]:
+        """B or C by chunk, group and entry, with the columns in parts."""
+        t = t if t.stride(-1) == 1 else t.contiguous()
+        count = len(self.plan.chunks) * self.groups
+        out = t.new_empty(count * self.tokens * self.ranks, self.width)
+        chunks_kernel[(count,)](
+            t, out, self.plan.chunks, *t.stride()[:3], RANK=self.rank, RANKS=self.ranks, TOKENS=self.tokens,
+            GROUPS=self.groups, **self.order, WIDTH=self.width, BLOCK_N=triton.next_power_of_2(self.width),
+        )  # fmt: skip
+        return out
+
+    def copied(self, t: Float[Tensor, "rows w"], rows: int, columns: int) -> Tensor | TensorDescriptor:
+        """A dense matrix for a kernel: what the copy engine needs to know of it, where that is used."""
+        return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns]) if self.copies else t
+
+    def parts(self, t: Float[Tensor, "*rows w"], rows: int) -> tuple[Tensor | TensorDescriptor, ...]:
+        """Keys or states for a kernel, for the columns that turn and for the others."""
+        flat = t.view(-1, self.width)
+        still = self.sizes["STILL"]
+        return self.copied(flat, rows, self.sizes["HALF"]), self.copied(flat, rows, still) if still else flat
+
+    @property
+    def trig(self) -> tuple[Tensor | TensorDescriptor, ...]:
+        """Cosines and sines for a kernel, by chunk, head and token."""
+        if self.ranks > 1:
+            return self.cos, self.sin
+        return tuple(self.copied(t.flatten(0, 2), self.tokens, t.shape[3]) for t in (self.cos, self.sin))
+
+    def _arranged(self, t: Float[Tensor, "t r g n"], dtype: torch.dtype) -> Float[Tensor, "t r g w"]:
+        """`t` with its columns in parts."""
+        t = t if t.stride(-1) == 1 else t.contiguous()
+        out = t.new_empty(*t.shape[:-1], self.width, dtype=dtype)
+        self._arrange(t, out, t.stride()[:3], t.shape[1:3], back=False)
+        return out
+
+    def _returned(self, t: Float[Tensor, "*rows w"]) -> Float[Tensor, "*rows n"]:
+        """The reverse of `_arranged`."""
+        out = t.new_empty(*t.shape[:-1], self.d_state)
+        self._arrange(t, out, (0, 0, 0), (1, 1), back=True)
+        return out
+
+    def _arrange(
+        self, t: Tensor, out: Tensor, strides: tuple[int, ...], middle: tuple[int, ...], *, back: bool
+    ) -> None:
+        rows, block_n = math.prod(t.shape[:-1]), triton.next_power_of_2(self.width)
+        block = max(4096 // block_n, 1)
+        arrange_kernel[(triton.cdiv(rows, block),)](
+            t, out, rows, *strides, RANK=middle[0], GROUPS=middle[1], **self.order, WIDTH=self.width, BACK=back,
+            BLOCK=block, BLOCK_N=block_n,
+        )  # fmt: skip
 
     def _prepare(self) -> tuple[Tensor, Tensor, Tensor]:
         """Numbers per token, the phase at the start of each chunk, and the angle at the end of each sequence."""
@@ -275,10 +379,17 @@ class _Call:
         )  # fmt: skip
         return steps, phases, final
 
-    def _keys(self, t: Tensor) -> tuple[int, int, int]:
-        """Strides of B or C: of tokens, ranks and groups."""
-        token, rank, group, _ = t.stride()
-        return token, rank, group
+    def _angles(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of each token, head and pair, by chunk."""
+        count, half = len(self.plan.chunks), self.sizes["HALF"]
+        dtype = torch.float32 if self.x.dtype == torch.float32 else torch.float16
+        cos, sin = self.x.new_empty(2, count, self.heads, self.tokens, half, dtype=dtype).unbind(0)
+        block = max(min(triton.next_power_of_2(self.heads), 512 // half), 1)
+        angles_kernel[(count, triton.cdiv(self.heads, block))](
+            self.steps, self.omega, self.phases, cos, sin, self.plan.chunks, self.omega.stride(0),
+            HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, HALF=half, BLOCK_H=block,
+        )  # fmt: skip
+        return cos, sin
 
     @property
     def block(self) -> int:
@@ -288,23 +399,29 @@ class _Call:
     @property
     def warps(self) -> int:
         """A state of 64 x 128 in float32 takes half of the registers of four warps."""
-        return 4 if self.block * (self.sizes["BLOCK_T"] + self.sizes["BLOCK_S"]) <= 64 * 128 else 8
+        return 4 if self.block * self.width <= 64 * 128 else 8
 
     @property
     def stages(self) -> int:
         """Chunks of which a program holds what it has loaded: the next one too, unless float32 fills the memory."""
         return 2 if self.x.dtype.itemsize == 2 else 1
 
+    @property
+    def rows(self) -> int:
+        """Rows of a state at the boundary of a chunk: whole tiles."""
+        return triton.cdiv(self.headdim, self.block) * self.block
+
     def _edges(self) -> dict[str, int]:
         """Sizes for the kernels of the ends of sequences."""
         return {
-            "HEADS": self.heads, "P": self.headdim, "N": self.d_state, "RANK": self.rank,
-            "BLOCK_P": triton.next_power_of_2(self.headdim), "BLOCK_N": triton.next_power_of_2(self.d_state),
+            "HEADS": self.heads, "P": self.headdim, "RANK": self.rank, **self.order, "WIDTH": self.width,
+            "BLOCK_P": triton.next_power_of_2(self.headdim), "BLOCK_N": triton.next_power_of_2(self.width),
         }  # fmt: skip
 
-    def enter(self) -> Float[Tensor, "seqs h p n"]:
+    def enter(self) -> Float[Tensor, "seqs h p w"]:
         """The states that enter the sequences, with what the tokens before them owe."""
-        given, entered = self.given, torch.empty_like(self.given.ssm, memory_format=torch.contiguous_format)
+        given = self.given
+        entered = given.ssm.new_empty(*given.ssm.shape[:-1], self.width)
         enter_kernel[(len(self.homes.sequences) * self.heads,)](
             self.dt, self.lam, given.ssm.contiguous(), given.k.contiguous(), given.last.contiguous(), self.mimo_x,
             entered, self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(), **self._edges(),
@@ -317,97 +434,118 @@ class _Call:
         k, x = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (given.k, given.last))
         leave_kernel[(len(self.homes.sequences) * self.heads,)](
             self.x, self.B, self.B_bias, self.final_angle, k, x, self.homes.sequences, self.plan.chunks,
-            self.homes.chunks, *self.x.stride()[:2], *self._keys(self.B), HEADS=self.heads, GROUPS=self.groups,
-            P=self.headdim, N=self.d_state, RANK=self.rank, PAIRS=self.pairs,
-            BLOCK_P=triton.next_power_of_2(self.headdim), BLOCK_HALF=triton.next_power_of_2(self.d_state // 2),
+            self.homes.chunks, *self.x.stride()[:2], GROUPS=self.groups, RANKS=self.ranks, TOKENS=self.tokens,
+            **self._edges(),
         )  # fmt: skip
         return k, x
 
     def scan(self) -> tuple[Float[Tensor, "b l r h p"], Float[Tensor, "seqs h p n"]]:
         """Outputs, and the state after each sequence."""
-        entered = self.enter()
-        entering, final = self._entering(entered, None), torch.empty_like(entered)
+        entering = self._entering(self.enter(), None, None)
+        final = torch.empty_like(self.given.ssm, memory_format=torch.contiguous_format)
         y = self.x.new_empty(self.batch, self.length, self.rank, self.heads, self.headdim)
+        if self.hopper is not None:
+            self.hopper.scan(self, entering, y, final)
+            return y, final
         grid = (len(self.plan.segments) * self.heads * triton.cdiv(self.headdim, TILE_P),)
         scan_kernel[grid](
-            self.x, self.mimo_x, self.steps, self.omega, self.phases, self.B, self.C, self.B_bias, self.C_bias, self.D,
-            entering, y, final, self.plan.chunks, self.plan.segments,
-            *self.x.stride()[:2], self.omega.stride(0), *self._keys(self.B), *self._keys(self.C), **self.sizes,
-            BLOCK_P=self.block, num_warps=self.warps, num_stages=self.stages,
+            self.x, self.mimo_x, self.steps, *self.trig, *self.parts(self.B, CHUNK), *self.parts(self.C, CHUNK),
+            self.B_bias, self.C_bias, self.D, entering, y, final, self.plan.chunks, self.plan.segments,
+            *self.x.stride()[:2], **{**self.sizes, **self.order}, BLOCK_P=self.block, num_warps=self.warps,
+            num_stages=self.stages,
         )  # fmt: skip
         return y, final
 
-    def _entering(self, state: Tensor, dy: Tensor | None) -> Float[Tensor, "segments h p n"]:
+    def _entering(self, state: Tensor, dy: Tensor | None, made: Tensor | None) -> Float[Tensor, "segments h p w"]:
         """The state that enters each segment; given dy, the gradient of the state that leaves it."""
         segments, sequences = self.plan.segments, self.plan.sequences
         if len(segments) == len(sequences):
             return state
         ends = state.new_empty(len(segments), *state.shape[1:])
         kept = state.new_empty(len(segments), self.heads)
-        self._sweep(dy, None, None, ends, kept)
-        size = self.headdim * self.d_state
+        self._sweep(dy, made, None, None, ends, kept, make=True)
+        size = self.headdim * self.width
         pass_kernel[(len(sequences) * self.heads, triton.cdiv(size, 1024))](
             ends, kept, state, sequences, HEADS=self.heads, SIZE=size, REVERSE=dy is not None, BLOCK=1024
         )
         return ends
 
-    def _boundaries(self, state: Tensor, dy: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The state that enters each chunk (given dy, the gradient of that which leaves it), and the one at the end."""
-        entering = self._entering(state, dy)
-        chunks = self.x.new_empty(len(self.plan.chunks), *state.shape[1:])
+    def _boundaries(self, state: Tensor, dy: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The state that enters each chunk (given dy, the gradient of that which leaves it), the one at the end, and
+        all keys (queries)."""
+        count = len(self.plan.chunks)
+        made = self.x.new_empty(count, self.heads, CHUNK, self.width)
+        entering = self._entering(state, dy, made)
+        chunks = self.x.new_empty(count, self.heads, self.rows, self.width)
         last = torch.empty_like(state)
-        self._sweep(dy, entering, chunks, last, None)
-        return chunks, last
+        self._sweep(dy, made, entering, chunks, last, None, make=len(self.plan.segments) == len(self.plan.sequences))
+        return chunks, last, made
 
     def _sweep(
-        self, dy: Tensor | None, entering: Tensor | None, chunks: Tensor | None, ends: Tensor, kept: Tensor | None
-    ) -> None:
+        self, dy: Tensor | None, made: Tensor | None, entering: Tensor | None, chunks: Tensor | None, ends: Tensor,
+        kept: Tensor | None, *, make: bool,
+    ) -> None:  # fmt: skip
         grid = (len(self.plan.segments) * self.heads * triton.cdiv(self.headdim, TILE_P),)
         x, keys, bias = (self.x, self.B, self.B_bias) if dy is None else (dy, self.C, self.C_bias)
         token, head = x.stride(0), x.stride(-2)
         sweep_kernel[grid](
-            x, None if dy is not None else self.mimo_x, self.steps, self.omega, self.phases, keys, bias,
-            entering, chunks, ends, kept, self.plan.chunks, self.plan.segments,
-            token, 0 if dy is None else x.stride(1), head, self.omega.stride(0), *self._keys(keys), **self.sizes,
-            BLOCK_P=self.block, REVERSE=dy is not None, num_warps=self.warps, num_stages=self.stages,
+            x, None if dy is not None else self.mimo_x, self.steps, *self.trig,
+            *self.parts(keys if make or made is None else made, CHUNK), bias, made, entering, chunks,
+            ends, kept, self.plan.chunks, self.plan.segments, token, 0 if dy is None else x.stride(1), head,
+            **self.sizes, BLOCK_P=self.block, REVERSE=dy is not None, MAKE=make, num_warps=self.warps,
+            num_stages=self.stages,
         )  # fmt: skip
 
     def gradients(self, dy: Tensor, dssm: Tensor, dk: Tensor, dlast: Tensor, dangle: Tensor) -> list[Tensor | None]:
         """Those of all arguments, in their order; None for arguments that are not given."""
         dy = _rows(dy)
-        entering, _ = self._boundaries(self.enter(), None)
-        leaving, dentered = self._boundaries(dssm.contiguous(), dy)
-        inputs = self._input_gradients(dy, entering, leaving)
-        keys = self._key_gradients(dy, entering, leaving)
-        del entering, leaving
+        if self.hopper is not None and not can_copy(dy.squeeze(1)):
+            dy = dy.contiguous()
+        entering, _, k = self._boundaries(self.enter(), None)
+        leaving, dentered, q = self._boundaries(self._arranged(dssm, torch.float32), dy)
+        inputs, keys = self._chunk_gradients(dy, k, q, entering, leaving)
+        del entering, leaving, k, q
         enter = self._enter_gradients(dentered)
         inputs.x[self.homes.last] += dlast.to(inputs.x.dtype)
         dlast_B, dangle = self._leave_gradients(dk.contiguous(), dangle.contiguous())
         each = dlast_B.unflatten(2, (self.groups, -1)).sum(3)  # a group's key is that of its heads
         keys.B.view(-1, *each.shape[1:])[self.homes.last] += each.to(keys.B.dtype)
-        dB_bias = None if keys.B_bias is None else keys.B_bias.sum(0) + dlast_B.sum(0).transpose(0, 1)
+        dB_bias = None if keys.B_bias is None else keys.B_bias + dlast_B.sum(0).transpose(0, 1)
         ddt, dA, dlam, domega, dstart = self._step_gradients(inputs, keys, enter.owed, dangle)
         dmimo_x = None
         if inputs.mimo_x is not None and enter.mimo_x is not None:
             dmimo_x = inputs.mimo_x.sum(0) + enter.mimo_x.sum(0)
         return [
             inputs.x.view(self.given.x.shape), ddt, dA, dlam, domega, keys.B, keys.C,
-            dentered, enter.k, enter.x, dstart,
-            dB_bias, None if keys.C_bias is None else keys.C_bias.sum(0),
+            enter.ssm, enter.k, enter.x, dstart,
+            dB_bias, keys.C_bias,
             dmimo_x, None if inputs.D is None else inputs.D.sum(0),
         ]  # fmt: skip
 
-    def _input_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> _InputGradients:
+    def _chunk_gradients(
+        self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor
+    ) -> tuple[_InputGradients, _KeyGradients]:
+        """What chunks say by themselves."""
+        given = (dy, k, q, entering, leaving)
+        if self.hopper is None:
+            return self._input_gradients(*given), self._key_gradients(*given)
+        hopper = import_module(HOPPER + "_backward")
+        inputs, dB, dC, dB_bias, dC_bias, dangles = hopper.gradients(self, *given, self._splits())
+        dB, dC = (self._returned(t.sum(0) if len(t) > 1 else t[0]) for t in (dB, dC))
+        dB_bias, dC_bias = (None if t is None else self._returned(t.sum(0)).squeeze(2) for t in (dB_bias, dC_bias))
+        return inputs, _KeyGradients(dB, dC, dB_bias, dC_bias, *self._turn_gradients(dangles, 2))
+
+    def _input_gradients(self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor) -> _InputGradients:
         count, steps = len(self.plan.chunks), self.steps
         dx = self.x.new_empty(self.batch * self.length, self.heads, self.headdim)
         decays, scales, owns = steps.new_empty(3, count, self.heads, self.tokens).unbind(0)
         dmimo_x = None if self.mimo_x is None else steps.new_empty(count, self.heads, self.rank, self.headdim)
         dD = None if self.D is None else steps.new_empty(count, self.heads)
         inputs_kernel[(count * self.heads,)](
-            self.x, self.mimo_x, dy, steps, self.omega, self.phases, self.B, self.C, self.B_bias, self.C_bias, self.D,
-            entering, leaving, dx, decays, scales, owns, dmimo_x, dD, self.plan.chunks,
-            *self.x.stride()[:2], *dy.stride()[:3], self.omega.stride(0), *self._keys(self.B), *self._keys(self.C),
-            **self.sizes, BLOCK_P=self.block_p, num_warps=4 if self.block_p <= 64 else 8, num_stages=1,
+            self.x, self.mimo_x, dy, steps, k, q, self.D, entering, leaving,
+            dx, decays, scales, owns, dmimo_x, dD, self.plan.chunks, *self.x.stride()[:2], *dy.stride()[:3],
+            **_only(self.sizes, inputs_kernel), BLOCK_P=self.block_p,
+            num_warps=4 if self.block_p <= 64 else 8, num_stages=1,
         )  # fmt: skip
         return _InputGradients(dx, decays, scales, owns, dmimo_x, dD)
 
@@ -419,45 +557,61 @@ class _Call:
             splits *= 2
         return splits
 
-    def _key_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> _KeyGradients:
+    def _key_gradients(self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor) -> _KeyGradients:
         splits, count, steps = self._splits(), len(self.plan.chunks), self.steps
-        total, shape = self.batch * self.length, self.given.B.shape
+        total, shape, half = self.batch * self.length, (*self.given.B.shape[:-1], self.width), self.sizes["HALF"]
         dB, dC = (t.new_empty(splits, *shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
         dB_bias, dC_bias = (None if t is None else steps.new_empty(count, *t.shape) for t in (self.B_bias, self.C_bias))
-        omega = steps.new_empty(self.groups * splits, total, self.pairs)
-        dt = steps.new_empty(count, self.heads, self.tokens)
-        turns = steps.new_empty(count, self.heads, self.pairs)
-        for turn in (True, False) if self.sizes["BLOCK_S"] else (True,):
+        dangles = steps.new_empty(count, self.heads, CHUNK, half)
+        for turn in (True, False) if self.sizes["STILL"] else (True,):
             keys_kernel[(count * self.groups * splits,)](
-                self.x, self.mimo_x, dy, steps, self.omega, self.phases, self.B, self.C, self.B_bias, self.C_bias,
-                entering, leaving, dB, dC, dB_bias, dC_bias, omega, dt, turns, self.plan.chunks,
-                *self.x.stride()[:2], *dy.stride()[:3], self.omega.stride(0), *self._keys(self.B), *self._keys(self.C),
+                self.x, self.mimo_x, dy, steps, *self.trig, *(self.parts(t, CHUNK)[not turn] for t in (k, q)),
+                *(self.parts(t, self.rows)[not turn] for t in (entering, leaving)),
+                dB, dC, dB_bias, dC_bias, dangles, self.plan.chunks, *self.x.stride()[:2], *dy.stride()[:3],
                 total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, TURN=turn,
                 num_warps=4 if self.block_p <= 64 else 8, num_stages=self.stages,
             )  # fmt: skip
-        dB, dC = (t.sum(0) if splits > 1 else t[0] for t in (dB, dC))
+        omega, dt, turns = self._turn_gradients(dangles, self.ranks)
+        dB, dC = (self._returned(t.sum(0) if splits > 1 else t[0]) for t in (dB, dC))
+        dB_bias, dC_bias = (None if t is None else self._returned(t.sum(0)).squeeze(2) for t in (dB_bias, dC_bias))
         return _KeyGradients(dB, dC, dB_bias, dC_bias, omega, dt, turns)
+
+    def _turn_gradients(self, dangles: Float[Tensor, "chunks h e s"], ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of omega, in parts, of dt, and of the turns of a chunk, from those of the angles of entries."""
+        splits, count, steps = 1, len(self.plan.chunks), self.steps
+        while count * splits < 4 * processors(self.x.device) and self.heads % (2 * splits) == 0:
+            splits *= 2
+        omega = steps.new_empty(splits, self.batch * self.length, self.pairs)
+        dt = steps.new_empty(count, self.heads, self.tokens)
+        turns = steps.new_empty(count, self.heads, self.pairs)
+        exact = self.x.dtype == torch.float32
+        turn_gradients_kernel[(count * splits,)](
+            dangles, steps, self.omega, turns, dt, omega, self.plan.chunks, self.omega.stride(0),
+            self.batch * self.length, HEADS=self.heads, RANKS=ranks, TOKENS=self.tokens, PAIRS=self.pairs,
+            HALF=self.sizes["HALF"], BLOCK=max(self.tokens, 32), SPLITS=splits, PRECISION=self.sizes["PRECISION"],
+            DTYPE=tl.float32 if exact else tl.bfloat16, num_stages=1 if exact else 3,
+        )  # fmt: skip
+        return omega, dt, turns
 
     def _enter_gradients(self, dentered: Tensor) -> _EnterGradients:
         """Those of the start of a sequence, given that of the state that enters it."""
         given, sequences = self.given, len(self.homes.sequences)
-        owed = dentered.new_empty(sequences, self.heads)
+        owed, dssm = dentered.new_empty(sequences, self.heads), torch.empty_like(given.ssm)
         dk, dx = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (given.k, given.last))
         dmimo_x = None if self.mimo_x is None else owed.new_empty(sequences, *self.mimo_x.shape)
         enter_gradients_kernel[(sequences * self.heads,)](
             self.dt, self.lam, dentered, given.k.contiguous(), given.last.contiguous(), self.mimo_x,
-            owed, dk, dx, dmimo_x, self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(),
+            dssm, owed, dk, dx, dmimo_x, self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(),
             **self._edges(),
         )  # fmt: skip
-        return _EnterGradients(owed, dk, dx, dmimo_x)
+        return _EnterGradients(dssm, owed, dk, dx, dmimo_x)
 
     def _leave_gradients(self, dk: Tensor, dangle: Tensor) -> tuple[Tensor, Tensor]:
         """What the keys of the last tokens say of B, for each head, and of the angles at the end, with `dangle`."""
         k, _ = self.leave()
         dB, leaving = torch.empty_like(dk), torch.empty_like(dangle)
         leave_gradients_kernel[(len(self.homes.sequences) * self.heads,)](
-            k, self.final_angle, dk, dangle, dB, leaving, HEADS=self.heads, N=self.d_state, RANK=self.rank,
-            PAIRS=self.pairs, BLOCK_HALF=triton.next_power_of_2(self.d_state // 2),
+            k, self.final_angle, dk, dangle, dB, leaving, **_only(self._edges(), leave_gradients_kernel),
         )  # fmt: skip
         return dB, leaving
 

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from everstate.ops.trapezoid.triton_keys import (
     DT,
+    NUMBERS,
     OWN,
     SCALE,
     SUM,
@@ -19,210 +20,234 @@ from everstate.ops.trapezoid.triton_keys import (
     factors,
     load_entries,
     load_factors,
-    load_halves,
     load_inputs,
-    load_part,
-    load_rates,
     load_step,
-    paired,
-    pairs_of,
-    still,
+    load_tile,
+    load_tiles,
+    load_trig,
     store_entries,
-    turned,
-    turning,
 )
 from everstate.ops.triton_common import dot
 
 
 @triton.jit
 def inputs_kernel(
-    x, mimo_x, dy, steps, omega, phases, B, C, B_bias, C_bias, D, entering, leaving,
-    dx, ddecays, dscales, downs, dmimo_x, dD, chunks,
-    x_token, x_head, dy_token, dy_rank, dy_head, omega_token, B_token, B_rank, B_group, C_token, C_rank, C_group,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    x, mimo_x, dy, steps, keys, queries, D, entering, leaving,
+    dx, ddecays, dscales, downs, dmimo_x, dD, chunks, x_token, x_head, dy_token, dy_rank, dy_head,
+    HEADS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
+    HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and head: the gradients of x, its factors, D, the decays, scales and own weights."""
     chunk, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     DTYPE: tl.constexpr = x.dtype.element_ty
-    place, p = chunk * HEADS + head, tl.arange(0, BLOCK_P)
-    B += head // (HEADS // GROUPS) * B_group
-    C += head // (HEADS // GROUPS) * C_group
+    ENTRIES: tl.constexpr = TOKENS * RANKS
+    place, p, entry = chunk * HEADS + head, tl.arange(0, BLOCK_P), tl.arange(0, ENTRIES)
     start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-    rows, token = entries(start, end, TOKENS, RANK, RANKS), tl.arange(0, TOKENS * RANKS) // RANKS
-    cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
-    sums, scale = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, SCALE)
-    last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
-    k = turned(B, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, RANKS, PAIRS, DTYPE)
-    ks = still(B, B_bias, rows, head, B_token, B_rank, N, RANK, RANKS, PAIRS, BLOCK_S, DTYPE)
+    rows, token = entries(start, end, TOKENS, RANK, RANKS), entry // RANKS
+    k = load_tiles(keys, keys, place * ENTRIES, ENTRIES, HALF, STILL, False)
+    dh = load_tiles(leaving, leaving, place * BLOCK_P, BLOCK_P, HALF, STILL, False)
     u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
-    # The gradient of s x, first as far as it went through the state.
-    dh, dhs = load_halves(leaving + place * P * N, p, P, N, PAIRS, BLOCK_T, BLOCK_S)
-    dadded = across(k, ks, dh, dhs, BLOCK_S, PRECISION) * tl.exp2(last - sums)[:, None]
-    dscale = tl.sum(dadded * u.to(tl.float32), 1)
-    h, hs = load_halves(entering + place * P * N, p, P, N, PAIRS, BLOCK_T, BLOCK_S)
-    dlast = tl.sum(scale * dscale, 0) + tl.exp2(last) * _inner(h, hs, dh, dhs, BLOCK_S)
-    q = turned(C, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, RANKS, PAIRS, DTYPE)
-    qs = still(C, C_bias, rows, head, C_token, C_rank, N, RANK, RANKS, PAIRS, BLOCK_S, DTYPE)
+    q = load_tiles(queries, queries, place * ENTRIES, ENTRIES, HALF, STILL, False)
+    h = load_tiles(entering, entering, place * BLOCK_P, BLOCK_P, HALF, STILL, False)
     du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
-    # How much a larger sum of decays would change: all that an entry received, less all that it gave.
-    ddecay = tl.sum(across(q, qs, h, hs, BLOCK_S, PRECISION) * du.to(tl.float32), 1) * tl.exp2(sums)
-    product = across(k, ks, q, qs, BLOCK_S, PRECISION)
-    weights = product * factors(sums[None, :], sums[:, None], 0.0, token[None, :], token[:, None])
-    received = dot(u, tl.trans(du), None, PRECISION)
-    dscale += tl.sum(received * weights, 1)
-    ddecay += tl.sum(received * weights * scale[:, None], 0) - scale * dscale
-    mine = tl.where(token[:, None] == token[None, :], product, 0.0)
+    sums, weighted = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, WEIGHTED)
+    last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
+    # The gradient of x, first as far as it went through the state.
+    dinput = across(k, dh, STILL, PRECISION) * tl.exp2(last - weighted)[:, None]
+    dlast = tl.sum(tl.sum(dinput * u.to(tl.float32), 1), 0)
+    inner = tl.where(p[:, None] == p[None, :], across(h, dh, STILL, PRECISION), 0.0)
+    dlast += tl.exp2(last) * tl.sum(tl.sum(inner, 1), 0)
+    product = across(k, q, STILL, PRECISION)
+    later = token[None, :] > token[:, None]
+    weights = (product * tl.where(later, tl.exp2(sums[None, :] - weighted[:, None]), 0.0)).to(DTYPE)
+    dinput = dot(weights, du, dinput, PRECISION)
+    # How much a larger sum of decays would change: all that an entry received, less all that it gave. Both sides with
+    # the same rounded weights: then two entries of the same decay cancel, as they must.
+    gave = tl.sum(dinput * u.to(tl.float32), 1)
+    received = across(q, h, STILL, PRECISION) * tl.exp2(sums)[:, None]
+    received = dot(tl.trans(weights), u, received, PRECISION)
+    ddecay = tl.sum(received * du.to(tl.float32), 1) - gave
+    scale = load_step(steps, place, token, TOKENS, SCALE)
+    dinput, down = _add_own(dinput, product, u, du, steps, D, dD, place, head, token, TOKENS, RANK, PRECISION)
     tokens = tl.arange(0, TOKENS)
     at = place * TOKENS + tokens
     tl.store(ddecays + at, by_token(ddecay, RANKS) + tl.where(tokens == TOKENS - 1, dlast, 0.0))
-    tl.store(dscales + at, by_token(dscale, RANKS))
-    tl.store(downs + at, by_token(tl.sum(mine * received, 1), RANKS))
-    own = load_step(steps, place, token, TOKENS, OWN)
-    weights = (weights * scale[:, None] + mine * own[:, None]).to(DTYPE)
-    dinput = dot(weights, du, dadded * scale[:, None], PRECISION)
+    tl.store(dscales + at, by_token(gave / scale, RANKS))
+    tl.store(downs + at, by_token(down, RANKS))
     _store_input_gradients(
-        x, mimo_x, D, dx, dmimo_x, dD, u, du, dinput, place, rows, end, head, p, x_token, x_head, HEADS, P, RANK, RANKS
+        x, mimo_x, dx, dmimo_x, dinput, place, rows, end, head, p, x_token, x_head, HEADS, P, RANK, RANKS
     )
 
 
 @triton.jit
-def _inner(h, hs, dh, dhs, BLOCK_S: tl.constexpr):
-    """The inner product of two states."""
-    total = tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1), 0)
-    if BLOCK_S > 0:
-        total += tl.sum(tl.sum(hs.to(tl.float32) * dhs.to(tl.float32), 1), 0)
-    return total
+def _add_own(
+    dinput, product, u, du, steps, D, dD, place, head, token,
+    TOKENS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what inputs gave to the outputs of their own token, and through D; with the gradients of own weights."""
+    own = load_step(steps, place, token, TOKENS, OWN)
+    if RANK == 1:
+        mine = tl.sum(tl.where(token[:, None] == token[None, :], product, 0.0), 1)
+        both = tl.sum(u.to(tl.float32) * du.to(tl.float32), 1)
+        down = mine * both
+        mine *= own
+        if D is not None:
+            mine += tl.load(D + head).to(tl.float32)
+            tl.store(dD + place, tl.sum(both, 0))
+        dinput += mine[:, None] * du.to(tl.float32)
+    else:
+        mine = tl.where(token[:, None] == token[None, :], product, 0.0)
+        down = tl.sum(mine * dot(u, tl.trans(du), None, PRECISION), 1)
+        dinput = dot((mine * own[:, None]).to(u.dtype), du, dinput, PRECISION)
+        if D is not None:
+            dinput += tl.load(D + head).to(tl.float32) * du.to(tl.float32)
+            tl.store(dD + place, tl.sum(tl.sum(u.to(tl.float32) * du.to(tl.float32), 1), 0))
+    return dinput, down
 
 
 @triton.jit
 def _store_input_gradients(
-    x, mimo_x, D, dx, dmimo_x, dD, u, du, dinput, place, rows, end, head, p, x_token, x_head,
+    x, mimo_x, dx, dmimo_x, dinput, place, rows, end, head, p, x_token, x_head,
     HEADS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of each rank's input, but for D, to those of x, the factors and D."""
+    """From the gradient of each rank's input to those of x and the factors."""
     start, _, _, inside = rows
-    if D is not None:
-        dinput += tl.load(D + head).to(tl.float32) * du.to(tl.float32)
-        tl.store(dD + place, tl.sum(tl.sum(u.to(tl.float32) * du.to(tl.float32), 1), 0))
     if mimo_x is not None:
         raw = load_inputs(x, None, rows, head, p, x_token, x_head, P, RANK, RANKS).to(tl.float32)
         ranks = tl.arange(0, RANKS)
         at = dmimo_x + place * (RANK * P) + (ranks[:, None] * P + p[None, :])
         tl.store(at, by_rank(dinput * raw, RANKS), mask=(ranks < RANK)[:, None] & (p < P)[None, :])
-        dinput *= load_factors(mimo_x, head, p, u.shape[0], P, RANK, RANKS)
-    tokens = tl.arange(0, u.shape[0] // RANKS)
+        dinput *= load_factors(mimo_x, head, p, dinput.shape[0], P, RANK, RANKS)
+    tokens = tl.arange(0, dinput.shape[0] // RANKS)
     out = dx + start.to(tl.int64) * (HEADS * P) + head * P + ((tokens * (HEADS * P))[:, None] + p[None, :])
     mask = (start + tokens < end)[:, None] & (p < P)[None, :]
-    tl.store(out, by_token(tl.where(inside[:, None], dinput, 0.0), RANKS).to(dx.dtype.element_ty), mask=mask)
+    if RANK != RANKS:
+        dinput = tl.where(inside[:, None], dinput, 0.0)
+    tl.store(out, by_token(dinput, RANKS).to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def keys_kernel(
-    x, mimo_x, dy, steps, omega, phases, B, C, B_bias, C_bias, entering, leaving,
-    dB, dC, dB_bias, dC_bias, domega, ddt, dturns, chunks,
-    x_token, x_head, dy_token, dy_rank, dy_head, omega_token, B_token, B_rank, B_group, C_token, C_rank, C_group, total,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr, TURN: tl.constexpr,
+    x, mimo_x, dy, steps, cos, sin, keys, queries, entering, leaving, dB, dC, dB_bias, dC_bias, dangles, chunks,
+    x_token, x_head, dy_token, dy_rank, dy_head, total,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    TOKENS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr, TURN: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk, group and part of its heads: with TURN the gradients of the columns of B, C (summed over
-    heads) and biases (to be summed over chunks) that turn, of omega and angles; without it those of the others."""
+    heads) and biases (to be summed over chunks) that turn, and of angles; without it those of the others."""
     EACH: tl.constexpr = HEADS // GROUPS // SPLITS
-    FIRST: tl.constexpr = 0 if TURN else 2 * PAIRS
-    WIDTH: tl.constexpr = 2 * PAIRS if TURN else N - 2 * PAIRS
+    ENTRIES: tl.constexpr = TOKENS * RANKS
+    WIDTH: tl.constexpr = 2 * HALF + STILL
+    FIRST: tl.constexpr = 0 if TURN else 2 * HALF
+    SIZE: tl.constexpr = HALF if TURN else STILL
     chunk, part = (tl.program_id(0) // (GROUPS * SPLITS)).to(tl.int64), tl.program_id(0) % (GROUPS * SPLITS)
     group, split = part // SPLITS, part % SPLITS
     start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-    rows, p = entries(start, end, TOKENS, RANK, RANKS), tl.arange(0, BLOCK_P)
-    n = tl.arange(0, BLOCK_T if TURN else BLOCK_S)
-    db = tl.zeros((TOKENS * RANKS, n.shape[0]), tl.float32)
-    dc, drate = tl.zeros_like(db), tl.zeros((TOKENS, BLOCK_T // 2), tl.float32)
-    B, C = B + group * B_group, C + group * C_group
+    rows, p, entry = entries(start, end, TOKENS, RANK, RANKS), tl.arange(0, BLOCK_P), tl.arange(0, ENTRIES)
+    token, n = entry // RANKS, tl.arange(0, SIZE)
+    db = tl.zeros((ENTRIES, SIZE), tl.float32)
+    db2, dc, dc2 = tl.zeros_like(db), tl.zeros_like(db), tl.zeros_like(db)
     for head in range(part * EACH, (part + 1) * EACH):  # group by group, split by split
         place = chunk * HEADS + head
         u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
         du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
-        weights, u, du = _weighed(u, du, steps, place, TOKENS, RANKS, PRECISION)
-        dk = dot(u, load_part(leaving + place * P * N + FIRST, p, n, P, N, WIDTH), None, PRECISION)
+        sums, own = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, OWN)
+        weighted = load_step(steps, place, token, TOKENS, WEIGHTED)
+        last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
+        given = factors(sums[None, :], weighted[:, None], own[:, None], token[None, :], token[:, None])
+        weights = (dot(u, tl.trans(du), None, PRECISION) * given).to(u.dtype)
+        gave, took = tl.exp2(last - weighted)[:, None], tl.exp2(sums)[:, None]
+        q1 = load_tile(queries, place * ENTRIES, FIRST, ENTRIES, SIZE, WIDTH, COPY)
+        k1 = load_tile(keys, place * ENTRIES, FIRST, ENTRIES, SIZE, WIDTH, COPY)
+        dh = load_tile(leaving, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH, COPY)
+        h = load_tile(entering, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH, COPY)
+        dk = dot(u, dh, None, PRECISION) * gave
+        dk = dot(weights, q1, dk, PRECISION)
+        dq = dot(du, h, None, PRECISION) * took
+        dq = dot(tl.trans(weights), k1, dq, PRECISION)
         if TURN:
-            cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
-            q = turned(C, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, RANKS, PAIRS, u.dtype)
-            k = turned(B, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, RANKS, PAIRS, u.dtype)
-            dangle, dk = _turned_back(dot(weights, q, dk, PRECISION), k, cos, sin)
-        else:
-            q = still(C, C_bias, rows, head, C_token, C_rank, N, RANK, RANKS, PAIRS, BLOCK_S, u.dtype)
-            dk = dot(weights, q, dk, PRECISION)
-            k = still(B, B_bias, rows, head, B_token, B_rank, N, RANK, RANKS, PAIRS, BLOCK_S, u.dtype)
+            q2 = load_tile(queries, place * ENTRIES, HALF, ENTRIES, HALF, WIDTH, COPY)
+            k2 = load_tile(keys, place * ENTRIES, HALF, ENTRIES, HALF, WIDTH, COPY)
+            dh = load_tile(leaving, place * BLOCK_P, HALF, BLOCK_P, HALF, WIDTH, COPY)
+            dk2 = dot(u, dh, None, PRECISION) * gave
+            dk2 = dot(weights, q2, dk2, PRECISION)
+            h = load_tile(entering, place * BLOCK_P, HALF, BLOCK_P, HALF, WIDTH, COPY)
+            dq2 = dot(du, h, None, PRECISION) * took
+            dq2 = dot(tl.trans(weights), k2, dq2, PRECISION)
+            # With keys and queries as the products had them, rounded, what two entries say to each other cancels.
+            dangle = dk2 * k1.to(tl.float32) - dk * k2.to(tl.float32)
+            dangle += dq2 * q1.to(tl.float32) - dq * q2.to(tl.float32)
+            at = dangles + place * (ENTRIES * HALF) + (entry[:, None] * HALF + n[None, :])
+            tl.store(at, dangle)
+            c = load_trig(cos, place, TOKENS, RANKS, HALF, COPY)
+            s = load_trig(sin, place, TOKENS, RANKS, HALF, COPY)
+            dk, dk2 = dk * c + dk2 * s, dk2 * c - dk * s
+            dq, dq2 = dq * c + dq2 * s, dq2 * c - dq * s
+            db2 += dk2
+            dc2 += dq2
+            _store_bias_gradient(dB_bias, dk2, place, HALF, u.dtype, RANK, RANKS, WIDTH, PRECISION)
+            _store_bias_gradient(dC_bias, dq2, place, HALF, u.dtype, RANK, RANKS, WIDTH, PRECISION)
         db += dk
-        _store_bias_gradient(dB_bias, dk, place * (RANK * N) + FIRST, n, RANK, RANKS, N, WIDTH)
-        dq = dot(du, load_part(entering + place * P * N + FIRST, p, n, P, N, WIDTH), None, PRECISION)
-        dq = dot(tl.trans(weights), k, dq, PRECISION)
-        if TURN:
-            more, dq = _turned_back(dq, q, cos, sin)
-            drate += _add_turns(dangle + more, steps, omega, dturns, ddt, place, start, end, omega_token, RANKS, PAIRS)
         dc += dq
-        _store_bias_gradient(dC_bias, dq, place * (RANK * N) + FIRST, n, RANK, RANKS, N, WIDTH)
-    base = (split.to(tl.int64) * total * (RANK * GROUPS) + group) * N + FIRST
-    store_entries(dB + base, rows, n, GROUPS * N, db, WIDTH, RANK)
-    store_entries(dC + base, rows, n, GROUPS * N, dc, WIDTH, RANK)
-    _store_rates(domega + (part.to(tl.int64) * total + start) * PAIRS, drate, start, end, PAIRS, TURN)
-
-
-@triton.jit
-def _weighed(u, du, steps, place, TOKENS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr):
-    """What takes queries to the gradients of keys: `[j, i]`, and for the states inputs and output gradients as these
-    knew them."""
-    token = tl.arange(0, TOKENS * RANKS) // RANKS
-    sums, own = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, OWN)
-    weighted, last = load_step(steps, place, token, TOKENS, WEIGHTED), load_step(steps, place, TOKENS - 1, TOKENS, SUM)
-    weights = factors(sums[None, :], weighted[:, None], own[:, None], token[None, :], token[:, None])
-    weights = (dot(u, tl.trans(du), None, PRECISION) * weights).to(u.dtype)
-    return weights, (u * tl.exp2(last - weighted)[:, None]).to(u.dtype), (du * tl.exp2(sums)[:, None]).to(u.dtype)
-
-
-@triton.jit
-def _store_rates(out, drate, start, end, PAIRS: tl.constexpr, TURN: tl.constexpr):
-    """The gradient of omega, summed over the heads of the program."""
+        _store_bias_gradient(dB_bias, dk, place, FIRST, u.dtype, RANK, RANKS, WIDTH, PRECISION)
+        _store_bias_gradient(dC_bias, dq, place, FIRST, u.dtype, RANK, RANKS, WIDTH, PRECISION)
+    base = (split.to(tl.int64) * total * (RANK * GROUPS) + group) * WIDTH + FIRST
+    store_entries(dB + base, rows, n, GROUPS * WIDTH, db, SIZE, RANK)
+    store_entries(dC + base, rows, n, GROUPS * WIDTH, dc, SIZE, RANK)
     if TURN:
-        tokens, pairs = tl.arange(0, drate.shape[0]), tl.arange(0, drate.shape[1])
-        mask = (start + tokens < end)[:, None] & (pairs < PAIRS)[None, :]
-        tl.store(out + (tokens[:, None] * PAIRS + pairs[None, :]), drate, mask=mask)
-
-
-@triton.jit
-def _turned_back(gradient, turned, cos, sin):
-    """The gradient of the angle by entry and pair, and that of keys or queries before they were turned.
-
-    With these as the products had them, rounded, what two entries say to each other cancels to the bit.
-    """
-    a, b = pairs_of(turned.to(tl.float32))
-    da, db = pairs_of(gradient)
-    return db * a - da * b, paired(da * cos + db * sin, db * cos - da * sin)
-
-
-@triton.jit
-def _add_turns(
-    dangle, steps, omega, dturns, ddt, place, start, end, omega_token, RANKS: tl.constexpr, PAIRS: tl.constexpr
-):  # fmt: skip
-    """A turn moves all angles from its token on: sums from the right, within the chunk. Returns those of omega."""
-    dangle = by_token(dangle, RANKS)
-    TOKENS: tl.constexpr = dangle.shape[0]
-    tokens, pairs = tl.arange(0, TOKENS), tl.arange(0, dangle.shape[1])
-    total = tl.sum(dangle, 0)
-    tl.store(dturns + place * PAIRS + pairs, total, mask=pairs < PAIRS)
-    dturn = total[None, :] - tl.cumsum(dangle, 0) + dangle  # a sum from the right is much slower
-    rate = load_rates(omega, start, end, tokens, pairs, omega_token, PAIRS)
-    tl.store(ddt + place * TOKENS + tokens, tl.sum(dturn * rate, 1))
-    return dturn * load_step(steps, place, tokens, TOKENS, DT)[:, None]
+        store_entries(dB + base + HALF, rows, n, GROUPS * WIDTH, db2, SIZE, RANK)
+        store_entries(dC + base + HALF, rows, n, GROUPS * WIDTH, dc2, SIZE, RANK)
 
 
 @triton.jit
 def _store_bias_gradient(
-    out, gradient, base, n, RANK: tl.constexpr, RANKS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr
+    out, gradient, place, FIRST: tl.constexpr, DTYPE: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Sums over the tokens of each rank, as a product: a sum over rows would take three times the instructions."""
     if out is not None:
-        ranks = tl.arange(0, RANKS)
-        mask = (ranks < RANK)[:, None] & (n < WIDTH)[None, :]
-        tl.store(out + base + (ranks[:, None] * N + n[None, :]), by_rank(gradient, RANKS), mask=mask)
+        LEAST: tl.constexpr = 32 if tl.float32 == DTYPE else 16
+        row, entry, n = tl.arange(0, LEAST), tl.arange(0, gradient.shape[0]), tl.arange(0, gradient.shape[1])
+        mine = tl.where(row[:, None] == (entry % RANKS)[None, :], 1.0, 0.0).to(DTYPE)
+        total = dot(mine, gradient.to(DTYPE), None, PRECISION)
+        at = out + place * (RANK * WIDTH) + FIRST + (row[:, None] * WIDTH + n[None, :])
+        tl.store(at, total, mask=(row < RANK)[:, None])
+
+
+@triton.jit
+def turn_gradients_kernel(
+    dangles, steps, omega, dturns, ddt, domega, chunks, omega_token, total,
+    HEADS: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk and part of the heads: a turn moves all angles from its token on, so its gradient is a sum
+    from the right; a product with ones, in two parts of 16 bits, is the cheapest way to it."""
+    EACH: tl.constexpr = HEADS // SPLITS
+    chunk, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
+    start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    tokens, pairs = tl.arange(0, BLOCK), tl.arange(0, HALF)
+    here, given = (tokens < TOKENS)[:, None], (pairs < PAIRS)[None, :]
+    exists = (here & (start + tokens < end)[:, None]) & given
+    at = omega + start.to(tl.int64) * omega_token + (tokens[:, None] * omega_token + pairs[None, :])
+    rate = tl.load(at, mask=exists, other=0.0).to(tl.float32)
+    ones = tl.where(tokens[:, None] <= tokens[None, :], 1.0, 0.0).to(DTYPE)
+    drate = tl.zeros((BLOCK, HALF), tl.float32)
+    for head in range(split * EACH, (split + 1) * EACH):
+        place = chunk * HEADS + head
+        row = dangles + place * (TOKENS * RANKS * HALF) + (tokens[:, None] * (RANKS * HALF) + pairs[None, :])
+        dangle = tl.load(row, mask=here, other=0.0)
+        for rank in tl.static_range(1, RANKS):
+            dangle += tl.load(row + rank * HALF, mask=here, other=0.0)
+        coarse = dangle.to(DTYPE)
+        dturn = dot(ones, coarse, None, PRECISION)
+        if tl.float32 != DTYPE:
+            dturn = dot(ones, (dangle - coarse.to(tl.float32)).to(DTYPE), dturn, PRECISION)
+        tl.store(
+            dturns + place * PAIRS + (0 * tokens[:, None] + pairs[None, :]), dturn, mask=(tokens == 0)[:, None] & given
+        )
+        tl.store(ddt + place * TOKENS + tokens, tl.sum(dturn * rate, 1), mask=tokens < TOKENS)
+        dt = tl.load(steps + place * (NUMBERS * TOKENS) + DT * TOKENS + tokens, mask=tokens < TOKENS, other=0.0)
+        drate += dturn * dt[:, None]
+    out = domega + (split.to(tl.int64) * total + start) * PAIRS + (tokens[:, None] * PAIRS + pairs[None, :])
+    tl.store(out, drate, mask=exists)

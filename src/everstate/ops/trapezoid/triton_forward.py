@@ -12,111 +12,156 @@ from everstate.ops.trapezoid.triton_keys import (
     entries,
     factors,
     load_entries,
-    load_halves,
     load_inputs,
+    load_parts,
     load_step,
-    still,
+    load_tiles,
+    load_trig,
+    make_keys,
+    source_of,
     store_entries,
-    store_halves,
-    turned,
-    turning,
+    store_parts,
 )
 from everstate.ops.triton_common import LOG2E, dot
 
 
 @triton.jit
 def scan_kernel(
-    x, mimo_x, steps, omega, phases, B, C, B_bias, C_bias, D, entering, y, final, chunks, segments,
-    x_token, x_head, omega_token, B_token, B_rank, B_group, C_token, C_rank, C_group,
+    x, mimo_x, steps, cos, sin, B, B_still, C, C_still, B_bias, C_bias, D, entering, y, final, chunks, segments,
+    x_token, x_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr,
+    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr, INTERLEAVED: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """One program per segment, head and tile of p."""
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    WIDTH: tl.constexpr = 2 * HALF + STILL
     DTYPE: tl.constexpr = x.dtype.element_ty
     head, tile = tl.program_id(0) // TILES % HEADS, tl.program_id(0) % TILES
     segment = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
-    B += head // (HEADS // GROUPS) * B_group
-    C += head // (HEADS // GROUPS) * C_group
+    group = head // (HEADS // GROUPS)
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
     token, p = tl.arange(0, TOKENS * RANKS) // RANKS, tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    h, hs = load_halves(entering + (segment * HEADS + head) * P * N, p, P, N, PAIRS, BLOCK_T, BLOCK_S)
+    h1, h2, h3 = load_parts(entering + (segment * HEADS + head) * (P * WIDTH), p, P, HALF, STILL)
     for step in range(count):
         chunk = (first + step).to(tl.int64)
         start, end, place = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1), chunk * HEADS + head
         rows = entries(start, end, TOKENS, RANK, RANKS)
-        cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
-        k = turned(B, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, RANKS, PAIRS, DTYPE)
-        ks = still(B, B_bias, rows, head, B_token, B_rank, N, RANK, RANKS, PAIRS, BLOCK_S, DTYPE)
-        q = turned(C, C_bias, rows, head, cos, sin, C_token, C_rank, N, RANK, RANKS, PAIRS, DTYPE)
-        qs = still(C, C_bias, rows, head, C_token, C_rank, N, RANK, RANKS, PAIRS, BLOCK_S, DTYPE)
+        row, rank = (chunk * GROUPS + group) * (TOKENS * RANKS), rows[2]
+        c, s = load_trig(cos, place, TOKENS, RANKS, HALF, COPY), load_trig(sin, place, TOKENS, RANKS, HALF, COPY)
+        k = make_keys(B, B_still, row, B_bias, c, s, rank, head, RANK, STILL, DTYPE, COPY)
+        q = make_keys(C, C_still, row, C_bias, c, s, rank, head, RANK, STILL, DTYPE, COPY)
         u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
         sums, own = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, OWN)
         weighted = load_step(steps, place, token, TOKENS, WEIGHTED)
         last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
         given = factors(sums[:, None], weighted[None, :], own[:, None], token[:, None], token[None, :])
-        weights = (across(q, qs, k, ks, BLOCK_S, PRECISION) * given).to(DTYPE)
-        out = across(q, qs, h, hs, BLOCK_S, PRECISION) * tl.exp2(sums)[:, None]
+        weights = (across(q, k, STILL, PRECISION) * given).to(DTYPE)
+        out = across(q, (h1, h2, h3), STILL, PRECISION) * tl.exp2(sums)[:, None]
         out = dot(weights, u, out, PRECISION)
         if D is not None:
             out += tl.load(D + head).to(tl.float32) * u.to(tl.float32)
         store_entries(y + head * P, rows, p, HEADS * P, out, P, RANK)
         added = tl.trans((u * tl.exp2(last - weighted)[:, None]).to(DTYPE))
-        h, hs = added_to(h, hs, tl.exp2(last), added, k, ks, BLOCK_S, PRECISION)
+        h1, h2, h3 = added_to((h1, h2, h3), tl.exp2(last), added, k, STILL, PRECISION)
     if tl.load(segments + 5 * segment + 4) == 1:
         sequence = tl.load(segments + 5 * segment + 2).to(tl.int64)
-        store_halves(final + (sequence * HEADS + head) * P * N, p, h, hs, P, N, PAIRS, BLOCK_T, BLOCK_S)
+        _store_final(
+            final + (sequence * HEADS + head) * (P * N), p, (h1, h2, h3), P, N, PAIRS, HALF, STILL, INTERLEAVED
+        )
+
+
+@triton.jit
+def _store_final(
+    base, p, parts, P: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """A state with its columns in the order of the caller."""
+    column, exists = source_of(tl.arange(0, HALF), N, PAIRS, HALF, INTERLEAVED)
+    mask = (p < P)[:, None] & exists[None, :]
+    tl.store(base + (p[:, None] * N + column[None, :]), parts[0], mask=mask)
+    column, exists = source_of(HALF + tl.arange(0, HALF), N, PAIRS, HALF, INTERLEAVED)
+    tl.store(base + (p[:, None] * N + column[None, :]), parts[1], mask=mask)
+    if STILL > 0:
+        column, exists = source_of(2 * HALF + tl.arange(0, STILL), N, PAIRS, HALF, INTERLEAVED)
+        tl.store(base + (p[:, None] * N + column[None, :]), parts[2], mask=(p < P)[:, None] & exists[None, :])
 
 
 @triton.jit
 def sweep_kernel(
-    x, mimo_x, steps, omega, phases, B, B_bias, entering, boundaries, ends, kept, chunks, segments,
-    x_token, x_rank, x_head, omega_token, B_token, B_rank, B_group,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
+    x, mimo_x, steps, cos, sin, B, B_still, B_bias, made, entering, boundaries, ends, kept, chunks, segments,
+    x_token, x_rank, x_head,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    TOKENS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, MAKE: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """Only the state, forwards; or only its gradient, backwards, with dy for x and C for B.
 
     Without `boundaries` it starts from zero and leaves in `ends` what each segment adds, in `kept` the log of how much
     of an older state it keeps. With it, the state before each chunk goes there, and that after the last segment to
-    `ends`.
+    `ends`. With MAKE keys are made of B, and written to `made` if it is given; else B is what was made.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    WIDTH: tl.constexpr = 2 * HALF + STILL
     DTYPE: tl.constexpr = x.dtype.element_ty
     head, tile = tl.program_id(0) // TILES % HEADS, tl.program_id(0) % TILES
     segment = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
-    B += head // (HEADS // GROUPS) * B_group
+    group = head // (HEADS // GROUPS)
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
-    token, p = tl.arange(0, TOKENS * RANKS) // RANKS, tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    h, hs, decayed = tl.zeros((BLOCK_P, BLOCK_T), tl.float32), 0.0, 0.0
-    if BLOCK_S > 0:
-        hs = tl.zeros((BLOCK_P, BLOCK_S), tl.float32)
+    entry = tl.arange(0, TOKENS * RANKS)
+    token, p = entry // RANKS, tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    h1, h2, h3, decayed = tl.zeros((BLOCK_P, HALF), tl.float32), tl.zeros((BLOCK_P, HALF), tl.float32), 0.0, 0.0
+    if STILL > 0:
+        h3 = tl.zeros((BLOCK_P, STILL), tl.float32)
     if entering is not None:
-        h, hs = load_halves(entering + (segment * HEADS + head) * P * N, p, P, N, PAIRS, BLOCK_T, BLOCK_S)
+        h1, h2, h3 = load_parts(entering + (segment * HEADS + head) * (P * WIDTH), p, P, HALF, STILL)
     for step in range(count):
         chunk = (first + (count - 1 - step if REVERSE else step)).to(tl.int64)
         start, end, place = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1), chunk * HEADS + head
         if boundaries is not None:
-            store_halves(boundaries + place * P * N, p, h, hs, P, N, PAIRS, BLOCK_T, BLOCK_S)
+            store_parts(boundaries + place * (TILES * BLOCK_P * WIDTH), p, (h1, h2, h3), TILES * BLOCK_P, HALF, STILL)
         rows = entries(start, end, TOKENS, RANK, RANKS)
-        cos, sin = turning(steps, phases, omega, place, start, end, omega_token, TOKENS, RANKS, PAIRS, BLOCK_T)
-        k = turned(B, B_bias, rows, head, cos, sin, B_token, B_rank, N, RANK, RANKS, PAIRS, DTYPE)
-        ks = still(B, B_bias, rows, head, B_token, B_rank, N, RANK, RANKS, PAIRS, BLOCK_S, DTYPE)
+        if MAKE:
+            row = (chunk * GROUPS + group) * (TOKENS * RANKS)
+            c, s = load_trig(cos, place, TOKENS, RANKS, HALF, COPY), load_trig(sin, place, TOKENS, RANKS, HALF, COPY)
+            k = make_keys(B, B_still, row, B_bias, c, s, rows[2], head, RANK, STILL, DTYPE, COPY)
+            if made is not None:
+                _keep(made + place * (TOKENS * RANKS * WIDTH), entry, k, tile == 0, HALF, STILL)
+        else:
+            k = load_tiles(B, B_still, place * (TOKENS * RANKS), TOKENS * RANKS, HALF, STILL, COPY)
         last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
         if REVERSE:
             u = load_entries(x + head * x_head, rows, p, x_token, x_rank, P)
-            weight = tl.exp2(load_step(steps, place, token, TOKENS, SUM))
+            weight = load_step(steps, place, token, TOKENS, SUM)
         else:
             u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
-            weight = tl.exp2(last - load_step(steps, place, token, TOKENS, WEIGHTED))
-        added = tl.trans((u * weight[:, None]).to(DTYPE))
-        h, hs = added_to(h, hs, tl.exp2(last), added, k, ks, BLOCK_S, PRECISION)
+            weight = last - load_step(steps, place, token, TOKENS, WEIGHTED)
+        added = tl.trans((u * tl.exp2(weight)[:, None]).to(DTYPE))
+        h1, h2, h3 = added_to((h1, h2, h3), tl.exp2(last), added, k, STILL, PRECISION)
         decayed += last
+    _store_end(
+        (h1, h2, h3), decayed, ends, kept, segments, boundaries, segment, head, p,
+        HEADS, P, HALF, STILL, REVERSE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _keep(out, entry, k, asked, HALF: tl.constexpr, STILL: tl.constexpr):
+    """Write the keys of a chunk and head, by one of the programs that made them."""
+    if asked:
+        store_parts(out, entry, k, entry.shape[0], HALF, STILL)
+
+
+@triton.jit
+def _store_end(
+    parts, decayed, ends, kept, segments, boundaries, segment, head, p,
+    HEADS: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What a segment adds and keeps; or the state after the last one of a sequence."""
+    WIDTH: tl.constexpr = 2 * HALF + STILL
     if boundaries is None:
-        store_halves(ends + (segment * HEADS + head) * P * N, p, h, hs, P, N, PAIRS, BLOCK_T, BLOCK_S)
+        store_parts(ends + (segment * HEADS + head) * (P * WIDTH), p, parts, P, HALF, STILL)
         tl.store(kept + segment * HEADS + head, decayed / LOG2E)
     elif tl.load(segments + 5 * segment + (3 if REVERSE else 4)) == 1:
         sequence = tl.load(segments + 5 * segment + 2).to(tl.int64)
-        store_halves(ends + (sequence * HEADS + head) * P * N, p, h, hs, P, N, PAIRS, BLOCK_T, BLOCK_S)
+        store_parts(ends + (sequence * HEADS + head) * (P * WIDTH), p, parts, P, HALF, STILL)

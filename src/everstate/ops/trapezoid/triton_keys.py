@@ -1,8 +1,10 @@
 """Keys and queries of a chunk on a GPU, rebuilt where they are used: rows of B or C, the bias of the head, its angle.
 
-Every head has its own, so that in memory they would be many times the input. A chunk is a tile of entries: the ranks of
-a token follow each other, filled up to a power of two. The first 2 s columns of a tile turn, pairs side by side
-(`turned`); the others stand still, and are a tile of their own (`still`) that may be missing.
+A chunk is a tile of entries: the ranks of a token follow each other, filled up to a power of two. Columns of keys,
+queries and states lie in *parts*, each filled up to a power of two with zeros: the first members of the pairs that
+turn, their second members, and the columns that stand still, a part that may be missing. So the two numbers that a turn
+mixes are at the same place of two tiles. `triton_prepare` brings B, C and biases into this order, and states and
+gradients back.
 
 Angles are *phases*: 32-bit fractions of a turn. Integers wrap by themselves and their sums are exact, so the angle of a
 token does not depend on how a sequence was cut, and no sequence is too long.
@@ -86,36 +88,12 @@ def load_rates(omega, start, end, tokens, pairs, omega_token, PAIRS: tl.constexp
 
 
 @triton.jit
-def turning(
-    steps, phases, omega, place, start, end, omega_token,
-    TOKENS: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Cosines and sines of a chunk of a head, by entry and pair; `place` is chunk * HEADS + head."""
-    tokens, pairs = tl.arange(0, TOKENS), tl.arange(0, BLOCK_T // 2)
-    rate = load_rates(omega, start, end, tokens, pairs, omega_token, PAIRS)
-    turns = phase_of(load_step(steps, place, tokens, TOKENS, DT)[:, None] * rate, False)
-    before = tl.load(phases + place * PAIRS + pairs, mask=pairs < PAIRS, other=0)
-    angle = angle_of(tl.cumsum(turns, 0) + before[None, :])
-    return by_entry(cosine(angle), RANKS), by_entry(sine(angle), RANKS)
-
-
-@triton.jit
 def where_given(rows, columns, WIDTH: tl.constexpr):
     """The mask of a tile: rows that exist, and columns below WIDTH."""
     mask = rows[:, None]
     if columns.shape[0] != WIDTH:
         mask = mask & (columns < WIDTH)[None, :]
     return mask
-
-
-@triton.jit
-def by_entry(tile, RANKS: tl.constexpr):
-    """Rows of tokens, once for each rank."""
-    if RANKS == 1:
-        return tile
-    else:
-        tile = tl.broadcast_to(tile[:, None, :], (tile.shape[0], RANKS, tile.shape[1]))
-        return tl.reshape(tile, (tile.shape[0] * RANKS, tile.shape[2]))
 
 
 @triton.jit
@@ -147,22 +125,6 @@ def by_rank(tile, RANKS: tl.constexpr):
 
 
 @triton.jit
-def pairs_of(tile):
-    """First and second numbers of the pairs of a tile."""
-    ROWS: tl.constexpr = tile.shape[0]
-    HALF: tl.constexpr = tile.shape[1] // 2
-    return tl.split(tl.reshape(tile, (ROWS, HALF, 2)))
-
-
-@triton.jit
-def paired(first, second):
-    """The reverse of `pairs_of`."""
-    ROWS: tl.constexpr = first.shape[0]
-    WIDTH: tl.constexpr = first.shape[1] * 2
-    return tl.reshape(tl.join(first, second), (ROWS, WIDTH))
-
-
-@triton.jit
 def entries(start, end, TOKENS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr):
     """The rows of a chunk: its first token; of each entry the token within it, the rank, and whether it exists."""
     entry = tl.arange(0, TOKENS * RANKS)
@@ -171,51 +133,86 @@ def entries(start, end, TOKENS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.cons
 
 
 @triton.jit
-def _load_biased(
-    base, bias, rows, head, columns, stride, rank_stride,
-    WIDTH: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+def source_of(at, N: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The column outside of column `at` of the parts, and whether there is one."""
+    pair, rest = at % HALF, at - 2 * HALF
+    if INTERLEAVED:
+        turning, still = 2 * pair + at // HALF, 2 * PAIRS + rest
+    else:
+        turning, still = pair + at // HALF * (N // 2), PAIRS + rest + tl.where(rest < N // 2 - PAIRS, 0, PAIRS)
+    turns = at < 2 * HALF
+    return tl.where(turns, turning, still), tl.where(turns, pair < PAIRS, rest < N - 2 * PAIRS)
+
+
+@triton.jit
+def load_tile(
+    source, row, FIRST: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, COPY: tl.constexpr
 ):  # fmt: skip
-    start, token, rank, inside = rows
-    mask, at = where_given(inside, columns, WIDTH), (token * stride + rank * rank_stride)[:, None]
-    tile = tl.load(base + start.to(tl.int64) * stride + (at + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
-    if bias is not None:
-        if RANK == 1:
-            tile += tl.load(bias + head * N + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
-        else:
-            ranks = tl.arange(0, RANKS)
-            given = where_given(ranks < RANK, columns, WIDTH)
-            own = tl.load(bias + head * (RANK * N) + (ranks[:, None] * N + columns[None, :]), mask=given, other=0.0)
-            tile += of_ranks(own.to(tl.float32), tile.shape[0] // RANKS)
+    """ROWS from `row` on of a dense matrix WIDTH numbers wide, and SIZE columns from FIRST on; with COPY by the copy
+    engine of the GPU, which takes no registers for addresses."""
+    if COPY:
+        tile = source.load([row.to(tl.int32), FIRST])
+    else:
+        at = tl.arange(0, ROWS)[:, None] * WIDTH + (tl.arange(0, SIZE) + FIRST)[None, :]
+        tile = tl.load(source + row.to(tl.int64) * WIDTH + at)
     return tile
 
 
 @triton.jit
-def turned(
-    base, bias, rows, head, cos, sin, stride, rank_stride,
-    N: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.constexpr,
+def load_tiles(
+    turning, still, row, ROWS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, COPY: tl.constexpr
 ):  # fmt: skip
-    """The columns of keys or queries that turn; `base` is B or C of the group."""
-    columns = tl.arange(0, 2 * cos.shape[1])
-    a, b = pairs_of(_load_biased(base, bias, rows, head, columns, stride, rank_stride, 2 * PAIRS, N, RANK, RANKS))
-    return paired(a * cos - b * sin, a * sin + b * cos).to(DTYPE)
+    """The three parts of keys or states, the last 0 where all columns turn. `turning` and `still` are the same matrix,
+    or say how it is copied."""
+    WIDTH: tl.constexpr = 2 * HALF + STILL
+    rest = 0.0
+    if STILL > 0:
+        rest = load_tile(still, row, 2 * HALF, ROWS, STILL, WIDTH, COPY)
+    first = load_tile(turning, row, 0, ROWS, HALF, WIDTH, COPY)
+    return first, load_tile(turning, row, HALF, ROWS, HALF, WIDTH, COPY), rest
 
 
 @triton.jit
-def still(
-    base, bias, rows, head, stride, rank_stride,
-    N: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_S: tl.constexpr,
-    DTYPE: tl.constexpr,
+def _with_bias(tile, bias, rank, head, FIRST: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns of B or C from FIRST on, with the bias of the head."""
+    tile = tile.to(tl.float32)
+    if bias is not None:
+        columns = tl.arange(0, tile.shape[1]) + FIRST
+        if RANK == 1:
+            tile += tl.load(bias + head * WIDTH + columns)[None, :]
+        else:
+            own = bias + head * (RANK * WIDTH) + (rank[:, None] * WIDTH + columns[None, :])
+            tile += tl.load(own, mask=(rank < RANK)[:, None], other=0.0)
+    return tile
+
+
+@triton.jit
+def load_trig(
+    trig, place, TOKENS: tl.constexpr, RANKS: tl.constexpr, HALF: tl.constexpr, COPY: tl.constexpr
 ):  # fmt: skip
-    """The columns that stand still, or 0 where all turn."""
-    if BLOCK_S == 0:
-        return 0.0
+    """Cosines or sines of a chunk of a head, by entry and pair; `place` is chunk * HEADS + head."""
+    if COPY and RANKS == 1:
+        tile = trig.load([(place * TOKENS).to(tl.int32), 0])
     else:
-        columns = tl.arange(0, BLOCK_S)
-        own = None if bias is None else bias + 2 * PAIRS
-        base += 2 * PAIRS
-        return _load_biased(base, own, rows, head, columns, stride, rank_stride, N - 2 * PAIRS, N, RANK, RANKS).to(
-            DTYPE
-        )
+        token, pairs = tl.arange(0, TOKENS * RANKS) // RANKS, tl.arange(0, HALF)
+        tile = tl.load(trig + place * (TOKENS * HALF) + (token[:, None] * HALF + pairs[None, :]))
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def make_keys(
+    turning, still, row, bias, c, s, rank, head,
+    RANK: tl.constexpr, STILL: tl.constexpr, DTYPE: tl.constexpr, COPY: tl.constexpr,
+):  # fmt: skip
+    """Keys of a chunk of a head from B, or queries from C, in three parts; `row` is the first of the chunk."""
+    HALF: tl.constexpr = c.shape[1]
+    WIDTH: tl.constexpr = 2 * HALF + STILL
+    a, b, rest = load_tiles(turning, still, row, c.shape[0], HALF, STILL, COPY)
+    a = _with_bias(a, bias, rank, head, 0, RANK, WIDTH)
+    b = _with_bias(b, bias, rank, head, HALF, RANK, WIDTH)
+    if STILL > 0:
+        rest = _with_bias(rest, bias, rank, head, 2 * HALF, RANK, WIDTH).to(DTYPE)
+    return (a * c - b * s).to(DTYPE), (a * s + b * c).to(DTYPE), rest
 
 
 @triton.jit
@@ -263,57 +260,56 @@ def load_step(steps, place, token, TOKENS: tl.constexpr, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def load_part(base, p, n, P: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows p and `WIDTH` columns of a state of P x N."""
-    place = p[:, None] * N + n[None, :]
-    if p.shape[0] == P and n.shape[0] == WIDTH:
-        return tl.load(base + place)
-    return tl.load(base + place, mask=where_given(p < P, n, WIDTH), other=0.0)
+def load_part(base, rows, GIVEN: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    """SIZE columns from FIRST on of rows that are WIDTH numbers long, of which GIVEN are there."""
+    at = rows[:, None] * WIDTH + (tl.arange(0, SIZE) + FIRST)[None, :]
+    if rows.shape[0] == GIVEN:
+        return tl.load(base + at)
+    return tl.load(base + at, mask=(rows < GIVEN)[:, None], other=0.0)
 
 
 @triton.jit
-def load_halves(
-    base, p, P: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr
-):  # fmt: skip
-    """A state as the columns that turn, and those that stand still."""
-    turned = load_part(base, p, tl.arange(0, BLOCK_T), P, N, 2 * PAIRS)
+def load_parts(base, rows, GIVEN: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr):
+    """A state, or keys, as three tiles."""
+    WIDTH: tl.constexpr = 2 * HALF + STILL
     still = 0.0
-    if BLOCK_S > 0:
-        still = load_part(base + 2 * PAIRS, p, tl.arange(0, BLOCK_S), P, N, N - 2 * PAIRS)
-    return turned, still
+    if STILL > 0:
+        still = load_part(base, rows, GIVEN, WIDTH, 2 * HALF, STILL)
+    return load_part(base, rows, GIVEN, WIDTH, 0, HALF), load_part(base, rows, GIVEN, WIDTH, HALF, HALF), still
 
 
 @triton.jit
-def store_halves(
-    base, p, turned, still, P: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    n = tl.arange(0, BLOCK_T)
-    mask = where_given(p < P, n, 2 * PAIRS)
-    tl.store(base + (p[:, None] * N + n[None, :]), turned.to(base.dtype.element_ty), mask=mask)
-    if BLOCK_S > 0:
-        n = tl.arange(0, BLOCK_S)
-        mask = where_given(p < P, n, N - 2 * PAIRS)
-        tl.store(base + 2 * PAIRS + (p[:, None] * N + n[None, :]), still.to(base.dtype.element_ty), mask=mask)
+def store_parts(base, rows, parts, GIVEN: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr):
+    """The reverse of `load_parts`."""
+    first, second, still = parts
+    at = rows[:, None] * (2 * HALF + STILL) + tl.arange(0, HALF)[None, :]
+    dtype: tl.constexpr = base.dtype.element_ty
+    tl.store(base + at, first.to(dtype), mask=(rows < GIVEN)[:, None])
+    tl.store(base + HALF + at, second.to(dtype), mask=(rows < GIVEN)[:, None])
+    if STILL > 0:
+        at = rows[:, None] * (2 * HALF + STILL) + tl.arange(0, STILL)[None, :]
+        tl.store(base + 2 * HALF + at, still.to(dtype), mask=(rows < GIVEN)[:, None])
 
 
 @triton.jit
-def across(turned, still, other_turned, other_still, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr):
-    """Products of the rows of one matrix with the rows of another, both in two parts."""
-    dtype: tl.constexpr = turned.dtype
-    out = dot(turned, tl.trans(other_turned.to(dtype)), None, PRECISION)
-    if BLOCK_S > 0:
-        out = dot(still, tl.trans(other_still.to(dtype)), out, PRECISION)
+def across(parts, others, STILL: tl.constexpr, PRECISION: tl.constexpr):
+    """Products of the rows of one matrix with the rows of another."""
+    dtype: tl.constexpr = parts[0].dtype
+    out = dot(parts[0], tl.trans(others[0].to(dtype)), None, PRECISION)
+    out = dot(parts[1], tl.trans(others[1].to(dtype)), out, PRECISION)
+    if STILL > 0:
+        out = dot(parts[2], tl.trans(others[2].to(dtype)), out, PRECISION)
     return out
 
 
 @triton.jit
-def added_to(turned, still, decay, added, keys, still_keys, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr):
+def added_to(state, decay, added, keys, STILL: tl.constexpr, PRECISION: tl.constexpr):
     """A state after a chunk: what it keeps, and `added @ keys`."""
-    turned = dot(added, keys, turned * decay, PRECISION)
-    if BLOCK_S > 0:
-        still = dot(added, still_keys, still * decay, PRECISION)
-    return turned, still
+    still = state[2]
+    if STILL > 0:
+        still = dot(added, keys[2], still * decay, PRECISION)
+    first = dot(added, keys[0], state[0] * decay, PRECISION)
+    return first, dot(added, keys[1], state[1] * decay, PRECISION), still
 
 
 @triton.jit

@@ -19,12 +19,13 @@ from everstate.ops.trapezoid.triton_keys import (
     load_step,
     phase_of,
     sine,
+    source_of,
     where_given,
 )
 from everstate.ops.triton_common import LOG2E
 
-NOTHING: tl.constexpr = tl.constexpr(1e-37)
-"""A scale of zero, of which there is a logarithm."""
+NOTHING: tl.constexpr = tl.constexpr(1e-30)
+"""The least scale: instead of zero, which has no logarithm, and by which gradients could not be divided."""
 
 
 @triton.jit
@@ -53,8 +54,8 @@ def steps_kernel(
     out = steps + (chunk * HEADS + heads[None, :]) * (NUMBERS * TOKENS) + at[:, None]
     mask, sums = (heads < HEADS)[None, :], tl.cumsum(decay, 0) * LOG2E
     tl.store(out + SUM * TOKENS, sums, mask=mask)
-    scale = own + ahead
-    tl.store(out + WEIGHTED * TOKENS, sums - tl.log2(tl.where(scale == 0.0, NOTHING, scale)), mask=mask)
+    scale = tl.maximum(own + ahead, NOTHING)
+    tl.store(out + WEIGHTED * TOKENS, sums - tl.log2(scale), mask=mask)
     tl.store(out + SCALE * TOKENS, scale, mask=mask)
     tl.store(out + OWN * TOKENS, own, mask=mask)
     tl.store(out + DT * TOKENS, step, mask=mask)
@@ -73,6 +74,72 @@ def turns_kernel(
     for head in range(first, tl.minimum(first + BLOCK_H, HEADS)):
         turns = phase_of(load_step(steps, chunk * HEADS + head, at, TOKENS, DT)[:, None] * rate, True)
         tl.store(phases + (chunk * HEADS + head) * PAIRS + pairs, tl.sum(turns, 0), mask=pairs < PAIRS)
+
+
+@triton.jit
+def angles_kernel(
+    steps, omega, phases, cos, sin, chunks, omega_token,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk and some heads: cosines and sines of all angles, walking along time.
+
+    For numbers of 16 bits they are float16: off by 1e-4, a tenth of what rounding a key to bfloat16 costs.
+    """
+    chunk, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, HALF)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    place, mask = chunk * HEADS + heads, (heads < HEADS)[:, None]
+    before = phases + (place[:, None] * PAIRS + pairs[None, :])
+    phase = tl.load(before, mask=mask & (pairs < PAIRS)[None, :], other=0)
+    for token in tl.range(TOKENS, loop_unroll_factor=4):
+        at = omega + (start + token).to(tl.int64) * omega_token + pairs
+        rate = tl.load(at, mask=(pairs < PAIRS) & (start + token < end), other=0.0).to(tl.float32)
+        dt = tl.load(steps + place * (NUMBERS * TOKENS) + DT * TOKENS + token, mask=heads < HEADS, other=0.0)
+        phase += phase_of(dt[:, None] * rate[None, :], False)
+        angle, out = angle_of(phase), (place[:, None] * TOKENS + token) * HALF + pairs[None, :]
+        tl.store(cos + out, cosine(angle).to(cos.dtype.element_ty), mask=mask)
+        tl.store(sin + out, sine(angle).to(sin.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def chunks_kernel(
+    source, out, chunks, token_stride, rank_stride, group_stride,
+    RANK: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr,
+    PAIRS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk and group: B or C by entry with its columns in parts, zeros where there is no entry."""
+    chunk, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+    at, entry = tl.arange(0, BLOCK_N), tl.arange(0, TOKENS * RANKS)
+    column, exists = source_of(at, N, PAIRS, HALF, INTERLEAVED)
+    token, rank = entry // RANKS, entry % RANKS
+    start = tl.load(chunks + 2 * chunk)
+    inside = (start + token < tl.load(chunks + 2 * chunk + 1)) & (rank < RANK)
+    row = source + start.to(tl.int64) * token_stride + group * group_stride
+    row += (token * token_stride + rank * rank_stride)[:, None] + column[None, :]
+    tile = tl.load(row, mask=inside[:, None] & (exists & (at < WIDTH))[None, :], other=0.0)
+    place = tl.program_id(0).to(tl.int64) * (TOKENS * RANKS * WIDTH) + (entry[:, None] * WIDTH + at[None, :])
+    tl.store(out + place, tile, mask=(at < WIDTH)[None, :] & (entry >= 0)[:, None])
+
+
+@triton.jit
+def arrange_kernel(
+    source, out, rows, token_stride, rank_stride, group_stride,
+    RANK: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
+    WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Rows of biases or states with their columns in parts, dense; or, BACK, as the caller has them."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.arange(0, BLOCK_N)
+    column, exists = source_of(at, N, PAIRS, HALF, INTERLEAVED)
+    there, inside = exists & (at < WIDTH), (row < rows)[:, None]
+    if BACK:
+        tile = tl.load(source + (row[:, None] * WIDTH + at[None, :]), mask=inside & there[None, :], other=0.0)
+        place, mask = out + (row[:, None] * N + column[None, :]), inside & there[None, :]
+    else:
+        each = row // GROUPS // RANK * token_stride + row // GROUPS % RANK * rank_stride + row % GROUPS * group_stride
+        tile = tl.load(source + (each[:, None] + column[None, :]), mask=inside & there[None, :], other=0.0)
+        place, mask = out + (row[:, None] * WIDTH + at[None, :]), inside & (at < WIDTH)[None, :]
+    tl.store(place, tile.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -120,54 +187,61 @@ def angle_gradients_kernel(
 @triton.jit
 def enter_kernel(
     dt, lam, ssm, k, x, mimo_x, entered, spans, chunks, dt_token, dt_head, lam_token, lam_head,
-    HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence and head: the state, and what the token before still owes it."""
+    """One program per sequence and head: the state that enters, with what the token before still owes it, in parts."""
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    home = sequence * HEADS + head
+    column, exists = source_of(n, N, PAIRS, HALF, INTERLEAVED)
+    exists, home = exists & (n < WIDTH), sequence * HEADS + head
     token = tl.load(chunks + 2 * tl.load(spans + 2 * sequence)).to(tl.int64)
     owed = 1.0 - tl.load(lam + token * lam_token + head * lam_head).to(tl.float32)
     owed *= tl.load(dt + token * dt_token + head * dt_head).to(tl.float32)
-    place, mask = home * (P * N) + (p[:, None] * N + n[None, :]), where_given(p < P, n, N)
-    h = tl.load(ssm + place, mask=mask, other=0.0)
+    h = tl.load(
+        ssm + home * (P * N) + (p[:, None] * N + column[None, :]), mask=(p < P)[:, None] & exists[None, :], other=0.0
+    )
     u = tl.load(x + home * P + p, mask=p < P, other=0.0) * owed
     for rank in tl.static_range(RANK):
-        key = tl.load(k + ((sequence * RANK + rank) * HEADS + head) * N + n, mask=n < N, other=0.0)
+        key = tl.load(k + ((sequence * RANK + rank) * HEADS + head) * N + column, mask=exists, other=0.0)
         factor = u
         if mimo_x is not None:
             factor = u * tl.load(mimo_x + (head * RANK + rank) * P + p, mask=p < P, other=0.0).to(tl.float32)
         h += factor[:, None] * key[None, :]
-    tl.store(entered + place, h, mask=mask)
+    place = home * (P * WIDTH) + (p[:, None] * WIDTH + n[None, :])
+    tl.store(entered + place, h, mask=(p < P)[:, None] & (n < WIDTH)[None, :])
 
 
 @triton.jit
 def enter_gradients_kernel(
-    dt, lam, dssm, k, x, mimo_x, dowed, dk, dx, dmimo_x, spans, chunks, dt_token, dt_head, lam_token, lam_head,
-    HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    dt, lam, dentered, k, x, mimo_x, dssm, dowed, dk, dx, dmimo_x, spans, chunks,
+    dt_token, dt_head, lam_token, lam_head,
+    HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The reverse of `enter_kernel`, given the gradient of the state; `dowed` is that of dt (1 - lam)."""
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    home = sequence * HEADS + head
+    column, exists = source_of(n, N, PAIRS, HALF, INTERLEAVED)
+    exists, home = exists & (n < WIDTH), sequence * HEADS + head
     token = tl.load(chunks + 2 * tl.load(spans + 2 * sequence)).to(tl.int64)
     owed = 1.0 - tl.load(lam + token * lam_token + head * lam_head).to(tl.float32)
     owed *= tl.load(dt + token * dt_token + head * dt_head).to(tl.float32)
-    dh = tl.load(dssm + home * (P * N) + (p[:, None] * N + n[None, :]), mask=where_given(p < P, n, N), other=0.0)
+    mask = (p < P)[:, None] & exists[None, :]
+    dh = tl.load(dentered + home * (P * WIDTH) + (p[:, None] * WIDTH + n[None, :]), mask=mask, other=0.0)
+    tl.store(dssm + home * (P * N) + (p[:, None] * N + column[None, :]), dh, mask=mask)
     u = tl.load(x + home * P + p, mask=p < P, other=0.0)
     total, du = 0.0, tl.zeros((BLOCK_P,), tl.float32)
     for rank in tl.static_range(RANK):
-        at = ((sequence * RANK + rank) * HEADS + head) * N + n
-        key = tl.load(k + at, mask=n < N, other=0.0)
+        at = ((sequence * RANK + rank) * HEADS + head) * N + column
+        key = tl.load(k + at, mask=exists, other=0.0)
         mine, factor = u, u * 0.0 + 1.0
         if mimo_x is not None:
             factor = tl.load(mimo_x + (head * RANK + rank) * P + p, mask=p < P, other=0.0).to(tl.float32)
             mine = u * factor
         received = tl.sum(dh * key[None, :], 1)
         total += tl.sum(received * mine, 0)
-        tl.store(dk + at, tl.sum(dh * mine[:, None], 0) * owed, mask=n < N)
+        tl.store(dk + at, tl.sum(dh * mine[:, None], 0) * owed, mask=exists)
         du += received * factor * owed
         if mimo_x is not None:
             tl.store(dmimo_x + (home * RANK + rank) * P + p, received * u * owed, mask=p < P)
@@ -176,54 +250,73 @@ def enter_gradients_kernel(
 
 
 @triton.jit
+def _turn_by(angle, home, n, PAIRS: tl.constexpr, HALF: tl.constexpr):
+    """For each column of the parts: the other one of its pair, and cosine and sine; 1 and 0 where it stands still."""
+    turns = (n < 2 * HALF) & (n % HALF < PAIRS)
+    turned = tl.load(angle + home * PAIRS + n % HALF, mask=turns, other=0.0)
+    other = tl.where(n < HALF, n + HALF, tl.where(n < 2 * HALF, n - HALF, n))
+    return other, cosine(turned), tl.where(n < HALF, -1.0, 1.0) * sine(turned)
+
+
+@triton.jit
 def leave_kernel(
-    x, B, B_bias, angle, last_k, last_x, spans, chunks, homes, x_token, x_head, B_token, B_rank, B_group,
+    x, B, B_bias, angle, last_k, last_x, spans, chunks, homes, x_token, x_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    RANKS: tl.constexpr, TOKENS: tl.constexpr,
+    PAIRS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence and head: the key and the input of the last token, given the angle after it."""
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
-    p, half = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_HALF)
-    home, exists = sequence * HEADS + head, half < N // 2
-    token = tl.load(homes + 3 * tl.load(spans + 2 * sequence) + 2).to(tl.int64) - 1
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    column, exists = source_of(n, N, PAIRS, HALF, INTERLEAVED)
+    exists, home = exists & (n < WIDTH), sequence * HEADS + head
+    chunk = tl.load(spans + 2 * sequence).to(tl.int64)
+    token = tl.load(homes + 3 * chunk + 2).to(tl.int64) - 1
+    chunk += tl.load(spans + 2 * sequence + 1) - 1
+    first = (chunk * GROUPS + head // (HEADS // GROUPS)) * (TOKENS * RANKS) + (
+        token - tl.load(chunks + 2 * chunk)
+    ) * RANKS
     now = tl.load(x + token * x_token + head * x_head + p, mask=p < P, other=0.0)
     tl.store(last_x + home * P + p, now.to(tl.float32), mask=p < P)
-    turned = tl.load(angle + home * PAIRS + half, mask=half < PAIRS, other=0.0)
-    cos, sin = cosine(turned), sine(turned)
+    other, cos, sin = _turn_by(angle, home, n, PAIRS, HALF)
     for rank in tl.static_range(RANK):
-        row = B + token * B_token + rank * B_rank + (head // (HEADS // GROUPS)) * B_group + 2 * half
-        a = tl.load(row, mask=exists, other=0.0).to(tl.float32)
-        b = tl.load(row + 1, mask=exists, other=0.0).to(tl.float32)
+        row = B + (first + rank) * WIDTH
+        a = tl.load(row + n, mask=exists, other=0.0).to(tl.float32)
+        b = tl.load(row + other, mask=exists, other=0.0).to(tl.float32)
         if B_bias is not None:
-            own = B_bias + (head * RANK + rank) * N + 2 * half
-            a += tl.load(own, mask=exists, other=0.0).to(tl.float32)
-            b += tl.load(own + 1, mask=exists, other=0.0).to(tl.float32)
-        out = last_k + ((sequence * RANK + rank) * HEADS + head) * N + 2 * half
-        tl.store(out, a * cos - b * sin, mask=exists)
-        tl.store(out + 1, a * sin + b * cos, mask=exists)
+            own = B_bias + (head * RANK + rank) * WIDTH
+            a += tl.load(own + n, mask=exists, other=0.0)
+            b += tl.load(own + other, mask=exists, other=0.0)
+        out = last_k + ((sequence * RANK + rank) * HEADS + head) * N + column
+        tl.store(out, a * cos + b * sin, mask=exists)
 
 
 @triton.jit
 def leave_gradients_kernel(
     k, angle, dk, dangle, dB, leaving,
-    HEADS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    HEADS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
+    WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The reverse of `leave_kernel` for the key: dB before it was turned, for each head, and with dangle that of the
     angle in `leaving`."""
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
-    half = tl.arange(0, BLOCK_HALF)
-    home, exists, turns = (sequence * HEADS + head) * PAIRS, half < N // 2, half < PAIRS
-    turned = tl.load(angle + home + half, mask=turns, other=0.0)
-    cos, sin = cosine(turned), sine(turned)
-    total = tl.load(dangle + home + half, mask=turns, other=0.0)
+    n, pair, home = tl.arange(0, BLOCK_N), tl.arange(0, HALF), sequence * HEADS + head
+    column, exists = source_of(n, N, PAIRS, HALF, INTERLEAVED)
+    exists, turns = exists & (n < WIDTH), pair < PAIRS
+    other, cos, sin = _turn_by(angle, home, n, PAIRS, HALF)
+    opposite, _ = source_of(other, N, PAIRS, HALF, INTERLEAVED)
+    first, _ = source_of(pair, N, PAIRS, HALF, INTERLEAVED)
+    second, _ = source_of(pair + HALF, N, PAIRS, HALF, INTERLEAVED)
+    total = tl.load(dangle + home * PAIRS + pair, mask=turns, other=0.0)
     for rank in tl.static_range(RANK):
-        at = ((sequence * RANK + rank) * HEADS + head) * N + 2 * half
-        a, b = tl.load(k + at, mask=exists, other=0.0), tl.load(k + at + 1, mask=exists, other=0.0)
-        da, db = tl.load(dk + at, mask=exists, other=0.0), tl.load(dk + at + 1, mask=exists, other=0.0)
+        at = ((sequence * RANK + rank) * HEADS + head) * N
+        a, b = tl.load(k + at + first, mask=turns, other=0.0), tl.load(k + at + second, mask=turns, other=0.0)
+        da, db = tl.load(dk + at + first, mask=turns, other=0.0), tl.load(dk + at + second, mask=turns, other=0.0)
         total += db * a - da * b
-        tl.store(dB + at, da * cos + db * sin, mask=exists)
-        tl.store(dB + at + 1, db * cos - da * sin, mask=exists)
-    tl.store(leaving + home + half, total, mask=turns)
+        mine = tl.load(dk + at + column, mask=exists, other=0.0) * cos
+        tl.store(dB + at + column, mine - tl.load(dk + at + opposite, mask=exists, other=0.0) * sin, mask=exists)
+    tl.store(leaving + home * PAIRS + pair, total, mask=turns)
 
 
 @triton.jit

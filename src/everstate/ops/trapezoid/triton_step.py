@@ -12,7 +12,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from everstate.core.kernels import processors
+from everstate.core.kernels import kernel_op, processors
 from everstate.core.state import Slots
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.triton_rows import dense, slot_of, warps_of
@@ -54,7 +54,7 @@ def trapezoid_step_(
     return _step(x, dt, A, lam, omega, B, C, *state, slots, B_bias, C_bias, mimo_x, D, interleaved)
 
 
-@torch.library.custom_op("everstate::trapezoid_step_", mutates_args={"ssm", "k", "x_before", "angle"})
+@kernel_op("trapezoid_step_", mutates={"ssm", "k", "x_before", "angle"})
 def _step(
     x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, x_before: Tensor, angle: Tensor, slots: Tensor | None,

@@ -1,0 +1,135 @@
+"""The kernels of `trapezoid_scan` for Hopper GPUs: on one, or imitated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from everstate.core.kernels import capability
+from everstate.core.op import REFERENCE
+from everstate.core.packing import Packing
+from everstate.ops import trapezoid_scan, use
+from everstate.ops.example import Example
+from tests.ops.test_trapezoid_triton import draw, errors, outcome
+
+KERNELS = "everstate.ops.trapezoid.triton_hopper"
+
+
+@pytest.fixture
+def hopper(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    from everstate.ops.trapezoid import triton as kernels
+
+    if kernel_device.type == "cuda":
+        if capability(kernel_device)[0] != 9:
+            pytest.skip("needs a Hopper GPU")
+        yield kernel_device
+        return
+    from tests.imitation import imitated
+
+    with imitated(KERNELS) as forward, imitated(KERNELS + "_backward") as backward:
+        monkeypatch.setattr(kernels, "INTERPRETED", False)
+        modules = {KERNELS: forward, KERNELS + "_backward": backward}
+        monkeypatch.setattr(kernels, "import_module", modules.__getitem__)
+        yield kernel_device
+
+
+def call(example: Example, packing: Packing | None = None) -> Any:
+    from everstate.ops.trapezoid import triton as kernels
+
+    ends = [] if packing is None else list(packing.cu_seqlens)
+    fixed = {**dict.fromkeys(("B_bias", "C_bias", "mimo_x", "D")), **example.fixed}
+    interleaved = fixed.pop("interleaved", True)
+    state = (t.float() for t in example.state)
+    return kernels._Call(kernels._Arguments(*example.timed.values(), *state, **fixed), interleaved, ends)
+
+
+def agree(example: Example, **settings: Any) -> None:
+    assert call(example, **settings).hopper is not None
+    expected = outcome(REFERENCE, example, torch.float64, **settings)
+    plain = errors(outcome("torch", example, **settings), expected)
+    for error, least in zip(errors(outcome("triton", example, **settings), expected), plain, strict=True):
+        # Keys, queries and states are rounded before their products, in the plain form only results are; and sweeps
+        # run in Triton's interpreter, which cuts where a GPU rounds.
+        cut = 1.2e-2 if example.state.ssm.device.type == "cpu" else 6e-3
+        assert error <= 1.6 * least + cut, (error, least)
+
+
+def fill(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+    """Pretend that it takes as many programs to fill the GPU."""
+    from everstate.ops import triton_segments
+    from everstate.ops.trapezoid import triton as kernels
+
+    for module in (triton_segments, kernels):
+        monkeypatch.setattr(module, "processors", lambda device: programs)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "groups", "d_state", "dtype"),
+    [
+        (1, 130, 2, 1, 128, torch.bfloat16), (2, 66, 4, 2, 64, torch.bfloat16), (2, 7, 2, 1, 128, torch.float16),
+        (1, 1, 4, 1, 64, torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_any_length(
+    batch: int, length: int, heads: int, groups: int, d_state: int, dtype: torch.dtype, hopper: torch.device
+) -> None:
+    agree(draw(hopper, batch, length, heads, 64, groups, d_state, dtype=dtype))
+
+
+def test_halves_that_turn_and_no_biases(hopper: torch.device) -> None:
+    example = draw(hopper, 1, 70, 2, 64, 1, 64, dtype=torch.bfloat16)
+    agree(example._replace(fixed={"interleaved": False}))
+
+
+@pytest.mark.parametrize("programs", [2, 8])
+def test_segments_and_parts_of_the_heads(programs: int, hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(monkeypatch, programs)
+    example = draw(hopper, 1, 200, 4, 64, 1, 64, dtype=torch.bfloat16)
+    assert len(call(example).plan.segments) == (1 if programs == 2 else 4)
+    agree(example)
+
+
+def test_packed_sequences_of_whole_chunks(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(monkeypatch, 4)
+    agree(draw(hopper, 1, 192, 2, 64, 1, 64, dtype=torch.bfloat16, sequences=2), packing=Packing([0, 64, 192]))
+
+
+def test_others_are_left_to_the_other_kernels(hopper: torch.device) -> None:
+    sizes = {"heads": 2, "headdim": 64, "groups": 1, "d_state": 128, "dtype": torch.bfloat16}
+    for changes in (
+        {"headdim": 32}, {"d_state": 32}, {"groups": 2}, {"rank": 2}, {"pairs": 64}, {"dtype": torch.float32}
+    ):  # fmt: skip
+        assert call(draw(hopper, 1, 64, **{**sizes, **changes})).hopper is None
+    assert call(draw(hopper, 1, 65, **sizes, sequences=2), Packing([0, 30, 65])).hopper is None
+
+
+def test_sequences_do_not_meet(hopper: torch.device) -> None:
+    example = draw(hopper, 2, 70, 2, 64, 1, 64, dtype=torch.bfloat16)
+    before = outcome("triton", example)
+    for name in ("x", "A", "lam", "B", "C"):
+        example.timed[name][1] = torch.nan
+    after = outcome("triton", example)
+    shared = [5 + len(example.timed) + i for i in range(3)]  # gradients of biases and D
+    for at, (a, b) in enumerate(zip(before, after, strict=True)):
+        assert at in shared or torch.equal(a[0], b[0]), at
+
+
+def test_an_output_does_not_depend_on_what_comes_later(hopper: torch.device) -> None:
+    example = draw(hopper, 1, 130, 2, 64, 1, 64, dtype=torch.bfloat16)
+    with use("triton"):
+        before, _ = trapezoid_scan(**example.timed, state=example.state, **example.fixed)
+        for value in example.timed.values():
+            value[:, 40:] *= 0.5
+        after, _ = trapezoid_scan(**example.timed, state=example.state, **example.fixed)
+    # Token 39 adds with the next one, but nothing to its own output.
+    assert torch.equal(before[:, :40], after[:, :40]) and not torch.equal(before, after)
+
+
+def test_the_same_call_gives_the_same_bits(hopper: torch.device) -> None:
+    cuda = hopper.type == "cuda"
+    example = draw(hopper, *((8, 1030, 32) if cuda else (1, 130, 2)), 64, 1, 64, dtype=torch.bfloat16)
+    first, *others = (outcome("triton", example) for _ in range(20 if cuda else 2))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
