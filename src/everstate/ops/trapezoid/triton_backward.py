@@ -152,38 +152,17 @@ def keys_kernel(
         place = chunk * HEADS + head
         u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
         du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
-        sums, own = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, OWN)
-        weighted = load_step(steps, place, token, TOKENS, WEIGHTED)
-        last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
-        given = factors(sums[None, :], weighted[:, None], own[:, None], token[None, :], token[:, None])
-        weights = (dot(u, tl.trans(du), None, PRECISION) * given).to(u.dtype)
-        gave, took = tl.exp2(last - weighted)[:, None], tl.exp2(sums)[:, None]
-        q1 = load_tile(queries, place * ENTRIES, FIRST, ENTRIES, SIZE, WIDTH, COPY)
-        k1 = load_tile(keys, place * ENTRIES, FIRST, ENTRIES, SIZE, WIDTH, COPY)
-        dh = load_tile(leaving, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH, COPY)
-        h = load_tile(entering, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH, COPY)
-        dk = dot(u, dh, None, PRECISION) * gave
-        dk = dot(weights, q1, dk, PRECISION)
-        dq = dot(du, h, None, PRECISION) * took
-        dq = dot(tl.trans(weights), k1, dq, PRECISION)
+        weights, gave, took = _weigh(u, du, steps, place, token, TOKENS, PRECISION)
+        k, q, dk, dq = _columns(
+            u, du, weights, gave, took, keys, queries, entering, leaving, place, FIRST, SIZE, WIDTH, COPY, PRECISION
+        )  # fmt: skip
         if TURN:
-            q2 = load_tile(queries, place * ENTRIES, HALF, ENTRIES, HALF, WIDTH, COPY)
-            k2 = load_tile(keys, place * ENTRIES, HALF, ENTRIES, HALF, WIDTH, COPY)
-            dh = load_tile(leaving, place * BLOCK_P, HALF, BLOCK_P, HALF, WIDTH, COPY)
-            dk2 = dot(u, dh, None, PRECISION) * gave
-            dk2 = dot(weights, q2, dk2, PRECISION)
-            h = load_tile(entering, place * BLOCK_P, HALF, BLOCK_P, HALF, WIDTH, COPY)
-            dq2 = dot(du, h, None, PRECISION) * took
-            dq2 = dot(tl.trans(weights), k2, dq2, PRECISION)
-            # With keys and queries as the products had them, rounded, what two entries say to each other cancels.
-            dangle = dk2 * k1.to(tl.float32) - dk * k2.to(tl.float32)
-            dangle += dq2 * q1.to(tl.float32) - dq * q2.to(tl.float32)
-            at = dangles + place * (ENTRIES * HALF) + (entry[:, None] * HALF + n[None, :])
-            tl.store(at, dangle)
-            c = load_trig(cos, place, TOKENS, RANKS, HALF, COPY)
-            s = load_trig(sin, place, TOKENS, RANKS, HALF, COPY)
-            dk, dk2 = dk * c + dk2 * s, dk2 * c - dk * s
-            dq, dq2 = dq * c + dq2 * s, dq2 * c - dq * s
+            k2, q2, dk2, dq2 = _columns(
+                u, du, weights, gave, took, keys, queries, entering, leaving, place, HALF, HALF, WIDTH, COPY, PRECISION
+            )  # fmt: skip
+            _store_angle_gradients(dangles + place * (ENTRIES * HALF), k, q, k2, q2, dk, dq, dk2, dq2)
+            c, s = load_trig(cos, place, TOKENS, RANKS, HALF, COPY), load_trig(sin, place, TOKENS, RANKS, HALF, COPY)
+            dk, dk2, dq, dq2 = dk * c + dk2 * s, dk2 * c - dk * s, dq * c + dq2 * s, dq2 * c - dq * s
             db2 += dk2
             dc2 += dq2
             _store_bias_gradient(dB_bias, dk2, place, HALF, u.dtype, RANK, RANKS, WIDTH, PRECISION)
@@ -198,6 +177,45 @@ def keys_kernel(
     if TURN:
         store_entries(dB + base + HALF, rows, n, GROUPS * WIDTH, db2, SIZE, RANK)
         store_entries(dC + base + HALF, rows, n, GROUPS * WIDTH, dc2, SIZE, RANK)
+
+
+@triton.jit
+def _store_angle_gradients(out, k, q, k2, q2, dk, dq, dk2, dq2):
+    """Of each entry and pair. With keys and queries as the products had them, rounded, what two entries say to each
+    other cancels."""
+    dangle = dk2 * k.to(tl.float32) - dk * k2.to(tl.float32)
+    dangle += dq2 * q.to(tl.float32) - dq * q2.to(tl.float32)
+    entry, pair = tl.arange(0, k.shape[0]), tl.arange(0, k.shape[1])
+    tl.store(out + (entry[:, None] * k.shape[1] + pair[None, :]), dangle)
+
+
+@triton.jit
+def _weigh(u, du, steps, place, token, TOKENS: tl.constexpr, PRECISION: tl.constexpr):
+    """What takes queries to the gradients of keys, `[j, i]`; what of an input the state after the chunk keeps, and how
+    much of the state before it an entry reads."""
+    sums, own = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, OWN)
+    weighted = load_step(steps, place, token, TOKENS, WEIGHTED)
+    last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
+    given = factors(sums[None, :], weighted[:, None], own[:, None], token[None, :], token[:, None])
+    weights = (dot(u, tl.trans(du), None, PRECISION) * given).to(u.dtype)
+    return weights, tl.exp2(last - weighted)[:, None], tl.exp2(sums)[:, None]
+
+
+@triton.jit
+def _columns(
+    u, du, weights, gave, took, keys, queries, entering, leaving, place,
+    FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, COPY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some columns of keys and queries, as they were turned, and the gradients of these."""
+    ENTRIES: tl.constexpr = u.shape[0]
+    BLOCK_P: tl.constexpr = u.shape[1]
+    q = load_tile(queries, place * ENTRIES, FIRST, ENTRIES, SIZE, WIDTH, COPY)
+    k = load_tile(keys, place * ENTRIES, FIRST, ENTRIES, SIZE, WIDTH, COPY)
+    dh = load_tile(leaving, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH, COPY)
+    h = load_tile(entering, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH, COPY)
+    dk = dot(weights, q, dot(u, dh, None, PRECISION) * gave, PRECISION)
+    dq = dot(tl.trans(weights), k, dot(du, h, None, PRECISION) * took, PRECISION)
+    return k, q, dk, dq
 
 
 @triton.jit

@@ -108,13 +108,10 @@ def sweep_kernel(
     segment = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
     group = head // (HEADS // GROUPS)
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
-    entry = tl.arange(0, TOKENS * RANKS)
-    token, p = entry // RANKS, tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    h1, h2, h3, decayed = tl.zeros((BLOCK_P, HALF), tl.float32), tl.zeros((BLOCK_P, HALF), tl.float32), 0.0, 0.0
-    if STILL > 0:
-        h3 = tl.zeros((BLOCK_P, STILL), tl.float32)
-    if entering is not None:
-        h1, h2, h3 = load_parts(entering + (segment * HEADS + head) * (P * WIDTH), p, P, HALF, STILL)
+    entry, p = tl.arange(0, TOKENS * RANKS), tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    token = entry // RANKS
+    h1, h2, h3 = _start(entering, (segment * HEADS + head) * (P * WIDTH), p, P, HALF, STILL)
+    decayed = 0.0
     for step in range(count):
         chunk = (first + (count - 1 - step if REVERSE else step)).to(tl.int64)
         start, end, place = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1), chunk * HEADS + head
@@ -130,19 +127,28 @@ def sweep_kernel(
         else:
             k = load_tiles(B, B_still, place * (TOKENS * RANKS), TOKENS * RANKS, HALF, STILL, COPY)
         last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
+        weight = load_step(steps, place, token, TOKENS, SUM if REVERSE else WEIGHTED)
         if REVERSE:
             u = load_entries(x + head * x_head, rows, p, x_token, x_rank, P)
-            weight = load_step(steps, place, token, TOKENS, SUM)
         else:
             u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
-            weight = last - load_step(steps, place, token, TOKENS, WEIGHTED)
-        added = tl.trans((u * tl.exp2(weight)[:, None]).to(DTYPE))
+        added = tl.trans((u * tl.exp2(weight if REVERSE else last - weight)[:, None]).to(DTYPE))
         h1, h2, h3 = added_to((h1, h2, h3), tl.exp2(last), added, k, STILL, PRECISION)
         decayed += last
-    _store_end(
-        (h1, h2, h3), decayed, ends, kept, segments, boundaries, segment, head, p,
-        HEADS, P, HALF, STILL, REVERSE,
-    )  # fmt: skip
+    h = (h1, h2, h3)
+    _store_end(h, decayed, ends, kept, segments, boundaries, segment, head, p, HEADS, P, HALF, STILL, REVERSE)
+
+
+@triton.jit
+def _start(entering, offset, p, P: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr):
+    """The state that enters a segment; without `entering` it is zero."""
+    if entering is not None:
+        h1, h2, h3 = load_parts(entering + offset, p, P, HALF, STILL)
+    else:
+        h1, h2, h3 = tl.zeros((p.shape[0], HALF), tl.float32), tl.zeros((p.shape[0], HALF), tl.float32), 0.0
+        if STILL > 0:
+            h3 = tl.zeros((p.shape[0], STILL), tl.float32)
+    return h1, h2, h3
 
 
 @triton.jit
