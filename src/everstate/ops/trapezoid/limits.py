@@ -10,10 +10,10 @@ from torch import Tensor
 from everstate.core.kernels import refusal, shared_memory
 
 LARGEST = 16384
-"""Numbers in the state of a head, each side filled up to a power of two: what fits into shared memory."""
+"""Numbers in the state of a head, its sides filled up as the kernels do: what fits into shared memory."""
 
 SHARED_MEMORY, MORE_SHARED_MEMORY = 99 * 1024, 163 * 1024
-"""Bytes of shared memory that suffice for numbers of 16 bits and states of up to 128, and for all others."""
+"""Bytes of shared memory that suffice for numbers of 16 bits and states of up to 64 x 128, and for all others."""
 
 
 def accepts_scan(
@@ -39,21 +39,23 @@ def accepts_scan(
     if torch.version.hip is not None:
         return "has instructions of NVIDIA GPUs in it"
     headdim, d_state, rank = x.shape[-1], B.shape[-1], B.shape[2]
-    filled = [max(1 << (size - 1).bit_length(), 16) for size in (headdim, d_state)]
-    widest = 128 if x.dtype == torch.float32 else 256
-    if filled[0] > 128 or filled[1] > widest or filled[0] * filled[1] > LARGEST:
+    widest, smallest = (128, 32) if x.dtype == torch.float32 else (256, 16)
+    filled = lambda size: max(1 << (size - 1).bit_length(), smallest) if size else 0
+    pairs, rows = omega.shape[-1], filled(headdim)
+    columns = 2 * filled(pairs) + filled(d_state - 2 * pairs)
+    if rows > 128 or filled(d_state) > widest or rows * columns > LARGEST:
         return (
             "takes heads of up to 128 x 128 numbers (headdim x d_state), or up to 64 x 256 unless they are float32, "
-            f"not {headdim} x {d_state} in {str(x.dtype).removeprefix('torch.')}"
+            f"not {headdim} x {d_state} with {pairs} turning pairs in {str(x.dtype).removeprefix('torch.')}"
         )
-    pairs = omega.shape[-1]
     if x.dtype.itemsize == 2 and any(size & (size - 1) for size in (headdim, d_state, pairs)):
         # At 80 x 48 with 5 pairs a gradient was wrong on an H200, and right in the interpreter and in float32.
         return (
             "takes 16-bit numbers only where headdim, d_state and the pairs that turn are powers of two, "
             f"not {headdim}, {d_state} and {pairs}"
         )
-    needed = SHARED_MEMORY if x.dtype.itemsize == 2 and filled[1] <= 128 else MORE_SHARED_MEMORY
+    few = x.dtype.itemsize == 2 and rows <= 64 and columns <= 128
+    needed = SHARED_MEMORY if few else MORE_SHARED_MEMORY
     if shared_memory(x.device) < needed:
         return f"needs a GPU with {needed:,} bytes of shared memory, this one has {shared_memory(x.device):,}"
     return None if rank <= 16 else f"takes up to 16 ranks, not {rank}"

@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from everstate.core.kernels import capability, kernel_op, processors, shared_memory
 from everstate.core.packing import Packing
@@ -54,9 +53,8 @@ BLOCK_H = 16
 HOPPER = "everstate.ops.trapezoid.triton_hopper"
 
 DEEP = 227 * 1024
-"""Bytes of shared memory from which on there is room for keys that are made ahead."""
+"""Bytes of shared memory from which on there is room for what is loaded, or made, ahead of its use."""
 
-COPIES = False
 TILE_P = 64
 """Rows of the state that one program of a sweep holds."""
 
@@ -294,10 +292,6 @@ class _Call:
             "TOKENS": self.tokens, "HALF": half, "STILL": still,
             "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
         }  # fmt: skip
-        # Where rows are numbered in 32 bits.
-        few = len(self.plan.chunks) * self.heads * max(CHUNK, self.block_p) < 2**31
-        self.copies = COPIES and x.dtype.itemsize == 2 and capability(x.device) >= (9, 0) and few
-        self.sizes["COPY"] = self.copies
         self.order = {"N": self.d_state, "PAIRS": self.pairs, "HALF": half, "INTERLEAVED": interleaved}
         self.B, self.C = (self._by_chunk(t.flatten(0, 1)) for t in (given.B, given.C))
         self.B_bias, self.C_bias = (
@@ -316,23 +310,6 @@ class _Call:
             GROUPS=self.groups, **self.order, WIDTH=self.width, BLOCK_N=triton.next_power_of_2(self.width),
         )  # fmt: skip
         return out
-
-    def copied(self, t: Float[Tensor, "rows w"], rows: int, columns: int) -> Tensor | TensorDescriptor:
-        """A dense matrix for a kernel: what the copy engine needs to know of it, where that is used."""
-        return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns]) if self.copies else t
-
-    def parts(self, t: Float[Tensor, "*rows w"], rows: int) -> tuple[Tensor | TensorDescriptor, ...]:
-        """Keys or states for a kernel, for the columns that turn and for the others."""
-        flat = t.view(-1, self.width)
-        still = self.sizes["STILL"]
-        return self.copied(flat, rows, self.sizes["HALF"]), self.copied(flat, rows, still) if still else flat
-
-    @property
-    def trig(self) -> tuple[Tensor | TensorDescriptor, ...]:
-        """Cosines and sines for a kernel, by chunk, head and token."""
-        if self.ranks > 1:
-            return self.cos, self.sin
-        return tuple(self.copied(t.flatten(0, 2), self.tokens, t.shape[3]) for t in (self.cos, self.sin))
 
     def _arranged(self, t: Float[Tensor, "t r g n"], dtype: torch.dtype) -> Float[Tensor, "t r g w"]:
         """`t` with its columns in parts."""
@@ -403,8 +380,8 @@ class _Call:
 
     @property
     def stages(self) -> int:
-        """Chunks of which a program holds what it has loaded: the next one too, unless float32 fills the memory."""
-        return 2 if self.x.dtype.itemsize == 2 else 1
+        """Chunks of which a program holds what it has loaded: the next one too where there is room for it."""
+        return 2 if self.x.dtype.itemsize == 2 and shared_memory(self.x.device) >= DEEP else 1
 
     @property
     def rows(self) -> int:
@@ -449,7 +426,7 @@ class _Call:
             return y, final
         grid = (len(self.plan.segments) * self.heads * triton.cdiv(self.headdim, TILE_P),)
         scan_kernel[grid](
-            self.x, self.mimo_x, self.steps, *self.trig, *self.parts(self.B, CHUNK), *self.parts(self.C, CHUNK),
+            self.x, self.mimo_x, self.steps, self.cos, self.sin, self.B, self.C,
             self.B_bias, self.C_bias, self.D, entering, y, final, self.plan.chunks, self.plan.segments,
             *self.x.stride()[:2], **{**self.sizes, **self.order}, BLOCK_P=self.block, num_warps=self.warps,
             num_stages=self.stages,
@@ -489,8 +466,8 @@ class _Call:
         x, keys, bias = (self.x, self.B, self.B_bias) if dy is None else (dy, self.C, self.C_bias)
         token, head = x.stride(0), x.stride(-2)
         sweep_kernel[grid](
-            x, None if dy is not None else self.mimo_x, self.steps, *self.trig,
-            *self.parts(keys if make or made is None else made, CHUNK), bias, made, entering, chunks,
+            x, None if dy is not None else self.mimo_x, self.steps, self.cos, self.sin,
+            keys if make or made is None else made, bias, made, entering, chunks,
             ends, kept, self.plan.chunks, self.plan.segments, token, 0 if dy is None else x.stride(1), head,
             **self.sizes, BLOCK_P=self.block, REVERSE=dy is not None, MAKE=make, num_warps=self.warps,
             num_stages=self.stages,
@@ -565,8 +542,7 @@ class _Call:
         dangles = steps.new_empty(count, self.heads, CHUNK, half)
         for turn in (True, False) if self.sizes["STILL"] else (True,):
             keys_kernel[(count * self.groups * splits,)](
-                self.x, self.mimo_x, dy, steps, *self.trig, *(self.parts(t, CHUNK)[not turn] for t in (k, q)),
-                *(self.parts(t, self.rows)[not turn] for t in (entering, leaving)),
+                self.x, self.mimo_x, dy, steps, self.cos, self.sin, k, q, entering, leaving,
                 dB, dC, dB_bias, dC_bias, dangles, self.plan.chunks, *self.x.stride()[:2], *dy.stride()[:3],
                 total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, TURN=turn,
                 num_warps=4 if self.block_p <= 64 else 8, num_stages=self.stages,
@@ -589,7 +565,7 @@ class _Call:
             dangles, steps, self.omega, turns, dt, omega, self.plan.chunks, self.omega.stride(0),
             self.batch * self.length, HEADS=self.heads, RANKS=ranks, TOKENS=self.tokens, PAIRS=self.pairs,
             HALF=self.sizes["HALF"], BLOCK=max(self.tokens, 32), SPLITS=splits, PRECISION=self.sizes["PRECISION"],
-            DTYPE=tl.float32 if exact else tl.bfloat16, num_stages=1 if exact else 3,
+            DTYPE=tl.float32 if exact else tl.bfloat16, num_stages=3 if self.stages > 1 else 1,
         )  # fmt: skip
         return omega, dt, turns
 

@@ -44,11 +44,11 @@ def inputs_kernel(
     place, p, entry = chunk * HEADS + head, tl.arange(0, BLOCK_P), tl.arange(0, ENTRIES)
     start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     rows, token = entries(start, end, TOKENS, RANK, RANKS), entry // RANKS
-    k = load_tiles(keys, keys, place * ENTRIES, ENTRIES, HALF, STILL, False)
-    dh = load_tiles(leaving, leaving, place * BLOCK_P, BLOCK_P, HALF, STILL, False)
+    k = load_tiles(keys, place * ENTRIES, ENTRIES, HALF, STILL)
+    dh = load_tiles(leaving, place * BLOCK_P, BLOCK_P, HALF, STILL)
     u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
-    q = load_tiles(queries, queries, place * ENTRIES, ENTRIES, HALF, STILL, False)
-    h = load_tiles(entering, entering, place * BLOCK_P, BLOCK_P, HALF, STILL, False)
+    q = load_tiles(queries, place * ENTRIES, ENTRIES, HALF, STILL)
+    h = load_tiles(entering, place * BLOCK_P, BLOCK_P, HALF, STILL)
     du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
     sums, weighted = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, WEIGHTED)
     last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
@@ -132,7 +132,7 @@ def keys_kernel(
     x_token, x_head, dy_token, dy_rank, dy_head, total,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     TOKENS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr,
-    PRECISION: tl.constexpr, SPLITS: tl.constexpr, TURN: tl.constexpr, COPY: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk, group and part of its heads: with TURN the gradients of the columns of B, C (summed over
     heads) and biases (to be summed over chunks) that turn, and of angles; without it those of the others."""
@@ -154,14 +154,14 @@ def keys_kernel(
         du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
         weights, gave, took = _weigh(u, du, steps, place, token, TOKENS, PRECISION)
         k, q, dk, dq = _columns(
-            u, du, weights, gave, took, keys, queries, entering, leaving, place, FIRST, SIZE, WIDTH, COPY, PRECISION
+            u, du, weights, gave, took, keys, queries, entering, leaving, place, FIRST, SIZE, WIDTH, PRECISION
         )  # fmt: skip
         if TURN:
             k2, q2, dk2, dq2 = _columns(
-                u, du, weights, gave, took, keys, queries, entering, leaving, place, HALF, HALF, WIDTH, COPY, PRECISION
+                u, du, weights, gave, took, keys, queries, entering, leaving, place, HALF, HALF, WIDTH, PRECISION
             )  # fmt: skip
             _store_angle_gradients(dangles + place * (ENTRIES * HALF), k, q, k2, q2, dk, dq, dk2, dq2)
-            c, s = load_trig(cos, place, TOKENS, RANKS, HALF, COPY), load_trig(sin, place, TOKENS, RANKS, HALF, COPY)
+            c, s = load_trig(cos, place, TOKENS, RANKS, HALF), load_trig(sin, place, TOKENS, RANKS, HALF)
             dk, dk2, dq, dq2 = dk * c + dk2 * s, dk2 * c - dk * s, dq * c + dq2 * s, dq2 * c - dq * s
             db2 += dk2
             dc2 += dq2
@@ -204,15 +204,15 @@ def _weigh(u, du, steps, place, token, TOKENS: tl.constexpr, PRECISION: tl.const
 @triton.jit
 def _columns(
     u, du, weights, gave, took, keys, queries, entering, leaving, place,
-    FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, COPY: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some columns of keys and queries, as they were turned, and the gradients of these."""
     ENTRIES: tl.constexpr = u.shape[0]
     BLOCK_P: tl.constexpr = u.shape[1]
-    q = load_tile(queries, place * ENTRIES, FIRST, ENTRIES, SIZE, WIDTH, COPY)
-    k = load_tile(keys, place * ENTRIES, FIRST, ENTRIES, SIZE, WIDTH, COPY)
-    dh = load_tile(leaving, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH, COPY)
-    h = load_tile(entering, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH, COPY)
+    q = load_tile(queries, place * ENTRIES, FIRST, ENTRIES, SIZE, WIDTH)
+    k = load_tile(keys, place * ENTRIES, FIRST, ENTRIES, SIZE, WIDTH)
+    dh = load_tile(leaving, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH)
+    h = load_tile(entering, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH)
     dk = dot(weights, q, dot(u, dh, None, PRECISION) * gave, PRECISION)
     dq = dot(tl.trans(weights), k, dot(du, h, None, PRECISION) * took, PRECISION)
     return k, q, dk, dq

@@ -27,11 +27,11 @@ from everstate.ops.triton_common import LOG2E, dot
 
 @triton.jit
 def scan_kernel(
-    x, mimo_x, steps, cos, sin, B, B_still, C, C_still, B_bias, C_bias, D, entering, y, final, chunks, segments,
+    x, mimo_x, steps, cos, sin, B, C, B_bias, C_bias, D, entering, y, final, chunks, segments,
     x_token, x_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
     RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr,
-    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr, INTERLEAVED: tl.constexpr, COPY: tl.constexpr,
+    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """One program per segment, head and tile of p."""
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -48,9 +48,9 @@ def scan_kernel(
         start, end, place = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1), chunk * HEADS + head
         rows = entries(start, end, TOKENS, RANK, RANKS)
         row, rank = (chunk * GROUPS + group) * (TOKENS * RANKS), rows[2]
-        c, s = load_trig(cos, place, TOKENS, RANKS, HALF, COPY), load_trig(sin, place, TOKENS, RANKS, HALF, COPY)
-        k = make_keys(B, B_still, row, B_bias, c, s, rank, head, RANK, STILL, DTYPE, COPY)
-        q = make_keys(C, C_still, row, C_bias, c, s, rank, head, RANK, STILL, DTYPE, COPY)
+        c, s = load_trig(cos, place, TOKENS, RANKS, HALF), load_trig(sin, place, TOKENS, RANKS, HALF)
+        k = make_keys(B, row, B_bias, c, s, rank, head, RANK, STILL, DTYPE)
+        q = make_keys(C, row, C_bias, c, s, rank, head, RANK, STILL, DTYPE)
         u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
         sums, own = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, OWN)
         weighted = load_step(steps, place, token, TOKENS, WEIGHTED)
@@ -89,11 +89,11 @@ def _store_final(
 
 @triton.jit
 def sweep_kernel(
-    x, mimo_x, steps, cos, sin, B, B_still, B_bias, made, entering, boundaries, ends, kept, chunks, segments,
+    x, mimo_x, steps, cos, sin, B, B_bias, made, entering, boundaries, ends, kept, chunks, segments,
     x_token, x_rank, x_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     TOKENS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
-    REVERSE: tl.constexpr, MAKE: tl.constexpr, COPY: tl.constexpr,
+    REVERSE: tl.constexpr, MAKE: tl.constexpr,
 ):  # fmt: skip
     """Only the state, forwards; or only its gradient, backwards, with dy for x and C for B.
 
@@ -120,12 +120,12 @@ def sweep_kernel(
         rows = entries(start, end, TOKENS, RANK, RANKS)
         if MAKE:
             row = (chunk * GROUPS + group) * (TOKENS * RANKS)
-            c, s = load_trig(cos, place, TOKENS, RANKS, HALF, COPY), load_trig(sin, place, TOKENS, RANKS, HALF, COPY)
-            k = make_keys(B, B_still, row, B_bias, c, s, rows[2], head, RANK, STILL, DTYPE, COPY)
+            c, s = load_trig(cos, place, TOKENS, RANKS, HALF), load_trig(sin, place, TOKENS, RANKS, HALF)
+            k = make_keys(B, row, B_bias, c, s, rows[2], head, RANK, STILL, DTYPE)
             if made is not None:
                 _keep(made + place * (TOKENS * RANKS * WIDTH), entry, k, tile == 0, HALF, STILL)
         else:
-            k = load_tiles(B, B_still, place * (TOKENS * RANKS), TOKENS * RANKS, HALF, STILL, COPY)
+            k = load_tiles(B, place * (TOKENS * RANKS), TOKENS * RANKS, HALF, STILL)
         last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
         weight = load_step(steps, place, token, TOKENS, SUM if REVERSE else WEIGHTED)
         if REVERSE:

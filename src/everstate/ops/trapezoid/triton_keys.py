@@ -146,30 +146,22 @@ def source_of(at, N: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTE
 
 @triton.jit
 def load_tile(
-    source, row, FIRST: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, COPY: tl.constexpr
+    source, row, FIRST: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """ROWS from `row` on of a dense matrix WIDTH numbers wide, and SIZE columns from FIRST on; with COPY by the copy
-    engine of the GPU, which takes no registers for addresses."""
-    if COPY:
-        tile = source.load([row.to(tl.int32), FIRST])
-    else:
-        at = tl.arange(0, ROWS)[:, None] * WIDTH + (tl.arange(0, SIZE) + FIRST)[None, :]
-        tile = tl.load(source + row.to(tl.int64) * WIDTH + at)
-    return tile
+    """ROWS from `row` on of a dense matrix WIDTH numbers wide, and SIZE columns from FIRST on."""
+    at = tl.arange(0, ROWS)[:, None] * WIDTH + (tl.arange(0, SIZE) + FIRST)[None, :]
+    return tl.load(source + row.to(tl.int64) * WIDTH + at)
 
 
 @triton.jit
-def load_tiles(
-    turning, still, row, ROWS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, COPY: tl.constexpr
-):  # fmt: skip
-    """The three parts of keys or states, the last 0 where all columns turn. `turning` and `still` are the same matrix,
-    or say how it is copied."""
+def load_tiles(source, row, ROWS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr):
+    """The three parts of keys or states, the last 0 where all columns turn."""
     WIDTH: tl.constexpr = 2 * HALF + STILL
     rest = 0.0
     if STILL > 0:
-        rest = load_tile(still, row, 2 * HALF, ROWS, STILL, WIDTH, COPY)
-    first = load_tile(turning, row, 0, ROWS, HALF, WIDTH, COPY)
-    return first, load_tile(turning, row, HALF, ROWS, HALF, WIDTH, COPY), rest
+        rest = load_tile(source, row, 2 * HALF, ROWS, STILL, WIDTH)
+    first = load_tile(source, row, 0, ROWS, HALF, WIDTH)
+    return first, load_tile(source, row, HALF, ROWS, HALF, WIDTH), rest
 
 
 @triton.jit
@@ -187,27 +179,19 @@ def _with_bias(tile, bias, rank, head, FIRST: tl.constexpr, RANK: tl.constexpr, 
 
 
 @triton.jit
-def load_trig(
-    trig, place, TOKENS: tl.constexpr, RANKS: tl.constexpr, HALF: tl.constexpr, COPY: tl.constexpr
-):  # fmt: skip
+def load_trig(trig, place, TOKENS: tl.constexpr, RANKS: tl.constexpr, HALF: tl.constexpr):
     """Cosines or sines of a chunk of a head, by entry and pair; `place` is chunk * HEADS + head."""
-    if COPY and RANKS == 1:
-        tile = trig.load([(place * TOKENS).to(tl.int32), 0])
-    else:
-        token, pairs = tl.arange(0, TOKENS * RANKS) // RANKS, tl.arange(0, HALF)
-        tile = tl.load(trig + place * (TOKENS * HALF) + (token[:, None] * HALF + pairs[None, :]))
+    token, pairs = tl.arange(0, TOKENS * RANKS) // RANKS, tl.arange(0, HALF)
+    tile = tl.load(trig + place * (TOKENS * HALF) + (token[:, None] * HALF + pairs[None, :]))
     return tile.to(tl.float32)
 
 
 @triton.jit
-def make_keys(
-    turning, still, row, bias, c, s, rank, head,
-    RANK: tl.constexpr, STILL: tl.constexpr, DTYPE: tl.constexpr, COPY: tl.constexpr,
-):  # fmt: skip
+def make_keys(source, row, bias, c, s, rank, head, RANK: tl.constexpr, STILL: tl.constexpr, DTYPE: tl.constexpr):
     """Keys of a chunk of a head from B, or queries from C, in three parts; `row` is the first of the chunk."""
     HALF: tl.constexpr = c.shape[1]
     WIDTH: tl.constexpr = 2 * HALF + STILL
-    a, b, rest = load_tiles(turning, still, row, c.shape[0], HALF, STILL, COPY)
+    a, b, rest = load_tiles(source, row, c.shape[0], HALF, STILL)
     a = _with_bias(a, bias, rank, head, 0, RANK, WIDTH)
     b = _with_bias(b, bias, rank, head, HALF, RANK, WIDTH)
     if STILL > 0:
