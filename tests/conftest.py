@@ -67,6 +67,8 @@ def poisoned_empty() -> Iterator[None]:
 @pytest.fixture
 def kernel_device() -> Iterator[torch.device]:
     """Where tests of Triton kernels run: the GPU, or the CPU with Triton's interpreter."""
+    # A compiler keeps what earlier tests had it trace, and gives up after eight functions that look alike.
+    torch._dynamo.reset()
     if HAS_GPU:
         yield torch.device("cuda")
         return
