@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -159,7 +159,7 @@ class Kernel:
     """A function of a kernel file; `kernel[grid](...)` runs its programs one after the other."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+        self.function, self.arg_names = function, list(inspect.signature(function).parameters)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.function(*arguments, **named)
@@ -211,13 +211,9 @@ def _language() -> SimpleNamespace:
     )  # fmt: skip
 
 
-@contextmanager
-def imitated(name: str) -> Iterator[ModuleType]:
+@cache
+def imitated(name: str) -> ModuleType:
     """The module of kernels `name`, made to run here."""
-    yield _imitate(name)
-
-
-def _imitate(name: str) -> ModuleType:
     original = import_module(name)
     module = ModuleType(name)
     given = {key: _plain(name, key, value) for key, value in vars(original).items()}
@@ -235,7 +231,7 @@ def _plain(name: str, key: str, value: Any) -> Any:
     if isinstance(value, constexpr):
         return value.value
     home = getattr(getattr(value, "fn", None), "__module__", name)
-    return value if home == name else vars(_imitate(home))[key]
+    return value if home == name else vars(imitated(home))[key]
 
 
 def _hopper_names() -> dict[str, Any]:

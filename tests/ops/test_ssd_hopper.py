@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from everstate.core.kernels import capability
 from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.ops import ssd_scan, use
 from tests.ops.test_ssd_triton import draw, outputs_and_gradients
-
-
-@pytest.fixture
-def hopper(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    from everstate.ops.ssd import triton as kernels
-
-    if kernel_device.type == "cuda":
-        if capability(kernel_device)[0] != 9:
-            pytest.skip("needs a Hopper GPU")
-        yield kernel_device
-        return
-    from tests.imitation import imitated
-
-    with imitated("everstate.ops.ssd.triton_hopper") as module:
-        monkeypatch.setattr(kernels, "INTERPRETED", False)
-        monkeypatch.setattr(kernels, "import_module", lambda name: module)
-        yield kernel_device
 
 
 def served(inputs: dict[str, Tensor], packing: Packing | None = None) -> Any:
@@ -51,15 +33,6 @@ def agree(inputs: dict[str, Tensor], **settings: Any) -> None:
         error, least = ((t.double() - expected[name]).norm() / expected[name].norm() for t in (got, plain[name]))
         # Upstream gradients are rounded, so that the plain form has its part of these errors.
         assert error <= 1.6 * least + 3e-3, (name, error, least)
-
-
-def fill(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
-    """Pretend that it takes as many programs to fill the GPU."""
-    from everstate.ops import triton_segments
-    from everstate.ops.ssd import triton as kernels
-
-    for module in (triton_segments, kernels):
-        monkeypatch.setattr(module, "processors", lambda device: programs)
 
 
 # Few settings in all of this file: on a GPU each has to be compiled.
@@ -83,16 +56,16 @@ def test_any_length(
 
 
 @pytest.mark.parametrize("programs", [2, 8])
-def test_segments_and_parts_of_the_heads(programs: int, hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(monkeypatch, programs)
+def test_segments_and_parts_of_the_heads(programs: int, hopper: torch.device, fill: Callable[[int], None]) -> None:
+    fill(programs)
     inputs = draw(hopper, 1, 300, 4, 64, 1, 64, dtype=torch.bfloat16)
     call = served(inputs)
     assert len(call.plan.segments) == (1 if programs == 2 else 3)
     agree(inputs)
 
 
-def test_packed_sequences_of_whole_chunks(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(monkeypatch, 4)
+def test_packed_sequences_of_whole_chunks(hopper: torch.device, fill: Callable[[int], None]) -> None:
+    fill(4)
     packing = Packing([0, 64, 256])
     inputs = draw(hopper, 1, 256, 4, 64, 1, 64, dtype=torch.bfloat16, sequences=2)
     served(inputs, packing)

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from everstate.core.kernels import capability
 from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.ops import trapezoid_scan, use
 from everstate.ops.example import Example
 from tests.ops.test_trapezoid_triton import draw, errors, outcome
-
-KERNELS = "everstate.ops.trapezoid.triton_hopper"
-
-
-@pytest.fixture
-def hopper(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    from everstate.ops.trapezoid import triton as kernels
-
-    if kernel_device.type == "cuda":
-        if capability(kernel_device)[0] != 9:
-            pytest.skip("needs a Hopper GPU")
-        yield kernel_device
-        return
-    from tests.imitation import imitated
-
-    with imitated(KERNELS) as forward, imitated(KERNELS + "_backward") as backward:
-        monkeypatch.setattr(kernels, "INTERPRETED", False)
-        modules = {KERNELS: forward, KERNELS + "_backward": backward}
-        monkeypatch.setattr(kernels, "import_module", modules.__getitem__)
-        yield kernel_device
 
 
 def call(example: Example, packing: Packing | None = None) -> Any:
@@ -57,15 +36,6 @@ def agree(example: Example, **settings: Any) -> None:
         assert error <= 1.6 * least + cut, (error, least)
 
 
-def fill(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
-    """Pretend that it takes as many programs to fill the GPU."""
-    from everstate.ops import triton_segments
-    from everstate.ops.trapezoid import triton as kernels
-
-    for module in (triton_segments, kernels):
-        monkeypatch.setattr(module, "processors", lambda device: programs)
-
-
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "groups", "d_state", "dtype"),
     [
@@ -85,15 +55,15 @@ def test_halves_that_turn_and_no_biases(hopper: torch.device) -> None:
 
 
 @pytest.mark.parametrize("programs", [2, 8])
-def test_segments_and_parts_of_the_heads(programs: int, hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(monkeypatch, programs)
+def test_segments_and_parts_of_the_heads(programs: int, hopper: torch.device, fill: Callable[[int], None]) -> None:
+    fill(programs)
     example = draw(hopper, 1, 200, 4, 64, 1, 64, dtype=torch.bfloat16)
     assert len(call(example).plan.segments) == (1 if programs == 2 else 4)
     agree(example)
 
 
-def test_packed_sequences_of_whole_chunks(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(monkeypatch, 4)
+def test_packed_sequences_of_whole_chunks(hopper: torch.device, fill: Callable[[int], None]) -> None:
+    fill(4)
     agree(draw(hopper, 1, 192, 2, 64, 1, 64, dtype=torch.bfloat16, sequences=2), packing=Packing([0, 64, 192]))
 
 

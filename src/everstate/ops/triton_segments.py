@@ -6,20 +6,25 @@ at once. Packed sequences are segments too.
 """
 
 from functools import lru_cache
+from importlib import import_module
 from itertools import pairwise
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from everstate.core.kernels import processors
-from everstate.ops.triton_common import LOG2E
+from everstate.core.kernels import capability, processors, shared_memory
+from everstate.ops.triton_common import INTERPRETED, LOG2E
 
 CHUNK = 64
 """Entries of a chunk: the side of the smallest matrix product that keeps the tensor cores busy."""
+
+DEEP = 227 * 1024
+"""Bytes of shared memory, those of a Hopper GPU, from which on there is room for what is loaded ahead of its use."""
 
 
 class Plan(NamedTuple):
@@ -65,6 +70,30 @@ def fill(programs: int, device: torch.device) -> int:
     available = processors(device)
     most = max(2 * available // programs, 1)
     return min(range(1, most + 1), key=lambda pieces: triton.cdiv(programs * pieces, available) / pieces)
+
+
+def stages_for(x: Tensor, wanted: int) -> int:
+    """How many tiles kernels load ahead: on a GPU with less shared memory than Hopper, and in float32, none."""
+    return wanted if x.dtype.itemsize == 2 and shared_memory(x.device) >= DEEP else 1
+
+
+def only(sizes: dict[str, Any], kernel: Any) -> dict[str, Any]:
+    """The sizes that a kernel asks for."""
+    return {name: size for name, size in sizes.items() if name in kernel.arg_names}
+
+
+def can_copy(t: Float[Tensor, "*b h p"]) -> bool:
+    """Whether the copy engine can move tiles of such rows: 2 bytes a number, dense, on multiples of 16 bytes."""
+    dense = t.stride(-2) == t.shape[-1] and t.stride(-3) % 8 == 0 and t.data_ptr() % 16 == 0
+    return t.dtype.itemsize == 2 and dense and capability(t.device) >= (9, 0)
+
+
+def hopper_kernels(name: str, x: Tensor) -> ModuleType | None:
+    """The module `name` of kernels that are written for Hopper GPUs, where they serve such numbers on this device."""
+    if x.dtype.itemsize != 2 or INTERPRETED or capability(x.device)[0] != 9 or shared_memory(x.device) < DEEP:
+        return None
+    # Their language is experimental: what another version makes of them nobody has tried.
+    return import_module(name) if triton.__version__.startswith("3.6.") else None
 
 
 def rows_of(t: Tensor) -> Tensor:

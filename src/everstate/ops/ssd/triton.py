@@ -16,7 +16,6 @@ Everything is summed in a fixed order: the same call gives the same bits.
 """
 
 from collections.abc import Sequence
-from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -27,18 +26,22 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from everstate.core.kernels import capability, kernel_op, processors, shared_memory
+from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
-from everstate.ops.triton_common import INTERPRETED, LOG2E, dot
+from everstate.ops.triton_common import LOG2E, dot
 from everstate.ops.triton_segments import (
     CHUNK,
+    can_copy,
     fill,
+    hopper_kernels,
     load_rows,
     load_state,
+    only,
     pass_kernel,
     pieces_for,
     plan,
     rows_of,
+    stages_for,
     store_rows,
     store_state,
 )
@@ -82,7 +85,7 @@ def _scan(
         call.rows(call.x, tile), call.decays, call.scales, call.rows(call.B), call.rows(call.C),
         call.diagonal, call.D, entering, call.rows(rows_of(y), tile), final,
         call.plan.chunks, call.plan.segments, *call.strides, **call.sizes,
-        SKIP=call.skip, BLOCK_P=tile, num_warps=call.warps, num_stages=call.stages(2),
+        SKIP=call.skip, BLOCK_P=tile, num_warps=call.warps, num_stages=stages_for(call.x, 2),
     )  # fmt: skip
     return y, final
 
@@ -102,7 +105,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, a, s, B, C, state, and of diagonal and D where they are given."""
     call = _Call(x, a, s, B, C, diagonal, D, ends)
-    dy = rows_of(dy) if call.can_copy(rows_of(dy)) else rows_of(dy.contiguous())
+    dy = rows_of(dy) if can_copy(rows_of(dy)) else rows_of(dy.contiguous())
     entering, _ = call.boundaries(call.x, call.B, state, reverse=False)
     leaving, dstate = call.boundaries(dy, call.C, dfinal.contiguous(), reverse=True)
     if call.hopper is not None:
@@ -146,9 +149,6 @@ _scan.register_autograd(_differentiate, setup_context=_save)
 BLOCK_H = 16
 """Heads whose decays one program sums."""
 
-DEEP = 227 * 1024
-"""Bytes of shared memory from which on there is room for tiles that are loaded ahead."""
-
 HEADS_EACH = 16
 """Heads whose inputs get their gradients from one program, which loads B and C once and each head early."""
 
@@ -185,7 +185,7 @@ class _Call:
         bounds = tuple(ends) or tuple(range(0, (batch + 1) * length, length))
         self.tiles = triton.cdiv(self.headdim, TILE_P)
         whole = self.block_p == self.headdim and block_n == d_state and all(end % CHUNK == 0 for end in bounds)
-        copied = all(self.can_copy(t) for t in (self.x, self.B, self.C))
+        copied = all(can_copy(t) for t in (self.x, self.B, self.C))
         self.full = whole and chunk == CHUNK and copied
         self.hopper = _hopper(self, d_state, rank) if copied and (self.full or not ends) else None
         walkers = (len(bounds) - 1) * self.heads
@@ -201,15 +201,6 @@ class _Call:
         self.warps = 4 if min(self.block_p, TILE_P) * block_n <= 64 * 128 else 8
         self.walkers = (len(self.plan.segments) * self.heads * self.tiles,)
         self.decays, self.scales = self._sum_decays(a.flatten(0, 1), s.flatten(0, 1))
-
-    def stages(self, wanted: int) -> int:
-        """How many tiles kernels load ahead: on a GPU with less shared memory than Hopper, and in float32, none."""
-        return wanted if self.x.dtype.itemsize == 2 and shared_memory(self.x.device) >= DEEP else 1
-
-    def can_copy(self, t: Tensor) -> bool:
-        """Whether the copy engine can move tiles of such rows: 2 bytes a number, dense, on multiples of 16 bytes."""
-        dense = t.stride(2) == t.shape[3] and t.stride(1) % 8 == 0 and t.data_ptr() % 16 == 0
-        return t.dtype.itemsize == 2 and dense and capability(t.device) >= (9, 0)
 
     def rows(self, t: Tensor, width: int | None = None) -> Tensor | TensorDescriptor:
         """Rows for a kernel: what the copy engine wants to know of them where chunks are `full`."""
@@ -279,8 +270,9 @@ class _Call:
         tile = min(self.block_p, TILE_P)
         _sweep_kernel[self.walkers](
             self.rows(x, tile), self.decays, self.scales, self.rows(keys), entering, chunks, ends, kept,
-            self.plan.chunks, self.plan.segments, *x.stride()[1:3], *keys.stride()[1:3], **_only(self.sizes, _SWEEP),
-            BLOCK_P=tile, REVERSE=reverse, num_warps=self.warps, num_stages=self.stages(2 if reverse else 3),
+            self.plan.chunks, self.plan.segments, *x.stride()[1:3], *keys.stride()[1:3],
+            **only(self.sizes, _sweep_kernel), BLOCK_P=tile, REVERSE=reverse, num_warps=self.warps,
+            num_stages=stages_for(self.x, 2 if reverse else 3),
         )  # fmt: skip
 
     def input_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> _InputGradients:
@@ -293,7 +285,7 @@ class _Call:
             self.diagonal, self.D, self.states(entering), self.states(leaving), self.rows(rows_of(dx)),
             ddecays, dscales, ddiagonal, dD, self.plan.chunks, *self.strides, *dy.stride()[1:3], **self.sizes,
             SKIP=self.skip, BLOCK_P=self.block_p, SPLITS=splits,
-            num_warps=4 if self.block_p <= 64 else 8, num_stages=self.stages(2 if self.full else 1),
+            num_warps=4 if self.block_p <= 64 else 8, num_stages=stages_for(self.x, 2 if self.full else 1),
         )  # fmt: skip
         return _InputGradients(dx, *self._decay_gradients(ddecays, dscales), ddiagonal, dD)
 
@@ -320,11 +312,11 @@ class _Call:
         """Gradients of B and C."""
         splits = self._head_splits(self.heads, 2 * processors(self.x.device))
         # Accumulators of 64 x 128 leave room for the next two heads, larger ones for one.
-        stages = self.stages(3 if self.warps == 4 and self.block_p <= TILE_P else 2)
+        stages = stages_for(self.x, 3 if self.warps == 4 and self.block_p <= TILE_P else 2)
         dB, dC = self._empty_key_gradients(splits)
         _keys_kernel[(len(self.plan.chunks) * self.groups * splits,)](
             self.x, dy, self.decays, self.scales, self.B, self.C, entering, leaving, dB, dC, self.plan.chunks,
-            *self.strides, *dy.stride()[1:3], self.shape[0] * self.shape[1], **_only(self.sizes, _KEYS),
+            *self.strides, *dy.stride()[1:3], self.shape[0] * self.shape[1], **only(self.sizes, _keys_kernel),
             BLOCK_P=self.block_p, SPLITS=splits, num_warps=8, num_stages=stages,
         )  # fmt: skip
         return dB.sum(0) if splits > 1 else dB[0], dC.sum(0) if splits > 1 else dC[0]
@@ -348,21 +340,10 @@ class _Call:
 def _hopper(call: "_Call", d_state: int, rank: int) -> ModuleType | None:
     """The kernels that are written for Hopper GPUs, where they serve."""
     sizes = call.headdim == 64 and d_state in (64, 128) and rank == 0 and call.heads // call.groups % 2 == 0
-    device, alike = call.x.device, call.x.dtype == call.B.dtype == call.C.dtype
-    if not (sizes and alike) or INTERPRETED or capability(device)[0] != 9 or shared_memory(device) < DEEP:
+    alike = call.x.dtype == call.B.dtype == call.C.dtype
+    if not (sizes and alike) or call.x[..., 0].numel() >= 2**31:
         return None
-    # Their language is experimental: what another version makes of them nobody has tried.
-    if not triton.__version__.startswith("3.6.") or call.x[..., 0].numel() >= 2**31:
-        return None
-    return import_module("everstate.ops.ssd.triton_hopper")
-
-
-_SWEEP = ("HEADS", "GROUPS", "P", "N", "RANK", "BLOCK", "BLOCK_N", "PRECISION", "FULL")
-_KEYS = ("HEADS", "GROUPS", "P", "N", "RANK", "BLOCK", "BLOCK_N", "PRECISION")
-
-
-def _only(sizes: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: sizes[name] for name in names}
+    return hopper_kernels("everstate.ops.ssd.triton_hopper", call.x)
 
 
 @triton.jit

@@ -1,13 +1,9 @@
 """SSD on a Hopper GPU, for heads of 64 channels: groups of warps that share the work of a program.
 
 The formulas are those of `everstate.ops.ssd.triton`. Compiled in one piece, all that a chunk needs takes more registers
-than there are, and whoever waits for a product does nothing else meanwhile. Here one warp moves tiles into shared
-memory ahead of time, and groups of four, each with registers of its own (`gl.warp_specialize`; `maxnreg` times the
-threads is what they share out), do different things with them. So every tile is read from memory once. They tell each
-other by barriers: a tile is `full` when it has arrived and `empty` when all have read it.
-
-Sequences are a dimension of their own for the copy engine: it reads zeros beyond the end of one and writes nothing
-there, so no length needs masks. The language is Gluon; without a GPU, `tests/imitation.py` runs its source.
+than there are, and whoever waits for a product does nothing else meanwhile. Here groups of four warps do different
+things with the same tiles, as `everstate.ops.triton_hopper` says. Sequences are a dimension of their own for the copy
+engine, so no length needs masks. The language is Gluon; without a GPU, `tests/imitation.py` runs its source.
 """
 
 from __future__ import annotations
@@ -26,23 +22,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, STATES, barriers_of, place_of, rows_of, vectors_of
+from everstate.ops.triton_segments import only
+
 if TYPE_CHECKING:
     from everstate.ops.ssd.triton import _Call
-
-# How tiles lie in shared memory: 16-bit numbers as products want to read them.
-ROWS, STATES, VECTOR = (
-    gl.NVMMASharedLayout(128, 16, 3),
-    gl.NVMMASharedLayout(128, 16, 2),
-    gl.NVMMASharedLayout(0, 32, 1),
-)
 
 
 def scan(call: _Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
     """Outputs and final states."""
     scan_kernel[(len(call.plan.segments) * call.heads // 2,)](
-        _rows(call, call.x), _vectors(call.decays), _vectors(call.scales),
+        _rows(call, call.x), vectors_of(call.decays), vectors_of(call.scales),
         _rows(call, call.B), _rows(call, call.C), call.D, entering, _rows(call, y), final, call.plan.chunks,
-        call.plan.segments, call.shape[1], **_sizes(call), SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=128,
+        call.plan.segments, call.shape[1], **only(call.sizes, scan_kernel), SKIP=call.skip, STAGES=3,
+        num_warps=4, maxnreg=128,
     )  # fmt: skip
 
 
@@ -52,9 +45,9 @@ def sweep(
 ) -> None:  # fmt: skip
     """The states alone."""
     sweep_kernel[(len(call.plan.segments) * call.heads // 2,)](
-        _rows(call, x), _vectors(call.decays), _vectors(call.scales), _rows(call, keys),
+        _rows(call, x), vectors_of(call.decays), vectors_of(call.scales), _rows(call, keys),
         entering, None if chunks is None else _states(chunks), ends, kept, call.plan.chunks, call.plan.segments,
-        call.shape[1], **_sizes(call), REVERSE=reverse, STAGES=4, num_warps=4, maxnreg=168,
+        call.shape[1], **only(call.sizes, sweep_kernel), REVERSE=reverse, STAGES=4, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
@@ -65,30 +58,15 @@ def gradients(
     """All that a chunk says by itself: gradients of x, the decays, s, D, B and C."""
     splits = len(dB)
     gradients_kernel[(len(call.plan.chunks) * call.groups * splits,)](
-        _rows(call, call.x), _rows(call, dy), _vectors(call.decays), _vectors(call.scales),
+        _rows(call, call.x), _rows(call, dy), vectors_of(call.decays), vectors_of(call.scales),
         _rows(call, call.B), _rows(call, call.C), _states(entering), _states(leaving), _rows(call, dx), call.D,
         *parts, dD, dB, dC, call.plan.chunks, *call.shape,
-        **_sizes(call), SPLITS=splits, SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=128,
+        **only(call.sizes, gradients_kernel), SPLITS=splits, SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=128,
     )  # fmt: skip
 
 
-def _sizes(call: _Call) -> dict[str, int]:
-    return {name: call.sizes[name] for name in ("HEADS", "GROUPS", "P", "N", "BLOCK")}
-
-
 def _rows(call: _Call, t: Tensor) -> TensorDescriptor:
-    """Tiles of 64 tokens of `t`, (1, b l, h, p) or (b, l, h, p).
-
-    Sequences are a dimension of their own: beyond the end of one zeros are read and nothing is written.
-    """
-    (batch, length), width = call.shape, t.shape[2] * t.shape[3]
-    strides = [length * t.stride(1), t.stride(1), 1]
-    return TensorDescriptor(t, [batch, length, width], strides, [1, 64, t.shape[3]], ROWS)
-
-
-def _vectors(t: Tensor) -> TensorDescriptor:
-    """The 64 numbers of a chunk and head."""
-    return TensorDescriptor(t, [t.numel()], [1], [64], VECTOR)
+    return rows_of(t, *call.shape)
 
 
 def _states(t: Tensor) -> TensorDescriptor:
@@ -136,11 +114,8 @@ def _inputs(
     css, ss = vectors
     k, q = keys[0].reshape([BLOCK, N]), keys[1].reshape([BLOCK, N])
     full, empty, ready, _ = barriers
-    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    row: gl.constexpr = gl.SliceLayout(1, square)
-    column: gl.constexpr = gl.SliceLayout(0, square)
-    j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
-    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
     mbarrier.wait(ready, 0)
     gram = gl.where(i[None, :] >= j[:, None], warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False), 0.0)
     for step in range(EACH):
@@ -148,17 +123,17 @@ def _inputs(
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
         dadded = warpgroup_mma(k, dhs.index(at).permute((1, 0)), none, use_acc=False, is_async=True)
-        cs, scale, later = css.index(at).load(row), ss.index(at).load(row), css.index(at).load(column)
+        cs, scale, later = css.index(at).load(ROW), ss.index(at).load(ROW), css.index(at).load(COLUMN)
         last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
         weights = (gram * gl.exp2(gl.minimum(later[None, :] - cs[:, None], 126.0))).to(k.dtype)
         # The gradient of s x: first what went through the state, then what entries of the chunk received.
         dadded = warpgroup_mma_wait(0, (dadded,)) * gl.exp2(last - cs)[:, None]
         place = (chunk * HEADS + head + step).to(gl.int64) * BLOCK
-        given = u.load(square).to(gl.float32)
+        given = u.load(SQUARE).to(gl.float32)
         gl.store(through + place + j, gl.sum(dadded * given, 1))
-        weights = gl.convert_layout(weights, gl.DotOperandLayout(0, square, 2))
+        weights = gl.convert_layout(weights, gl.DotOperandLayout(0, SQUARE, 2))
         dadded = warpgroup_mma(weights, du, dadded, is_async=True)
-        answered = du.load(square).to(gl.float32)
+        answered = du.load(SQUARE).to(gl.float32)
         if SKIP == 1:
             gl.store(dD + place + j, gl.sum(given * answered, 1))
         if SKIP == 2:
@@ -187,12 +162,9 @@ def _decays(
     css, ss = vectors
     k, q = keys[0].reshape([BLOCK, N]), keys[1].reshape([BLOCK, N])
     full, empty, ready, summed = barriers
-    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    row: gl.constexpr = gl.SliceLayout(1, square)
-    column: gl.constexpr = gl.SliceLayout(0, square)
-    j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
-    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
-    dgram = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
+    dgram = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
     mbarrier.wait(ready, 0)
     gram = gl.where(i[None, :] >= j[:, None], warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False), 0.0)
     grams.store(gram.to(k.dtype))
@@ -202,13 +174,13 @@ def _decays(
         place = (chunk * HEADS + head + step).to(gl.int64) * BLOCK
         mbarrier.wait(full.index(at), step // STAGES & 1)
         received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
-        cs, scale, later = css.index(at).load(row), ss.index(at).load(row), css.index(at).load(column)
+        cs, scale, later = css.index(at).load(ROW), ss.index(at).load(ROW), css.index(at).load(COLUMN)
         # Bounded, so that the powers of entries that receive nothing stay finite until they are masked.
         decay = gl.exp2(gl.minimum(later[None, :] - cs[:, None], 126.0))
         received = warpgroup_mma_wait(0, (received,))
         dgram += received * scale[:, None] * decay
         # Both sides of each pair are the same number: two entries of the same decay cancel, as they must.
-        received = received * decay * grams.load(square).to(gl.float32)
+        received = received * decay * grams.load(SQUARE).to(gl.float32)
         mbarrier.arrive(empty.index(at), count=1)
         gl.store(given + place + j, gl.sum(received, 1))
         gl.store(gained + place + i, gl.sum(received * scale[:, None], 0))
@@ -238,22 +210,19 @@ def _keys(
     css, ss = vectors
     k, q = keys[0].reshape([BLOCK, N]), keys[1].reshape([BLOCK, N])
     full, empty, ready, summed = barriers
-    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    row: gl.constexpr = gl.SliceLayout(1, square)
-    column: gl.constexpr = gl.SliceLayout(0, square)
     first: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     entry: gl.constexpr = gl.SliceLayout(1, first)
     dtype: gl.constexpr = k.dtype
-    j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
-    none = gl.zeros((BLOCK, P), gl.float32, square)
+    j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
+    none = gl.zeros((BLOCK, P), gl.float32, SQUARE)
     dk, dq = gl.zeros((BLOCK, N), gl.float32, wide), gl.zeros((BLOCK, N), gl.float32, wide)
     mbarrier.wait(ready, 0)
     for step in range(EACH):
         at = step % STAGES
         mbarrier.wait(full.index(at), step // STAGES & 1)
         cs, scale = css.index(at).load(entry), ss.index(at).load(entry)
-        last = gl.sum(gl.where(i == BLOCK - 1, css.index(at).load(column), 0.0), 0)
+        last = gl.sum(gl.where(i == BLOCK - 1, css.index(at).load(COLUMN), 0.0), 0)
         kept = dus.index(at).reshape([BLOCK, P]).load(first).to(gl.float32) * gl.exp2(cs)[:, None]
         dq = warpgroup_mma(kept.to(dtype), hs.index(at), dq, is_async=True)
         given = us.index(at).reshape([BLOCK, P]).load(first).to(gl.float32) * (scale * gl.exp2(last - cs))[:, None]
@@ -265,8 +234,8 @@ def _keys(
         place = (chunk * HEADS + head + step).to(gl.int64) * BLOCK + j
         gl.store(own + place, gl.sum(products, 1) * gl.exp2(last))
         answers = warpgroup_mma_wait(0, (answers,))
-        answers = answers * dus.index(at).reshape([BLOCK, P]).load(square).to(gl.float32)
-        answers = gl.sum(answers, 1) * gl.exp2(css.index(at).load(row))
+        answers = answers * dus.index(at).reshape([BLOCK, P]).load(SQUARE).to(gl.float32)
+        answers = gl.sum(answers, 1) * gl.exp2(css.index(at).load(ROW))
         mbarrier.arrive(empty.index(at), count=1)
         gl.store(answered + place, answers)
     mbarrier.wait(summed, 0)
@@ -304,15 +273,8 @@ def gradients_kernel(
     out = gl.allocate_shared_memory(x.dtype, [1, BLOCK, P], dx.layout)
     sums = gl.allocate_shared_memory(x.dtype, [2, BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
     grams = gl.allocate_shared_memory(x.dtype, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    summed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=3)
-    mbarrier.init(ready, count=1)
-    mbarrier.init(summed, count=1)
+    full, empty = barriers_of(STAGES, 1), barriers_of(STAGES, 3)
+    ready, summed = barriers_of(1, 1).index(0), barriers_of(1, 1).index(0)
     fence_async_shared()
     tiles, vectors, keys, barriers = (us, dus, hs, dhs), (css, ss), (k, q), (full, empty, ready, summed)
     gl.warp_specialize(
@@ -341,9 +303,7 @@ def _feed(
     us, ks, qs = tiles
     css, ss = vectors
     full, empty, _, _ = barriers
-    first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
-    start = gl.load(chunks + 2 * first)
-    sequence, start = start // length, start % length
+    first, count, sequence, start = place_of(segments, chunks, length, segment)
     for step in range(count):
         at = step % STAGES
         mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
@@ -367,11 +327,8 @@ def _weigh(
     _, ks, qs = tiles
     css, ss = vectors
     full, empty, weighed, used = barriers
-    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    row: gl.constexpr = gl.SliceLayout(1, square)
-    column: gl.constexpr = gl.SliceLayout(0, square)
-    j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
-    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
     count = gl.load(segments + 5 * segment + 1)
     for step in range(count):
         at, turn = step % STAGES, step % 2
@@ -380,8 +337,8 @@ def _weigh(
         products = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False)
         products = gl.where(i[None, :] >= j[:, None], products, 0.0)
         for own in gl.static_range(2):
-            cs, later = css.index(2 * at + own).load(row), css.index(2 * at + own).load(column)
-            decay = gl.exp2(gl.minimum(later[None, :] - cs[:, None], 126.0)) * ss.index(2 * at + own).load(row)[:, None]
+            cs, later = css.index(2 * at + own).load(ROW), css.index(2 * at + own).load(COLUMN)
+            decay = gl.exp2(gl.minimum(later[None, :] - cs[:, None], 126.0)) * ss.index(2 * at + own).load(ROW)[:, None]
             mbarrier.wait(used.index(2 * turn + own), (step // 2 & 1) ^ 1)
             pairs.index(2 * turn + own).store((products * decay).to(pairs.dtype))
             fence_async_shared()
@@ -399,26 +356,22 @@ def _walk(
     us, ks, qs = tiles
     css, ss = vectors
     full, empty, weighed, used = barriers
-    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    column: gl.constexpr = gl.SliceLayout(0, square)
     inputs: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     entry: gl.constexpr = gl.SliceLayout(0, inputs)
-    first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
-    start = gl.load(chunks + 2 * first)
-    sequence, start = start // length, start % length
-    i, none = gl.arange(0, BLOCK, column), gl.zeros((P, BLOCK), gl.float32, square)
+    _, count, sequence, start = place_of(segments, chunks, length, segment)
+    i, none = gl.arange(0, BLOCK, COLUMN), gl.zeros((P, BLOCK), gl.float32, SQUARE)
     state = gl.arange(0, P, gl.SliceLayout(1, wide))[:, None] * N + gl.arange(0, N, gl.SliceLayout(0, wide))[None, :]
     h = gl.load(entering + (segment.to(gl.int64) * HEADS + head) * (P * N) + state)
-    skip = _skip(D, head, gl.arange(0, P, gl.SliceLayout(1, square)), P, SKIP)
+    skip = _skip(D, head, gl.arange(0, P, ROW), P, SKIP)
     for step in range(count):
         at, turn = step % STAGES, 2 * (step % 2) + OWN
         cs, scale, u = css.index(2 * at + OWN), ss.index(2 * at + OWN), us.index(2 * at + OWN).reshape([BLOCK, P])
         k, q = ks.index(at).reshape([BLOCK, N]), qs.index(at).reshape([BLOCK, N])
         mbarrier.wait(full.index(at), step // STAGES & 1)
-        kept = gl.convert_layout(h.to(out.dtype), gl.DotOperandLayout(0, square, 2))
+        kept = gl.convert_layout(h.to(out.dtype), gl.DotOperandLayout(0, SQUARE, 2))
         answers = warpgroup_mma(kept, q.permute((1, 0)), none, use_acc=False, is_async=True)
-        later = cs.load(column)
+        later = cs.load(COLUMN)
         last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
         added = u.permute((1, 0)).load(inputs).to(gl.float32)
         added = (added * (scale.load(entry) * gl.exp2(last - cs.load(entry)))[None, :]).to(out.dtype)
@@ -429,7 +382,7 @@ def _walk(
         answers = warpgroup_mma_wait(1, (answers,))
         mbarrier.arrive(used.index(turn), count=1)
         if SKIP > 0:
-            answers += u.permute((1, 0)).load(square).to(gl.float32) * skip[:, None]
+            answers += u.permute((1, 0)).load(SQUARE).to(gl.float32) * skip[:, None]
         tma.store_wait(0)
         out.reshape([BLOCK, P]).permute((1, 0)).store(answers.to(out.dtype))
         fence_async_shared()
@@ -470,16 +423,7 @@ def scan_kernel(
     ss = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], scales.layout)
     out = gl.allocate_shared_memory(x.dtype, [2, 1, BLOCK, P], y.layout)
     pairs = gl.allocate_shared_memory(x.dtype, [4, BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    weighed = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    used = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=3)
-    for turn in gl.static_range(4):
-        mbarrier.init(weighed.index(turn), count=1)
-        mbarrier.init(used.index(turn), count=1)
+    full, empty, weighed, used = barriers_of(STAGES, 1), barriers_of(STAGES, 3), barriers_of(4, 1), barriers_of(4, 1)
     fence_async_shared()
     tiles, vectors, barriers = (us, ks, qs), (css, ss), (full, empty, weighed, used)
     gl.warp_specialize(
@@ -508,9 +452,7 @@ def _feed_sweep(
     us, ks = tiles
     css, ss = vectors
     full, empty = barriers
-    first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
-    start = gl.load(chunks + 2 * first)
-    sequence, start = start // length, start % length
+    first, count, sequence, start = place_of(segments, chunks, length, segment)
     for step in range(count):
         at = step % STAGES
         own = count - 1 - step if REVERSE else step
@@ -589,11 +531,7 @@ def sweep_kernel(
     ss = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], scales.layout)
     even = gl.allocate_shared_memory(x.dtype, [2, P, N], gl.NVMMASharedLayout(128, 16, 2))
     odd = gl.allocate_shared_memory(x.dtype, [2, P, N], gl.NVMMASharedLayout(128, 16, 2))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    full, empty = barriers_of(STAGES, 1), barriers_of(STAGES, 2)
     fence_async_shared()
     tiles, vectors, barriers = (us, ks), (css, ss), (full, empty)
     gl.warp_specialize(

@@ -12,7 +12,6 @@ then every chunk is independent (`triton_backward`). All is summed in a fixed or
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib import import_module
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from everstate.core.kernels import capability, kernel_op, processors, shared_memory
+from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel, turn_gradients_kernel
@@ -44,16 +43,20 @@ from everstate.ops.trapezoid.triton_prepare import (
     steps_kernel,
     turns_kernel,
 )
-from everstate.ops.triton_common import INTERPRETED
-from everstate.ops.triton_segments import CHUNK, fill, pass_kernel, pieces_for, plan
+from everstate.ops.triton_segments import (
+    CHUNK,
+    can_copy,
+    fill,
+    hopper_kernels,
+    only,
+    pass_kernel,
+    pieces_for,
+    plan,
+    stages_for,
+)
 
 BLOCK_H = 16
 """Heads whose numbers per token one program makes."""
-
-HOPPER = "everstate.ops.trapezoid.triton_hopper"
-
-DEEP = 227 * 1024
-"""Bytes of shared memory from which on there is room for what is loaded, or made, ahead of its use."""
 
 TILE_P = 64
 """Rows of the state that one program of a sweep holds."""
@@ -238,29 +241,15 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _only(sizes: dict[str, Any], kernel: Any) -> dict[str, Any]:
-    """The sizes that a kernel asks for."""
-    return {name: size for name, size in sizes.items() if name in kernel.arg_names}
-
-
-def can_copy(t: Float[Tensor, "t h p"]) -> bool:
-    """Whether the copy engine can move such rows: heads beside each other, on multiples of 16 bytes."""
-    return t.stride(1) == t.shape[2] and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
-
-
 def _hopper(call: "_Call", bounds: Sequence[int]) -> ModuleType | None:
     """The kernels that are written for Hopper GPUs, where they serve."""
-    x, device = call.x, call.x.device
     sizes = call.headdim == 64 and call.d_state in (64, 128) and 4 * call.pairs == call.d_state
-    if not sizes or call.rank > 1 or call.mimo_x is not None or call.heads // call.groups % 2:
+    if not sizes or call.rank > 1 or call.mimo_x is not None or call.heads // call.groups % 2 or not can_copy(call.x):
         return None
-    if x.dtype.itemsize != 2 or INTERPRETED or capability(device)[0] != 9 or shared_memory(device) < DEEP:
+    tokens = sum(triton.cdiv(b - a, CHUNK) for a, b in pairwise(bounds)) * CHUNK
+    if tokens * call.heads * call.headdim >= 2**31:
         return None
-    # Their language is experimental: what another version makes of them nobody has tried.
-    few = sum(triton.cdiv(b - a, CHUNK) for a, b in pairwise(bounds)) * CHUNK * call.heads * call.headdim < 2**31
-    if not few or not can_copy(x) or not triton.__version__.startswith("3.6."):
-        return None
-    return import_module(HOPPER)
+    return hopper_kernels("everstate.ops.trapezoid.triton_hopper", call.x)
 
 
 class _Call:
@@ -379,11 +368,6 @@ class _Call:
         return 4 if self.block * self.width <= 64 * 128 else 8
 
     @property
-    def stages(self) -> int:
-        """Chunks of which a program holds what it has loaded: the next one too where there is room for it."""
-        return 2 if self.x.dtype.itemsize == 2 and shared_memory(self.x.device) >= DEEP else 1
-
-    @property
     def rows(self) -> int:
         """Rows of a state at the boundary of a chunk: whole tiles."""
         return triton.cdiv(self.headdim, self.block) * self.block
@@ -429,7 +413,7 @@ class _Call:
             self.x, self.mimo_x, self.steps, self.cos, self.sin, self.B, self.C,
             self.B_bias, self.C_bias, self.D, entering, y, final, self.plan.chunks, self.plan.segments,
             *self.x.stride()[:2], **{**self.sizes, **self.order}, BLOCK_P=self.block, num_warps=self.warps,
-            num_stages=self.stages,
+            num_stages=stages_for(self.x, 2),
         )  # fmt: skip
         return y, final
 
@@ -470,7 +454,7 @@ class _Call:
             keys if make or made is None else made, bias, made, entering, chunks,
             ends, kept, self.plan.chunks, self.plan.segments, token, 0 if dy is None else x.stride(1), head,
             **self.sizes, BLOCK_P=self.block, REVERSE=dy is not None, MAKE=make, num_warps=self.warps,
-            num_stages=self.stages,
+            num_stages=stages_for(self.x, 2),
         )  # fmt: skip
 
     def gradients(self, dy: Tensor, dssm: Tensor, dk: Tensor, dlast: Tensor, dangle: Tensor) -> list[Tensor | None]:
@@ -506,8 +490,9 @@ class _Call:
         given = (dy, k, q, entering, leaving)
         if self.hopper is None:
             return self._input_gradients(*given), self._key_gradients(*given)
-        hopper = import_module(HOPPER + "_backward")
-        inputs, dB, dC, dB_bias, dC_bias, dangles = hopper.gradients(self, *given, self._splits())
+        backward = hopper_kernels(self.hopper.__name__ + "_backward", self.x)
+        assert backward is not None
+        inputs, dB, dC, dB_bias, dC_bias, dangles = backward.gradients(self, *given, self._splits())
         dB, dC = (self._returned(t.sum(0) if len(t) > 1 else t[0]) for t in (dB, dC))
         dB_bias, dC_bias = (None if t is None else self._returned(t.sum(0)).squeeze(2) for t in (dB_bias, dC_bias))
         return inputs, _KeyGradients(dB, dC, dB_bias, dC_bias, *self._turn_gradients(dangles, 2))
@@ -521,7 +506,7 @@ class _Call:
         inputs_kernel[(count * self.heads,)](
             self.x, self.mimo_x, dy, steps, k, q, self.D, entering, leaving,
             dx, decays, scales, owns, dmimo_x, dD, self.plan.chunks, *self.x.stride()[:2], *dy.stride()[:3],
-            **_only(self.sizes, inputs_kernel), BLOCK_P=self.block_p,
+            **only(self.sizes, inputs_kernel), BLOCK_P=self.block_p,
             num_warps=4 if self.block_p <= 64 else 8, num_stages=1,
         )  # fmt: skip
         return _InputGradients(dx, decays, scales, owns, dmimo_x, dD)
@@ -545,7 +530,7 @@ class _Call:
                 self.x, self.mimo_x, dy, steps, self.cos, self.sin, k, q, entering, leaving,
                 dB, dC, dB_bias, dC_bias, dangles, self.plan.chunks, *self.x.stride()[:2], *dy.stride()[:3],
                 total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, TURN=turn,
-                num_warps=4 if self.block_p <= 64 else 8, num_stages=self.stages,
+                num_warps=4 if self.block_p <= 64 else 8, num_stages=stages_for(self.x, 2),
             )  # fmt: skip
         omega, dt, turns = self._turn_gradients(dangles, self.ranks)
         dB, dC = (self._returned(t.sum(0) if splits > 1 else t[0]) for t in (dB, dC))
@@ -565,7 +550,7 @@ class _Call:
             dangles, steps, self.omega, turns, dt, omega, self.plan.chunks, self.omega.stride(0),
             self.batch * self.length, HEADS=self.heads, RANKS=ranks, TOKENS=self.tokens, PAIRS=self.pairs,
             HALF=self.sizes["HALF"], BLOCK=max(self.tokens, 32), SPLITS=splits, PRECISION=self.sizes["PRECISION"],
-            DTYPE=tl.float32 if exact else tl.bfloat16, num_stages=3 if self.stages > 1 else 1,
+            DTYPE=tl.float32 if exact else tl.bfloat16, num_stages=stages_for(self.x, 3),
         )  # fmt: skip
         return omega, dt, turns
 
@@ -587,7 +572,7 @@ class _Call:
         k, _ = self.leave()
         dB, leaving = torch.empty_like(dk), torch.empty_like(dangle)
         leave_gradients_kernel[(len(self.homes.sequences) * self.heads,)](
-            k, self.final_angle, dk, dangle, dB, leaving, **_only(self._edges(), leave_gradients_kernel),
+            k, self.final_angle, dk, dangle, dB, leaving, **only(self._edges(), leave_gradients_kernel),
         )  # fmt: skip
         return dB, leaving
 

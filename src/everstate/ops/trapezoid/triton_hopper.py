@@ -21,15 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, place_of, rows_of, vectors_of
+
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import _Call
 
-ROWS = gl.NVMMASharedLayout(128, 16, 3)
-"""How rows of 16-bit numbers lie in shared memory, for products to read them."""
-
 PARTS = {columns: gl.NVMMASharedLayout(2 * columns, 16, 2) for columns in (16, 32, 64)}
-
-VECTOR = gl.NVMMASharedLayout(0, 32, 1)
 
 NUMBERS = gl.constexpr(5)
 """Numbers per token and head, as in `triton_keys`: sums of log decays, those less log scales, scales, own weights."""
@@ -41,8 +38,8 @@ REGISTERS = 128
 def scan(call: _Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
     """Outputs and final states."""
     scan_kernel[(len(call.plan.segments) * call.heads // 2,)](
-        rows_of(call, call.x), vectors_of(call.steps), call.B, call.C, call.B_bias, call.C_bias, call.cos, call.sin,
-        call.D, entering, rows_of(call, y.flatten(0, 2)), final, call.plan.chunks, call.plan.segments, call.length,
+        rows(call, call.x), vectors_of(call.steps), call.B, call.C, call.B_bias, call.C_bias, call.cos, call.sin,
+        call.D, entering, rows(call, y.flatten(0, 2)), final, call.plan.chunks, call.plan.segments, call.length,
         **sizes_of(call), INTERLEAVED=call.order["INTERLEAVED"], STAGES=3, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
@@ -53,24 +50,12 @@ def sizes_of(call: _Call) -> dict[str, int]:
     }  # fmt: skip
 
 
-def rows_of(call: _Call, t: Tensor) -> TensorDescriptor:
-    """Tiles of 64 tokens of `t`, (b l, h, p).
-
-    Sequences are a dimension of their own: beyond the end of one zeros are read and nothing is written.
-    """
-    flat = t.view(call.batch, call.length, -1)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [1, 64, call.headdim], ROWS)
+def rows(call: _Call, t: Tensor) -> TensorDescriptor:
+    return rows_of(t, call.batch, call.length)
 
 
-def vectors_of(t: Tensor) -> TensorDescriptor:
-    """64 numbers of a chunk and head."""
-    return TensorDescriptor(t.flatten(), [t.numel()], [1], [64], VECTOR)
-
-
-def halves_of(t: Tensor | None) -> TensorDescriptor | None:
+def halves_of(t: Tensor) -> TensorDescriptor:
     """The halves of keys or states: 64 rows of the columns that turn, or of the others."""
-    if t is None:
-        return None
     flat = t.flatten(0, -2)
     half = t.shape[-1] // 2
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [64, half], PARTS[half])
@@ -80,22 +65,6 @@ def angles_of(t: Tensor) -> TensorDescriptor:
     """Cosines or sines of a chunk and head."""
     flat = t.flatten(0, 2)
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [64, t.shape[3]], PARTS[t.shape[3]])
-
-
-@gluon.jit
-def barriers_of(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for at in gl.static_range(COUNT):
-        mbarrier.init(bars.index(at), count=ARRIVALS)
-    return bars
-
-
-@gluon.jit
-def _place_of(segments, chunks, length, segment):
-    """First chunk of a segment and their number, its sequence and first token."""
-    first = gl.load(segments + 5 * segment)
-    start = gl.load(chunks + 2 * first)
-    return first, gl.load(segments + 5 * segment + 1), start // length, start % length
 
 
 @gluon.jit
@@ -176,7 +145,7 @@ def _feed(
     """One warp: inputs and numbers per token of two heads, chunk by chunk, as soon as there is room."""
     sums, weighted, owns = vectors
     full, empty = barriers
-    first, count, sequence, start = _place_of(segments, chunks, length, segment)
+    first, count, sequence, start = place_of(segments, chunks, length, segment)
     for step in range(count):
         at = step % STAGES
         mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
@@ -263,16 +232,13 @@ def _walk(
     """Four warps: one head along a segment. Outputs are `[p, i]`, weights `[j, i]` for what i receives from j."""
     sums, weighted, owns = vectors
     full, empty, made, taken = barriers
-    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
-    row: gl.constexpr = gl.SliceLayout(1, square)
-    column: gl.constexpr = gl.SliceLayout(0, square)
-    states: gl.constexpr = gl.DotOperandLayout(0, square, 2)
+    states: gl.constexpr = gl.DotOperandLayout(0, SQUARE, 2)
     inputs: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     dtype: gl.constexpr = out.dtype
-    j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
-    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
-    _, count, sequence, start = _place_of(segments, chunks, length, segment)
+    j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
+    _, count, sequence, start = place_of(segments, chunks, length, segment)
     h1, h2 = load_state(entering, segment, head, HEADS, P, HALF, wide)
     skip = 0.0 if D is None else gl.load(D + head).to(gl.float32)
     for step in range(count):
@@ -283,7 +249,7 @@ def _walk(
         weights = across(keys, queries, room, none)
         answers = _ask((h1, h2), (q1, q2), none, states, dtype)
         mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
-        later, earlier, own = sums.index(at).load(column), weighted.index(at).load(row), owns.index(at).load(row)
+        later, earlier, own = sums.index(at).load(COLUMN), weighted.index(at).load(ROW), owns.index(at).load(ROW)
         last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
         decay = gl.where(i[None, :] > j[:, None], gl.exp2(later[None, :] - earlier[:, None]), 0.0)
         decay = gl.where(i[None, :] == j[:, None], own[:, None], decay)
@@ -296,7 +262,7 @@ def _walk(
         h1, h2 = _grow((h1, h2), (k1, k2), u, given, gl.exp2(last), inputs)
         answers = warpgroup_mma_wait(2, (answers,))
         if D is not None:
-            answers += u.permute((1, 0)).load(square).to(gl.float32) * skip
+            answers += u.permute((1, 0)).load(SQUARE).to(gl.float32) * skip
         _write(y, [sequence, start + step * BLOCK, head * P], answers.to(dtype), out)
         h1, h2 = warpgroup_mma_wait(0, (h1, h2))
         mbarrier.arrive(taken.index(room), count=1)

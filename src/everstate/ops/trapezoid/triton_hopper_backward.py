@@ -27,12 +27,11 @@ from everstate.ops.trapezoid.triton_hopper import (
     REGISTERS,
     across,
     angles_of,
-    barriers_of,
     halves_of,
-    rows_of,
+    rows,
     sizes_of,
-    vectors_of,
 )
+from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, vectors_of
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import _Call
@@ -53,8 +52,8 @@ def gradients(
     dB_bias, dC_bias = (None if t is None else steps.new_empty(count, *t.shape) for t in (call.B_bias, call.C_bias))
     dangles = by_head(call.tokens, 2, call.pairs)
     gradients_kernel[(count * call.groups * splits,)](
-        rows_of(call, call.x), rows_of(call, dy.squeeze(1)), vectors_of(steps), halves_of(k), halves_of(q),
-        halves_of(entering), halves_of(leaving), angles_of(call.cos), angles_of(call.sin), rows_of(call, inputs.x),
+        rows(call, call.x), rows(call, dy.squeeze(1)), vectors_of(steps), halves_of(k), halves_of(q),
+        halves_of(entering), halves_of(leaving), angles_of(call.cos), angles_of(call.sin), rows(call, inputs.x),
         call.D, inputs.decays, inputs.scales, inputs.owns, inputs.D, dB, dC, dB_bias, dC_bias, dangles,
         call.plan.chunks, total, call.length,
         **sizes_of(call), SPLITS=splits, STAGES=2, num_warps=4, maxnreg=REGISTERS,
@@ -98,17 +97,15 @@ def _move(
 
 
 @gluon.jit
-def _inner(a, tile, layout: gl.constexpr):
+def _inner(a, tile):
     """Inner products of rows."""
-    return gl.sum(a.to(gl.float32) * tile.load(layout).to(gl.float32), 1)
+    return gl.sum(a.to(gl.float32) * tile.load(SQUARE).to(gl.float32), 1)
 
 
 @gluon.jit
-def _trace(products, layout: gl.constexpr):
+def _trace(products):
     """The diagonal of a matrix, by row."""
-    row: gl.constexpr = gl.SliceLayout(1, layout)
-    column: gl.constexpr = gl.SliceLayout(0, layout)
-    j, i = gl.arange(0, products.shape[0], row), gl.arange(0, products.shape[1], column)
+    j, i = gl.arange(0, products.shape[0], ROW), gl.arange(0, products.shape[1], COLUMN)
     return gl.sum(gl.where(j[:, None] == i[None, :], products, 0.0), 1)
 
 
@@ -122,7 +119,7 @@ def _write(out, dx, place, dinput):
 
 
 @gluon.jit
-def _receive(u, du, weights, hs, dhs, at, none, square: gl.constexpr):
+def _receive(u, du, weights, hs, dhs, at, none):
     """What entries receive from each other, and states from their gradients, by row."""
     received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
     products = across(hs, dhs, at, none)
@@ -130,7 +127,7 @@ def _receive(u, du, weights, hs, dhs, at, none, square: gl.constexpr):
     # Both sides with the same rounded weights: then two entries of the same decay cancel, as they must.
     gained = gl.sum(received * weights.to(gl.float32), 0)
     products = warpgroup_mma_wait(0, (products,))
-    return gl.convert_layout(gained, gl.SliceLayout(1, square)), _trace(products, square)
+    return gl.convert_layout(gained, ROW), _trace(products)
 
 
 @gluon.jit
@@ -142,11 +139,8 @@ def _inputs(
     us, dus, ks, qs, hs, dhs = tiles
     sums, weighted, owns, _, _ = vectors
     full, empty = barriers
-    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    row: gl.constexpr = gl.SliceLayout(1, square)
-    column: gl.constexpr = gl.SliceLayout(0, square)
-    j, i = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
-    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
     for step in range(EACH):
         at = step % STAGES
         place = (chunk * HEADS + head + step).to(gl.int64)
@@ -154,33 +148,33 @@ def _inputs(
         mbarrier.wait(full.index(at), step // STAGES & 1)
         answers = across(qs, hs, at, none)
         product = across(ks, qs, at, none)
-        later, earlier = sums.index(at).load(column), weighted.index(at).load(row)
+        later, earlier = sums.index(at).load(COLUMN), weighted.index(at).load(ROW)
         last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
-        both = _inner(u.load(square), du, square)
+        both = _inner(u.load(SQUARE), du)
         answers = warpgroup_mma_wait(2, (answers,))
-        ddecay = _inner(answers, du, square) * gl.exp2(sums.index(at).load(row))
+        ddecay = _inner(answers, du) * gl.exp2(sums.index(at).load(ROW))
         dinput = across(ks, dhs, at, none)
         decay = gl.exp2(later[None, :] - earlier[:, None])
         product = warpgroup_mma_wait(2, (product,))
         weights = gl.where(i[None, :] > j[:, None], product * decay, 0.0).to(out.dtype)
-        mine = _trace(product, square)
+        mine = _trace(product)
         # What went through the state.
         dinput = warpgroup_mma_wait(0, (dinput,)) * gl.exp2(last - earlier)[:, None]
-        dlast = _inner(dinput, u, square)
-        dinput = warpgroup_mma(gl.convert_layout(weights, gl.DotOperandLayout(0, square, 2)), du, dinput, is_async=True)
-        down, mine = mine * both, mine * owns.index(at).load(row)
+        dlast = _inner(dinput, u)
+        dinput = warpgroup_mma(gl.convert_layout(weights, gl.DotOperandLayout(0, SQUARE, 2)), du, dinput, is_async=True)
+        down, mine = mine * both, mine * owns.index(at).load(ROW)
         if D is not None:
             mine += gl.load(D + head + step).to(gl.float32)
             gl.store(dD + place, gl.sum(both, 0))
         dinput = warpgroup_mma_wait(0, (dinput,))
-        gave = _inner(dinput, u, square)
-        dinput += mine[:, None] * du.load(square).to(gl.float32)
+        gave = _inner(dinput, u)
+        dinput += mine[:, None] * du.load(SQUARE).to(gl.float32)
         _write(out, dx, [sequence, start, (head + step) * P], dinput.to(out.dtype))
-        gained, kept = _receive(u, du, weights, hs, dhs, at, none, square)
+        gained, kept = _receive(u, du, weights, hs, dhs, at, none)
         dlast = gl.sum(dlast + gl.exp2(last) * kept, 0)
         ddecay += gained - gave + gl.where(j == BLOCK - 1, dlast, 0.0)
         gl.store(ddecays + place * BLOCK + j, ddecay)
-        gl.store(dscales + place * BLOCK + j, gave * gl.exp2(earlier - sums.index(at).load(row)))
+        gl.store(dscales + place * BLOCK + j, gave * gl.exp2(earlier - sums.index(at).load(ROW)))
         mbarrier.arrive(empty.index(at), count=1)
         gl.store(downs + place * BLOCK + j, down)
     tma.store_wait(0)
@@ -194,26 +188,24 @@ def _halves(t, HALF: gl.constexpr, narrow: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(u, du, sums, weighted, owns, none, QUERIES: gl.constexpr, square: gl.constexpr, first: gl.constexpr):
+def _weigh(u, du, sums, weighted, owns, none, QUERIES: gl.constexpr, first: gl.constexpr):
     """What entries say to each other, and what they say through the state: rows are keys, or QUERIES."""
     BLOCK: gl.constexpr = u.shape[0]
     dtype: gl.constexpr = u.dtype
-    row: gl.constexpr = gl.SliceLayout(1, square)
-    column: gl.constexpr = gl.SliceLayout(0, square)
     side: gl.constexpr = gl.SliceLayout(1, first)
-    mine, other = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, column)
+    mine, other = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
     weights = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
     if QUERIES:
-        decay = gl.exp2(sums.load(row)[:, None] - weighted.load(column)[None, :])
+        decay = gl.exp2(sums.load(ROW)[:, None] - weighted.load(COLUMN)[None, :])
         decay = gl.where(mine[:, None] > other[None, :], decay, 0.0)
         weight = gl.exp2(sums.load(side))
     else:
-        later = sums.load(column)
-        decay = gl.exp2(later[None, :] - weighted.load(row)[:, None])
+        later = sums.load(COLUMN)
+        decay = gl.exp2(later[None, :] - weighted.load(ROW)[:, None])
         decay = gl.where(mine[:, None] < other[None, :], decay, 0.0)
         last = gl.sum(gl.where(other == BLOCK - 1, later, 0.0), 0)
         weight = gl.exp2(last - weighted.load(side))
-    decay = gl.where(mine[:, None] == other[None, :], owns.load(row)[:, None], decay)
+    decay = gl.where(mine[:, None] == other[None, :], owns.load(ROW)[:, None], decay)
     through = (u.load(first).to(gl.float32) * weight[:, None]).to(dtype)
     weights = (warpgroup_mma_wait(0, (weights,)) * decay).to(dtype)
     return gl.convert_layout(weights, first), through
@@ -245,13 +237,12 @@ def _keys(
     us, dus, ks, qs, _, dhs = tiles
     sums, weighted, owns, cs, ss = vectors
     full, empty = barriers
-    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     first: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     n = gl.arange(0, HALF, gl.SliceLayout(0, narrow))
     m = gl.arange(0, 2 * HALF, gl.SliceLayout(0, wide))
-    none = gl.zeros((BLOCK, BLOCK), gl.float32, square)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
     nothing = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
     db1, db2 = gl.zeros((BLOCK, HALF), gl.float32, narrow), gl.zeros((BLOCK, HALF), gl.float32, narrow)
     db3 = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
@@ -260,9 +251,7 @@ def _keys(
         place = chunk * HEADS + head + step
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
-        weights, through = _weigh(
-            u, du, sums.index(at), weighted.index(at), owns.index(at), none, QUERIES, square, first
-        )
+        weights, through = _weigh(u, du, sums.index(at), weighted.index(at), owns.index(at), none, QUERIES, first)
         dk = _gather(weights, through, qs.index(2 * at + 1), dhs.index(2 * at + 1), nothing)
         db3 += dk
         if dB_bias is not None:

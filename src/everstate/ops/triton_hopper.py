@@ -1,0 +1,64 @@
+"""What kernels for Hopper GPUs share: how tiles lie, what the copy engine wants to know, barriers, and where to begin.
+
+These kernels are written in Gluon (`triton_segments.hopper_kernels` says where they serve): a program is shared by
+groups of four warps, each with registers of its own (`gl.warp_specialize`; `maxnreg` times the threads is what they
+share out), and by one warp that moves tiles into shared memory ahead of time. They tell each other by barriers: a tile
+is `full` when it has arrived and `empty` when all have read it. So every tile is read from memory once.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon as gluon
+import triton.experimental.gluon.language as gl
+from jaxtyping import Float
+from torch import Tensor
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from everstate.ops.triton_segments import CHUNK
+
+# How tiles lie in shared memory: 16-bit numbers as products want to read them.
+ROWS, STATES, VECTOR = (
+    gl.NVMMASharedLayout(128, 16, 3),
+    gl.NVMMASharedLayout(128, 16, 2),
+    gl.NVMMASharedLayout(0, 32, 1),
+)
+
+_SQUARE = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+SQUARE, ROW, COLUMN = (
+    gl.constexpr(_SQUARE),
+    gl.constexpr(gl.SliceLayout(1, _SQUARE)),
+    gl.constexpr(gl.SliceLayout(0, _SQUARE)),
+)
+"""How four warps hold a matrix with a column for each entry of a chunk; a number for each row; and for each column."""
+
+
+def rows_of(t: Float[Tensor, "*b h p"], batch: int, length: int) -> TensorDescriptor:
+    """Tiles of the tokens of a chunk and one head of `t`, whose rows are `batch` sequences of a length.
+
+    Sequences are a dimension of their own: beyond the end of one zeros are read and nothing is written.
+    """
+    (heads, width), step = t.shape[-2:], t.stride(-3)
+    return TensorDescriptor(t, [batch, length, heads * width], [length * step, step, 1], [1, CHUNK, width], ROWS)
+
+
+def vectors_of(t: Tensor) -> TensorDescriptor:
+    """The numbers of a chunk and head, one for each token."""
+    return TensorDescriptor(t, [t.numel()], [1], [CHUNK], VECTOR)
+
+
+@gluon.jit
+def barriers_of(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """So many barriers, each of which waits for so many to arrive."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for at in gl.static_range(COUNT):
+        mbarrier.init(bars.index(at), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def place_of(segments, chunks, length, segment):
+    """First chunk of a segment and their number, its sequence and first token."""
+    first = gl.load(segments + 5 * segment)
+    start = gl.load(chunks + 2 * first)
+    return first, gl.load(segments + 5 * segment + 1), start // length, start % length
