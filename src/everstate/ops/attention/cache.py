@@ -60,9 +60,9 @@ Pages = Int[Tensor, "rows pages"] | None
 """For each row of a pool the blocks that its ring is made of; None where each row has a ring of its own."""
 
 
-def capacity_of(state: AttentionState, pages: Pages) -> int:
-    """Slots of a ring."""
-    return state.k.shape[1] * (1 if pages is None else pages.shape[1])
+def capacity_of(ring: Float[Tensor, "b s g p"], pages: Pages) -> int:
+    """Slots of a ring of keys or values, be it of one piece or of blocks."""
+    return ring.shape[1] * (1 if pages is None else pages.shape[1])
 
 
 def rings(state: AttentionState, slots: Slots, pages: Pages, used: int | None = None) -> AttentionState:
@@ -83,7 +83,7 @@ def put_token_(
 ) -> None:  # fmt: skip
     """Write one token of each of the rows `slots`, which have read `pos`, in place."""
     rows = torch.arange(len(pos), device=pos.device) if slots is None else slots
-    size, slot = state.k.shape[1], pos % capacity_of(state, pages)
+    size, slot = state.k.shape[1], pos % capacity_of(state.k, pages)
     block = rows if pages is None else pages[rows, slot // size]
     there = (block >= 0) & (block < len(state.k))
     place = block.clamp(0, len(state.k) - 1), slot % size
@@ -101,7 +101,7 @@ def check_pages(
     """
     if pages is None:
         return None
-    table, capacity, size = gather(pages, slots), capacity_of(state, pages), state.k.shape[1]
+    table, capacity, size = gather(pages, slots), capacity_of(state.k, pages), state.k.shape[1]
     seen = visible(pos.unsqueeze(1), slot_positions(pos + 1, capacity, capacity), window)[:, 0]
     lost = ((table < 0) | (table >= len(state.k))) & seen.unflatten(1, (-1, size)).any(2)
     if not torch.compiler.is_compiling() and pos.device.type == "cpu" and lost.any():

@@ -42,7 +42,7 @@ def accepts_step(
     why = step_refusal(state.k, state.v, q, k, v) or _refusal_of_heads(q, k, v)
     if why is not None:
         return why
-    if not capacity_of(state, pages):
+    if not capacity_of(state.k, pages):
         return "the state has no slot to write the token to; the reference needs none"
     if state.k.stride(-1) != 1 or state.v.stride(-1) != 1:
         return f"takes a pool whose last dimension is dense, not one of strides {state.k.stride()}"

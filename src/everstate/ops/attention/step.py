@@ -60,7 +60,7 @@ def _step_(
     attend: scores.Attend, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, slots: Slots, window: int | None,
     pages: Pages,
 ) -> Tensor:  # fmt: skip
-    pos, capacity = gather(state.pos, slots).clone(), capacity_of(state, pages)
+    pos, capacity = gather(state.pos, slots).clone(), capacity_of(state.k, pages)
     read = check_memory(pos, capacity, window)
     lost = check_pages(state, slots, pages, pos, window)
     # What the token overwrites is one that it does not see: `check_memory` has refused every other case.

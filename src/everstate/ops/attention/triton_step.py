@@ -19,7 +19,7 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.state import Slots
-from everstate.ops.attention.cache import AttentionState, Pages
+from everstate.ops.attention.cache import AttentionState, Pages, capacity_of
 from everstate.ops.triton_common import LOG2E, dot
 from everstate.ops.triton_rows import dense, slot_of
 
@@ -52,7 +52,7 @@ def _step(
     pages: Tensor | None, window: int | None, scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     (batch, heads, headdim), (size, groups) = q.shape, ring_k.shape[1:3]
-    capacity = size * (1 if pages is None else pages.shape[1])
+    capacity = capacity_of(ring_k, pages)
     y = q.new_empty(batch, heads, headdim)
     if batch == 0:
         return y

@@ -145,23 +145,34 @@ def source_of(at, N: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTE
 
 
 @triton.jit
-def load_tile(
-    source, row, FIRST: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def load_part(base, rows, GIVEN: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    """SIZE columns from FIRST on of rows that are WIDTH numbers long, of which GIVEN are there."""
+    at = rows[:, None] * WIDTH + (tl.arange(0, SIZE) + FIRST)[None, :]
+    if rows.shape[0] == GIVEN:
+        return tl.load(base + at)
+    return tl.load(base + at, mask=(rows < GIVEN)[:, None], other=0.0)
+
+
+@triton.jit
+def load_parts(base, rows, GIVEN: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr):
+    """A state, or keys, as three tiles."""
+    WIDTH: tl.constexpr = 2 * HALF + STILL
+    still = 0.0
+    if STILL > 0:
+        still = load_part(base, rows, GIVEN, WIDTH, 2 * HALF, STILL)
+    return load_part(base, rows, GIVEN, WIDTH, 0, HALF), load_part(base, rows, GIVEN, WIDTH, HALF, HALF), still
+
+
+@triton.jit
+def load_tile(source, row, FIRST: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     """ROWS from `row` on of a dense matrix WIDTH numbers wide, and SIZE columns from FIRST on."""
-    at = tl.arange(0, ROWS)[:, None] * WIDTH + (tl.arange(0, SIZE) + FIRST)[None, :]
-    return tl.load(source + row.to(tl.int64) * WIDTH + at)
+    return load_part(source + row.to(tl.int64) * WIDTH, tl.arange(0, ROWS), ROWS, WIDTH, FIRST, SIZE)
 
 
 @triton.jit
 def load_tiles(source, row, ROWS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr):
-    """The three parts of keys or states, the last 0 where all columns turn."""
-    WIDTH: tl.constexpr = 2 * HALF + STILL
-    rest = 0.0
-    if STILL > 0:
-        rest = load_tile(source, row, 2 * HALF, ROWS, STILL, WIDTH)
-    first = load_tile(source, row, 0, ROWS, HALF, WIDTH)
-    return first, load_tile(source, row, HALF, ROWS, HALF, WIDTH), rest
+    """`load_parts` of ROWS from `row` on of a dense matrix."""
+    return load_parts(source + row.to(tl.int64) * (2 * HALF + STILL), tl.arange(0, ROWS), ROWS, HALF, STILL)
 
 
 @triton.jit
@@ -241,25 +252,6 @@ def store_entries(base, rows, columns, stride, value, WIDTH: tl.constexpr, RANK:
 def load_step(steps, place, token, TOKENS: tl.constexpr, NUMBER: tl.constexpr):
     """One of the numbers per token and head, by entry."""
     return tl.load(steps + place * (NUMBERS * TOKENS) + NUMBER * TOKENS + token)
-
-
-@triton.jit
-def load_part(base, rows, GIVEN: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
-    """SIZE columns from FIRST on of rows that are WIDTH numbers long, of which GIVEN are there."""
-    at = rows[:, None] * WIDTH + (tl.arange(0, SIZE) + FIRST)[None, :]
-    if rows.shape[0] == GIVEN:
-        return tl.load(base + at)
-    return tl.load(base + at, mask=(rows < GIVEN)[:, None], other=0.0)
-
-
-@triton.jit
-def load_parts(base, rows, GIVEN: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr):
-    """A state, or keys, as three tiles."""
-    WIDTH: tl.constexpr = 2 * HALF + STILL
-    still = 0.0
-    if STILL > 0:
-        still = load_part(base, rows, GIVEN, WIDTH, 2 * HALF, STILL)
-    return load_part(base, rows, GIVEN, WIDTH, 0, HALF), load_part(base, rows, GIVEN, WIDTH, HALF, HALF), still
 
 
 @triton.jit
