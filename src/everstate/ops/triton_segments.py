@@ -77,6 +77,19 @@ def stages_for(x: Tensor, wanted: int) -> int:
     return wanted if x.dtype.itemsize == 2 and shared_memory(x.device) >= DEEP else 1
 
 
+def splits_of(heads: int, programs: int, wanted: int, most: int | None = None) -> int:
+    """Programs that share so many heads: as few as make `wanted` of `programs`, each with at most `most` heads."""
+    splits = 1
+    while heads % (2 * splits) == 0 and (programs * splits < wanted or (most is not None and heads > most * splits)):
+        splits *= 2
+    return splits
+
+
+def joined(parts: Float[Tensor, "splits *n"]) -> Float[Tensor, "*n"]:
+    """What the programs among which heads were divided have summed, in all."""
+    return parts.sum(0) if len(parts) > 1 else parts[0]
+
+
 def only(sizes: dict[str, Any], kernel: Any) -> dict[str, Any]:
     """The sizes that a kernel asks for."""
     return {name: size for name, size in sizes.items() if name in kernel.arg_names}

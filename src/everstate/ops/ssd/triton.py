@@ -34,6 +34,7 @@ from everstate.ops.triton_segments import (
     can_copy,
     fill,
     hopper_kernels,
+    joined,
     load_rows,
     load_state,
     only,
@@ -41,6 +42,7 @@ from everstate.ops.triton_segments import (
     pieces_for,
     plan,
     rows_of,
+    splits_of,
     stages_for,
     store_rows,
     store_state,
@@ -233,12 +235,7 @@ class _Call:
 
     def _head_splits(self, most: int, wanted: int) -> int:
         """Programs among which the heads of a group are divided: each gets at most `most`; `wanted` fill the GPU."""
-        each, splits = self.heads // self.groups, 1
-        while each % (2 * splits) == 0 and (
-            each > most * splits or len(self.plan.chunks) * self.groups * splits < wanted
-        ):
-            splits *= 2
-        return splits
+        return splits_of(self.heads // self.groups, len(self.plan.chunks) * self.groups, wanted, most)
 
     def entering(self, x: Tensor, keys: Tensor, state: Tensor, *, reverse: bool) -> Float[Tensor, "segments h p n"]:
         """The state that enters each segment; reversed in time, the gradient of the state that leaves it."""
@@ -319,7 +316,7 @@ class _Call:
             *self.strides, *dy.stride()[1:3], self.shape[0] * self.shape[1], **only(self.sizes, _keys_kernel),
             BLOCK_P=self.block_p, SPLITS=splits, num_warps=8, num_stages=stages,
         )  # fmt: skip
-        return dB.sum(0) if splits > 1 else dB[0], dC.sum(0) if splits > 1 else dC[0]
+        return joined(dB), joined(dC)
 
     def all_gradients(
         self, hopper: ModuleType, dy: Tensor, entering: Tensor, leaving: Tensor
@@ -333,8 +330,7 @@ class _Call:
         _join_kernel[(len(self.plan.chunks), triton.cdiv(self.heads, BLOCK_H))](
             *parts, self.scales, da, ds, self.plan.chunks, HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H
         )
-        dB, dC = (t.sum(0) if len(t) > 1 else t[0] for t in (dB, dC))
-        return dx, da, ds, dD, dB, dC
+        return dx, da, ds, dD, joined(dB), joined(dC)
 
 
 def _hopper(call: "_Call", d_state: int, rank: int) -> ModuleType | None:

@@ -48,10 +48,12 @@ from everstate.ops.triton_segments import (
     can_copy,
     fill,
     hopper_kernels,
+    joined,
     only,
     pass_kernel,
     pieces_for,
     plan,
+    splits_of,
     stages_for,
 )
 
@@ -493,7 +495,7 @@ class _Call:
         backward = hopper_kernels(self.hopper.__name__ + "_backward", self.x)
         assert backward is not None
         inputs, dB, dC, dB_bias, dC_bias, dangles = backward.gradients(self, *given, self._splits())
-        dB, dC = (self._returned(t.sum(0) if len(t) > 1 else t[0]) for t in (dB, dC))
+        dB, dC = (self._returned(joined(t)) for t in (dB, dC))
         dB_bias, dC_bias = (None if t is None else self._returned(t.sum(0)).squeeze(2) for t in (dB_bias, dC_bias))
         return inputs, _KeyGradients(dB, dC, dB_bias, dC_bias, *self._turn_gradients(dangles, 2))
 
@@ -513,11 +515,8 @@ class _Call:
 
     def _splits(self) -> int:
         """Programs among which the heads of a group are divided in the gradients: as few as fill the GPU."""
-        each, splits = self.heads // self.groups, 1
-        chunks = len(self.plan.chunks) * self.groups
-        while chunks * splits < 2 * processors(self.x.device) and each % (2 * splits) == 0:
-            splits *= 2
-        return splits
+        programs = len(self.plan.chunks) * self.groups
+        return splits_of(self.heads // self.groups, programs, 2 * processors(self.x.device))
 
     def _key_gradients(self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor) -> _KeyGradients:
         splits, count, steps = self._splits(), len(self.plan.chunks), self.steps
@@ -533,15 +532,14 @@ class _Call:
                 num_warps=4 if self.block_p <= 64 else 8, num_stages=stages_for(self.x, 2),
             )  # fmt: skip
         omega, dt, turns = self._turn_gradients(dangles, self.ranks)
-        dB, dC = (self._returned(t.sum(0) if splits > 1 else t[0]) for t in (dB, dC))
+        dB, dC = (self._returned(joined(t)) for t in (dB, dC))
         dB_bias, dC_bias = (None if t is None else self._returned(t.sum(0)).squeeze(2) for t in (dB_bias, dC_bias))
         return _KeyGradients(dB, dC, dB_bias, dC_bias, omega, dt, turns)
 
     def _turn_gradients(self, dangles: Float[Tensor, "chunks h e s"], ranks: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of omega, in parts, of dt, and of the turns of a chunk, from those of the angles of entries."""
-        splits, count, steps = 1, len(self.plan.chunks), self.steps
-        while count * splits < 4 * processors(self.x.device) and self.heads % (2 * splits) == 0:
-            splits *= 2
+        count, steps = len(self.plan.chunks), self.steps
+        splits = splits_of(self.heads, count, 4 * processors(self.x.device))
         omega = steps.new_empty(splits, self.batch * self.length, self.pairs)
         dt = steps.new_empty(count, self.heads, self.tokens)
         turns = steps.new_empty(count, self.heads, self.pairs)
