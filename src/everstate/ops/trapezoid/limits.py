@@ -48,12 +48,6 @@ def accepts_scan(
             "takes heads of up to 128 x 128 numbers (headdim x d_state), or up to 64 x 256 unless they are float32, "
             f"not {headdim} x {d_state} with {pairs} turning pairs in {str(x.dtype).removeprefix('torch.')}"
         )
-    if x.dtype.itemsize == 2 and any(size & (size - 1) for size in (headdim, d_state, pairs)):
-        # At 80 x 48 with 5 pairs a gradient was wrong on an H200, and right in the interpreter and in float32.
-        return (
-            "takes 16-bit numbers only where headdim, d_state and the pairs that turn are powers of two, "
-            f"not {headdim}, {d_state} and {pairs}"
-        )
     few = x.dtype.itemsize == 2 and rows <= 64 and columns <= 128
     needed = SHARED_MEMORY if few else MORE_SHARED_MEMORY
     if shared_memory(x.device) < needed:
