@@ -13,6 +13,8 @@ from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.ops import selective_scan, selective_step_, use
 
+# The first product of matrices in a thread of autograd finds no context of cuBLAS, and PyTorch says so.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 HAS_GPU = torch.cuda.is_available()
 LENGTH = 330 if HAS_GPU else 70
 """More than a chunk of tokens, and not a multiple of a tile."""
@@ -56,7 +58,7 @@ def errors(backend: str, inputs: dict[str, Tensor], **settings: Any) -> dict[str
 
 
 def agree(inputs: dict[str, Tensor], **settings: Any) -> None:
-    """In float32. The gradients of A and of the bias are what is left of differences along 64 tokens, and powers of two
+    """In float32. The gradients of A and of the bias are what is left of differences along 32 tokens, and powers of two
     have 22 bits on a GPU."""
     for name, error in errors("triton", inputs, **settings).items():
         assert error <= (2e-4 if name in ("A", "dt_bias") else 2e-5), name

@@ -10,10 +10,13 @@ all threads of a program read from the same place, and tokens come in tiles of `
 - A sequence is cut into *segments* where there are too few channels to fill the GPU. A first sweep finds what each
   segment adds to a state of zeros; the decay over a segment is that over the sum of its steps; a small kernel passes
   states from segment to segment, and then all segments run at once. Packed sequences are segments too.
-- Backward is two sweeps and keeps nothing but inputs. Forwards, states give the gradients of C, D and z; backwards,
-  gradients of states give those of B, x and dt. The gradient of the log decay of a token would need both at once:
-  but it changes from token to token by what the state is read, less what is written to it, `C dy h - B dt x dh`. So
-  each sweep sums its own part, and every `CHUNK` tokens they meet at a state that was kept.
+- Backward is two sweeps, and keeps the inputs and the states that enter segments. Forwards, states give the gradients
+  of C, D and z; backwards, gradients of states give those of B, x and dt. The gradient of the log decay of a token
+  would need both at once: but it changes from token to token by what is read of the state as the token found it, less
+  what the token writes and later ones read. So each sweep sums its own part, and every `CHUNK` tokens they meet at a
+  state that was kept. (What a token reads of its own writing would be in both, and large where a state forgets fast.)
+- Two warps per scheduler are all that their registers leave room for, which does not hide a wait for memory. So each
+  tile asks for the next one to be fetched into the cache beside the multiprocessor: one instruction and no registers.
 
 Everything is summed in a fixed order: the same call gives the same bits.
 """
@@ -31,10 +34,10 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
-from everstate.ops.triton_common import LOG2E, softplus
+from everstate.ops.triton_common import INTERPRETED, LOG2E, softplus
 
-CHUNK = 64
-"""Tokens between two states that the sweeps of the backward pass share."""
+CHUNK = 32
+"""Tokens between two states that the sweeps of the backward pass share. With 64, dA loses twice as many digits."""
 
 TILE, TILE_BACK = 8, 4
 """Tokens that are loaded at once, in the sweeps that only follow the state and in those that make gradients."""
@@ -42,8 +45,8 @@ TILE, TILE_BACK = 8, 4
 BLOCK_D = 64
 """Channels of a program, which is one warp: two per thread share the loads of B and C."""
 
-PROGRAMS = 8
-"""Programs that fit on a multiprocessor, by their registers."""
+PROGRAMS, ROUNDS = 8, 4
+"""Programs that fit on a multiprocessor, by their registers, and how often they fill it where sequences are cut."""
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -63,14 +66,16 @@ def selective_scan(
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "seqs d n"]]:
     """See `everstate.ops.selective_scan`."""
     ends = [] if packing is None else list(packing.cu_seqlens)
-    return _scan(x, dt, A, B, C, state.to(torch.float32), D, z, dt_bias, ends)
+    y, final, _ = _scan(x, dt, A, B, C, state.to(torch.float32), D, z, dt_bias, ends)
+    return y, final
 
 
 @kernel_op("selective_scan")
 def _scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the final state, and the states that enter segments, where sequences are cut."""
     call = _Call(x, dt, A, B, C, D, z, dt_bias, ends)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     entering, final = call.entering(call.laid_out(state), None), call.new_states(len(state))
@@ -78,26 +83,29 @@ def _scan(
         call.x, call.dt, call.A, call.BC, call.D, call.z, call.bias, entering, y, final, call.segments, 1,
         **call.sizes, num_warps=1,
     )  # fmt: skip
-    return y, call.laid_back(final)
+    return y, call.laid_back(final), entering if call.pieces > 1 else call.new_states(0)
 
 
 @_scan.register_fake
 def _(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    pieces = _pieces(len(state), x.shape[1], x.shape[2], x.device)
+    filled = triton.next_power_of_2(A.shape[1])
+    entering = A.new_empty(len(state) * pieces if pieces > 1 else 0, filled, x.shape[2], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state), entering
 
 
 @kernel_op("selective_scan_backward")
 def _backward(
     dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
-    D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],
+    entering: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, state, and of D, z and the bias where they are given."""
     call = _Call(x, dt, A, B, C, D, z, dt_bias, ends)
     dy = dy.contiguous()
-    reading, read = call.read_gradients(dy, call.entering(call.laid_out(state), None))
+    reading, read = call.read_gradients(dy, entering if call.pieces > 1 else call.laid_out(state))
     writing = call.write_gradients(dy, call.entering(call.laid_out(dfinal), dy), read)
     dA = (reading.A.sum(0) + writing.A.sum(0))[: call.n].T
     dB, dC = (t.sum(0)[:, : call.n].view(B.shape).to(B.dtype) for t in (writing.B, reading.C))
@@ -110,7 +118,7 @@ def _backward(
 @_backward.register_fake
 def _(
     dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
-    D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],
+    entering: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     in_float32 = [t for t in (A, D, dt_bias) if t is not None]
     given = [t for t in (x, dt, A, B, C, state, D, z, dt_bias) if t is not None]
@@ -124,14 +132,15 @@ def _(
     ]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:9])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:9], output[2])
+    ctx.mark_non_differentiable(output[2])
     ctx.ends = inputs[9]
 
 
-def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    grads = iter(_backward(dy, dfinal, *saved, ctx.ends))
+def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, entering = ctx.saved_tensors
+    grads = iter(_backward(dy, dfinal, *saved[:6], entering, *saved[6:], ctx.ends))
     return (*(None if t is None else next(grads).to(t.dtype) for t in saved), None)
 
 
@@ -148,6 +157,12 @@ class _Segments(NamedTuple):
     segments: Int[Tensor, "segments 6"]
     sequences: Int[Tensor, "seqs 2"]
     chunks: int
+
+
+def _pieces(sequences: int, length: int, dim: int, device: torch.device) -> int:
+    """Segments per sequence that fill the GPU with programs: one where half of it is full, since more are more work."""
+    programs, room = sequences * triton.cdiv(dim, BLOCK_D), PROGRAMS * processors(device)
+    return 1 if 2 * programs > room else min(ROUNDS * room // programs, triton.cdiv(length, CHUNK))
 
 
 # Cached by value: every layer of a model asks for the same tables, which a captured graph could not copy to the GPU.
@@ -221,17 +236,13 @@ class _Call:
         self.BC[:, 0, : self.n], self.BC[:, 1, : self.n] = B.flatten(0, 1), C.flatten(0, 1)
         bounds = tuple(ends) or tuple(range(0, (self.batch + 1) * self.length, self.length))
         self.blocks = triton.cdiv(self.dim, BLOCK_D)
-        self.segments, self.sequences, self.chunks = _cut(bounds, self._pieces(len(bounds) - 1), x.device)
+        self.pieces = _pieces(len(bounds) - 1, self.length, self.dim, x.device)
+        self.segments, self.sequences, self.chunks = _cut(bounds, self.pieces, x.device)
         self.grid = (len(self.segments) * self.blocks,)
         self.sizes: dict[str, Any] = {
             "DIM": self.dim, "N": filled, "BLOCK_D": BLOCK_D, "TILE": TILE,
             "X": self.x.stride(0), "DT": self.dt.stride(0), "Z": 0 if self.z is None else self.z.stride(0),
         }  # fmt: skip
-
-    def _pieces(self, sequences: int) -> int:
-        """Segments per sequence that fill the GPU with programs."""
-        wanted = PROGRAMS * processors(self.x.device)
-        return max(wanted // (sequences * self.blocks), 1)
 
     def new_states(self, *count: int) -> Float[Tensor, "count n d"]:
         """Room for states as the kernels lay them out."""
@@ -251,9 +262,10 @@ class _Call:
 
     def entering(self, state: Float[Tensor, "seqs n d"], dy: Tensor | None) -> Float[Tensor, "segments n d"]:
         """The state that enters each segment; with `dy`, the gradient of the state that leaves it."""
-        if len(self.segments) == len(self.sequences):
+        if self.pieces == 1:
             return state
-        ends, spans = self.new_states(len(self.segments)), self.A.new_empty(len(self.segments), self.dim)
+        ends = self.new_states(len(self.sequences) * self.pieces)  # Short sequences have fewer segments.
+        spans = self.A.new_empty(len(self.segments), self.dim)
         inputs, gate, stride = (self.x, None, self.sizes["X"]) if dy is None else (dy, self.z, self.dim)
         _ends_kernel[self.grid](
             inputs, self.dt, self.A, self.BC, gate, self.bias, ends, spans, self.segments, 1,
@@ -322,8 +334,8 @@ def _of_token(tile, at, token):
 
 @triton.jit
 def _at_token(value, at, token):
-    """A tile with `value` at one token and zeros elsewhere."""
-    return tl.where((at == token)[None, :], value[:, None], 0.0)
+    """The bits of a tile with `value` at one token and zeros elsewhere: added as integers, zeros cost nothing."""
+    return tl.where((at == token)[None, :], value.to(tl.int32, bitcast=True)[:, None], 0)
 
 
 @triton.jit
@@ -357,7 +369,7 @@ def _store_sums(out, sums, at, N: tl.constexpr):
     """`_over_channels` of each token of a tile. Stored together: a store keeps later loads from being asked for."""
     lane = tl.arange(0, 32)
     place = out + (lane // (32 // N))[:, None] + (at * N)[None, :]
-    tl.store(place, sums, mask=(lane % (32 // N) == 0)[:, None])
+    tl.store(place, sums.to(tl.float32, bitcast=True), mask=(lane % (32 // N) == 0)[:, None])
 
 
 @triton.jit
@@ -372,7 +384,12 @@ def _steps(dt, dt_bias, channels, at, inside, DT: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+    if INTERPRETED:
+        return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+    # A division would scale its operands first.
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + tl.exp2(-x * LOG2E)], tl.float32, True, 1
+    )
 
 
 @triton.jit
@@ -382,6 +399,51 @@ def _gated(tile, z, token, channels, at, inside, Z: tl.constexpr):
         gate = _tile(z + token * Z, channels, at, inside, Z)
         tile *= gate * _sigmoid(gate)
     return tile
+
+
+@triton.jit
+def _addresses(one, two, three, four, ONE: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, FOUR: tl.constexpr):
+    """Where the rows of eight tokens lie in four tensors, 32 addresses in all, and the bytes from row to row."""
+    if INTERPRETED:
+        return 0, 0
+    which = tl.arange(0, 32) // 8
+    base = tl.where(which == 0, one.to(tl.int64), two.to(tl.int64))
+    base = tl.where(which == 2, three.to(tl.int64), tl.where(which == 3, four.to(tl.int64), base))
+    stride = tl.where(which == 0, ONE, tl.where(which == 1, TWO, tl.where(which == 2, THREE, FOUR)))
+    return base, stride
+
+
+@triton.jit
+def _rows_of(BC, x, dt, z, N: tl.constexpr, X: tl.constexpr, DT: tl.constexpr, Z: tl.constexpr,
+             DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """`_addresses` of what all sweeps read."""
+    d = tl.program_id(0) % ((DIM + BLOCK_D - 1) // BLOCK_D) * BLOCK_D
+    step, gate, GATE = X * x.dtype.element_ty.primitive_bitwidth // 8, x + d, 0
+    if z is not None:
+        gate, GATE = z + d, Z * z.dtype.element_ty.primitive_bitwidth // 8
+    return _addresses(
+        BC, x + d, dt + d, gate, 8 * N, step, DT * dt.dtype.element_ty.primitive_bitwidth // 8, GATE
+    )  # fmt: skip
+
+
+@triton.jit
+def _more_rows_of(dy, reads, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`_addresses` of what only the backward sweeps read."""
+    d = tl.program_id(0) % ((DIM + BLOCK_D - 1) // BLOCK_D) * BLOCK_D
+    STEP: tl.constexpr = DIM * dy.dtype.element_ty.primitive_bitwidth // 8
+    half = reads + tl.minimum(d + BLOCK_D // 2, DIM - 1)
+    return _addresses(dy + d, reads + d, half, dy + d, STEP, 4 * DIM, 4 * DIM, STEP)
+
+
+@triton.jit
+def _fetch(addresses, strides, token, first, end):
+    """Have the cache of the multiprocessor fetch the rows of eight tokens, as far as they lie in `[first, end)`."""
+    if INTERPRETED:
+        return
+    rows = tl.minimum(tl.maximum(token + tl.arange(0, 32) % 8, first), end - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [addresses + rows * strides], tl.int32, False, 1
+    )
 
 
 @triton.jit
@@ -412,7 +474,7 @@ def _scan_tile(
     for t in tl.static_range(TILE):
         k, q = tl.load(BC + 2 * N * t + n), tl.load(BC + 2 * N * t + N + n)
         h = h * tl.exp2(a * _of_token(steps, at, t)[:, None]) + k[None, :] * _of_token(written, at, t)[:, None]
-        out += _at_token(tl.sum(h * q[None, :], 1), at, t)
+        out += tl.where((at == t)[None, :], tl.sum(h * q[None, :], 1)[:, None], 0.0)
     if GATE:
         opened = gate.to(tl.float32)
         out *= opened * _sigmoid(opened)
@@ -463,10 +525,12 @@ def _scan_kernel(
     GATE: tl.constexpr = z is not None
     bias = _skip(dt_bias, channels, inside)
     tiles = (end - token) // TILE
-    # The next tile is on its way while this one is computed: without, it takes 1.5 times as long.
+    # The next tile is on its way while this one is computed, into registers too: without, it takes twice as long.
+    rows, strides = _rows_of(BC, x, dt, z, N, X, DT, Z, DIM, BLOCK_D)
     next_x, next_dt, next_z = _inputs(x, dt, z, token, channels, inside & (tiles > 0), TILE, X, DT, Z)
     for i in range(tiles):
         now, more = token + i * TILE, inside & (i + 1 < tiles)
+        _fetch(rows, strides, now + TILE, token, end)
         now_x, now_dt, now_z = next_x, next_dt, next_z
         next_x, next_dt, next_z = _inputs(x, dt, z, now + TILE, channels, more, TILE, X, DT, Z)
         h = _scan_tile(
@@ -497,11 +561,13 @@ def _ends_tile(
         written *= opened * _sigmoid(opened)
     elif not REVERSE:
         written *= steps
-    span += tl.sum(steps, 1)
     BC += token * 2 * N
     for i in tl.static_range(TILE):
         t = TILE - 1 - i if REVERSE else i
-        decay = tl.exp2(a * _of_token(steps, at, t)[:, None])
+        step = _of_token(steps, at, t)
+        # Not tl.sum(steps, 1): Triton 3.6 mixes channels and tokens in a sum along a tile as it was loaded, in a loop.
+        span += step
+        decay = tl.exp2(a * step[:, None])
         k = tl.load(BC + 2 * N * t + (N if REVERSE else 0) + n)
         added = k[None, :] * _of_token(written, at, t)[:, None]
         h = (h + added) * decay if REVERSE else h * decay + added
@@ -521,6 +587,8 @@ def _ends_kernel(
     segment, channels, inside = _mine(segments, unit, DIM, BLOCK_D)
     n = tl.arange(0, N)
     first, end = tl.load(segments + 6 * segment).to(tl.int64), tl.load(segments + 6 * segment + 1).to(tl.int64)
+    if tl.load(segments + 6 * segment + (3 if REVERSE else 4)) == 1:
+        end = first  # Nobody asks what it adds.
     a = tl.load(_states_at(A, segment * 0, n, channels, DIM, N), mask=inside[:, None], other=0.0)
     BIAS: tl.constexpr = dt_bias is not None
     GATE: tl.constexpr = z is not None
@@ -532,12 +600,11 @@ def _ends_kernel(
         now_x, now_dt, now_z = _inputs(x, dt, z, now, channels, inside, 1, X, DT, Z)
         h, span = _ends_tile(h, span, a, bias, now_x, now_dt, now_z, BC, now, n, N, 1, BIAS, GATE, REVERSE)
     now = first + (TILE * (tiles - 1) if REVERSE else 0)
-    next_x, next_dt, next_z = _inputs(x, dt, z, now, channels, inside & (tiles > 0), TILE, X, DT, Z)
-    for i in range(tiles):
-        more = inside & (i + 1 < tiles)
-        now_x, now_dt, now_z = next_x, next_dt, next_z
+    rows, strides = _rows_of(BC, x, dt, z, N, X, DT, Z, DIM, BLOCK_D)
+    for _ in range(tiles):
         ahead = now - TILE if REVERSE else now + TILE
-        next_x, next_dt, next_z = _inputs(x, dt, z, ahead, channels, more, TILE, X, DT, Z)
+        _fetch(rows, strides, ahead, first, end)
+        now_x, now_dt, now_z = _inputs(x, dt, z, now, channels, inside, TILE, X, DT, Z)
         h, span = _ends_tile(h, span, a, bias, now_x, now_dt, now_z, BC, now, n, N, TILE, BIAS, GATE, REVERSE)
         now = ahead
     for i in range(0 if REVERSE else rest):
@@ -577,28 +644,30 @@ def _states_tile(
     inputs = _tile(x + token * X, channels, at, inside, X)
     steps = _steps(dt + token * DT, dt_bias, channels, at, inside, DT)
     outputs = _gated(_tile(dy + token * DIM, channels, at, inside, DIM), z, token, channels, at, inside, Z)
-    read, out = tl.zeros(inputs.shape, tl.float32), tl.zeros(inputs.shape, tl.float32)
-    sums = tl.zeros((32, TILE), tl.float32)
+    read, out = tl.zeros(inputs.shape, tl.int32), tl.zeros(inputs.shape, tl.int32)
+    sums = tl.zeros((32, TILE), tl.int32)
     BC += token * 2 * N
     for t in tl.static_range(TILE):
         k, q = tl.load(BC + 2 * N * t + n), tl.load(BC + 2 * N * t + N + n)
         u, step, du = _of_token(inputs, at, t), _of_token(steps, at, t), _of_token(outputs, at, t)
         span += step
         dD += du * u
-        h = h * tl.exp2(a * step[:, None]) + k[None, :] * (u * step)[:, None]
-        seen = h * q[None, :]
+        left = h * tl.exp2(a * step[:, None])
+        h = left + k[None, :] * (u * step)[:, None]
         if z is not None:
-            out += _at_token(tl.sum(seen, 1) + skip * u, at, t)
+            out += _at_token(tl.sum(h * q[None, :], 1) + skip * u, at, t)
+        seen = left * q[None, :]
         read += _at_token(tl.sum(seen * a, 1) * du, at, t)
         dA += seen * (span * du)[:, None]
         sums += _at_token(_over_channels(h * du[:, None], N), at, t)
     _store_sums(dC + token * N, sums, at, N)
-    _store_tile(reads + token * DIM, channels, at, inside, read, DIM)
+    _store_tile(reads + token * DIM, channels, at, inside, read.to(tl.float32, bitcast=True), DIM)
     if z is not None:
         # Loaded again: in registers they would be in the way.
         gate = _tile(z + token * Z, channels, at, inside, Z)
-        out *= _tile(dy + token * DIM, channels, at, inside, DIM)
-        _store_tile(dz + token * DIM, channels, at, inside, out * _sigmoid(gate) * (1.0 + gate * _sigmoid(-gate)), DIM)
+        open = _sigmoid(gate)
+        dgate = out.to(tl.float32, bitcast=True) * _tile(dy + token * DIM, channels, at, inside, DIM) * open
+        _store_tile(dz + token * DIM, channels, at, inside, dgate + dgate * gate * (1.0 - open), DIM)
     return h, dA, dD, span
 
 
@@ -618,9 +687,13 @@ def _states_kernel(
     skip = _skip(D, channels, inside)
     sum_A, sum_D = tl.zeros((BLOCK_D, N), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     dC += tl.program_id(0) % ((DIM + BLOCK_D - 1) // BLOCK_D) * total * N
+    rows, strides = _rows_of(BC, x, dt, z, N, X, DT, Z, DIM, BLOCK_D)
+    more, more_strides = _more_rows_of(dy, reads, DIM, BLOCK_D)
     while token < end:
         until, span = tl.minimum(token + CHUNK, end), tl.zeros((BLOCK_D,), tl.float32)
         for _ in range((until - token) // TILE):
+            _fetch(rows, strides, token + TILE, token, end)
+            _fetch(more, more_strides, token + TILE, token, end)
             h, sum_A, sum_D, span = _states_tile(
                 h, sum_A, sum_D, span, a, skip, x, dt, BC, z, dt_bias, dy, dC, dz, reads, token, channels, inside, n,
                 DIM, N, TILE, X, DT, Z,
@@ -655,30 +728,31 @@ def _writes_tile(
     steps = _steps(dt + token * DT, dt_bias, channels, at, inside, DT)
     outputs = _gated(_tile(dy + token * DIM, channels, at, inside, DIM), z, token, channels, at, inside, Z)
     read = _tile(reads + token * DIM, channels, at, inside, DIM)
-    dinputs, dsteps = tl.zeros(inputs.shape, tl.float32), tl.zeros(inputs.shape, tl.float32)
-    sums = tl.zeros((32, TILE), tl.float32)
+    dinputs, dwritings = tl.zeros(inputs.shape, tl.int32), tl.zeros(inputs.shape, tl.int32)
+    sums = tl.zeros((32, TILE), tl.int32)
     BC += token * 2 * N
     for i in tl.static_range(TILE):
         t = TILE - 1 - i
         k, q = tl.load(BC + 2 * N * t + n), tl.load(BC + 2 * N * t + N + n)
         u, step, du = _of_token(inputs, at, t), _of_token(steps, at, t), _of_token(outputs, at, t)
+        written = r * k[None, :]
         r += q[None, :] * du[:, None]
         sums += _at_token(_over_channels(r * (u * step)[:, None], N), at, t)
-        written = r * k[None, :]
-        dwritten = tl.sum(written, 1)
+        dwritten = tl.sum(r * k[None, :], 1)
         dlog += _of_token(read, at, t) - u * step * tl.sum(written * a, 1)
         dinputs += _at_token(dwritten * step + skip * du, at, t)
-        dsteps += _at_token(dlog * LN2 + dwritten * u, at, t)
+        dwritings += _at_token(dlog * LN2 + dwritten * u, at, t)
         dA -= written * (span * u * step)[:, None]
         span -= step
         r *= tl.exp2(a * step[:, None])
+    dsteps = dwritings.to(tl.float32, bitcast=True)
     if dt_bias is not None:
         bias = tl.load(dt_bias + channels, mask=inside, other=0.0).to(tl.float32)
         dsteps *= _sigmoid(_tile(dt + token * DT, channels, at, inside, DT) + bias[:, None])
         dbias += tl.sum(dsteps, 1)
     _store_sums(dB + token * N, sums, at, N)
     _store_tile(ddt + token * DIM, channels, at, inside, dsteps, DIM)
-    _store_tile(dx + token * DIM, channels, at, inside, dinputs, DIM)
+    _store_tile(dx + token * DIM, channels, at, inside, dinputs.to(tl.float32, bitcast=True), DIM)
     return r, dlog, span, dA, dbias
 
 
@@ -697,6 +771,8 @@ def _writes_kernel(
     skip = _skip(D, channels, inside)
     sum_A, sum_bias = tl.zeros((BLOCK_D, N), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     dB += tl.program_id(0) % ((DIM + BLOCK_D - 1) // BLOCK_D) * total * N
+    rows, strides = _rows_of(BC, x, dt, z, N, X, DT, Z, DIM, BLOCK_D)
+    more, more_strides = _more_rows_of(dy, reads, DIM, BLOCK_D)
     chunks = (end - first + CHUNK - 1) // CHUNK
     for back in range(chunks):
         number = chunks - 1 - back
@@ -712,6 +788,8 @@ def _writes_kernel(
                 token + size - 1 - i, channels, inside, n, DIM, N, 1, X, DT, Z,
             )  # fmt: skip
         for i in range(size // TILE):
+            _fetch(rows, strides, token + (size // TILE - 2 - i) * TILE, first, end)
+            _fetch(more, more_strides, token + (size // TILE - 2 - i) * TILE, first, end)
             r, dlog, span, sum_A, sum_bias = _writes_tile(
                 r, dlog, span, sum_A, sum_bias, a, skip, x, dt, BC, z, dt_bias, dy, reads, dx, ddt, dB,
                 token + (size // TILE - 1 - i) * TILE, channels, inside, n, DIM, N, TILE, X, DT, Z,
