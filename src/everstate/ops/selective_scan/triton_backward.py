@@ -79,9 +79,9 @@ def _gated(tile, z, token, channels, at, inside, Z: tl.constexpr):
 
 
 @triton.jit
-def _more_rows_of(BC, x, dt, z, dy, reads, N: tl.constexpr, X: tl.constexpr, DT: tl.constexpr, Z: tl.constexpr,
-                  DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """The same of what the sweeps read that make gradients: an eighth of a warp each."""
+def _rows_of(BC, x, dt, z, dy, reads, N: tl.constexpr, X: tl.constexpr, DT: tl.constexpr, Z: tl.constexpr,
+             DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Where the first rows of all that is read begin, and the bytes from row to row: an eighth of a warp for each."""
     if INTERPRETED:
         return 0, 0
     d = tl.program_id(0) % ((DIM + BLOCK_D - 1) // BLOCK_D) * BLOCK_D
@@ -94,10 +94,12 @@ def _more_rows_of(BC, x, dt, z, dy, reads, N: tl.constexpr, X: tl.constexpr, DT:
     base, stride = tl.where(which == 3, (dy + d).to(tl.int64), base), tl.where(which == 3, DIM * bytes_of(dy), stride)
     if z is not None:
         base, stride = tl.where(which == 4, (z + d).to(tl.int64), base), tl.where(which == 4, Z * bytes_of(z), stride)
-    # Rows of 64 numbers in float32 are two lines of the cache.
-    half = reads + tl.minimum(d + BLOCK_D // 2, DIM - 1)
-    base, stride = tl.where(which == 5, (reads + d).to(tl.int64), base), tl.where(which == 5, 4 * DIM, stride)
-    return tl.where(which == 6, half.to(tl.int64), base), tl.where(which == 6, 4 * DIM, stride)
+    if reads is not None:
+        # Rows of 64 numbers in float32 are two lines of the cache.
+        half = reads + tl.minimum(d + BLOCK_D // 2, DIM - 1)
+        base, stride = tl.where(which == 5, (reads + d).to(tl.int64), base), tl.where(which == 5, 4 * DIM, stride)
+        base, stride = tl.where(which == 6, half.to(tl.int64), base), tl.where(which == 6, 4 * DIM, stride)
+    return base, stride
 
 
 @triton.jit
@@ -160,7 +162,7 @@ def states_kernel(
     sum_A, sum_D = tl.zeros((BLOCK_D, N), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     slope = tl.zeros((BLOCK_D, N), tl.float32)
     dC += (tl.program_id(0) % ((DIM + BLOCK_D - 1) // BLOCK_D)).to(tl.int64) * total * N
-    rows, strides = _more_rows_of(BC, x, dt, z, dy, reads, N, X, DT, Z, DIM, BLOCK_D)
+    rows, strides = _rows_of(BC, x, dt, z, dy, None, N, X, DT, Z, DIM, BLOCK_D)
     while token < end:
         until, span = tl.minimum(token + CHUNK, end), tl.zeros((BLOCK_D,), tl.float32)
         for _ in range((until - token) // TILE):
@@ -247,7 +249,7 @@ def writes_kernel(
     sum_A, sum_bias = tl.zeros((BLOCK_D, N), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     dB += (tl.program_id(0) % ((DIM + BLOCK_D - 1) // BLOCK_D)).to(tl.int64) * total * N
     HALF: tl.constexpr = dA is not None
-    rows, strides = _more_rows_of(BC, x, dt, z, dy, reads, N, X, DT, Z, DIM, BLOCK_D)
+    rows, strides = _rows_of(BC, x, dt, z, dy, reads, N, X, DT, Z, DIM, BLOCK_D)
     chunks = (end - first + CHUNK - 1) // CHUNK
     for back in range(chunks):
         number = chunks - 1 - back

@@ -44,7 +44,7 @@ def bytes_of(pointer):
 @triton.jit
 def _rows_of(BC, x, dt, z, N: tl.constexpr, X: tl.constexpr, DT: tl.constexpr, Z: tl.constexpr,
              DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Where the first rows of what all sweeps read begin, and the bytes from row to row: a quarter of a warp each."""
+    """Where the first rows of all that is read begin, and the bytes from row to row: a quarter of a warp for each."""
     if INTERPRETED:
         return 0, 0
     d = tl.program_id(0) % ((DIM + BLOCK_D - 1) // BLOCK_D) * BLOCK_D
