@@ -43,7 +43,7 @@ from everstate.ops.selective_scan.triton_backward import states_kernel, writes_k
 from everstate.ops.selective_scan.triton_forward import ends_kernel, pass_kernel, scan_kernel
 from everstate.ops.triton_common import LOG2E
 
-CHUNK, CHUNK_EXACT = 128, 32
+CHUNK, CHUNK_EXACT = 128, 16
 """Tokens between two states that the sweeps of the backward pass share; in float32 fewer, which lose fewer digits."""
 
 
