@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,8 @@ from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.ops import selective_scan, selective_step_, use
 
+# The first product of matrices in a thread of autograd finds no context of cuBLAS, and PyTorch says so.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 HAS_GPU = torch.cuda.is_available()
 LENGTH = 330 if HAS_GPU else 70
 """More than a chunk of tokens, and not a multiple of a tile."""
@@ -56,10 +62,9 @@ def errors(backend: str, inputs: dict[str, Tensor], **settings: Any) -> dict[str
 
 
 def agree(inputs: dict[str, Tensor], **settings: Any) -> None:
-    """In float32. The gradients of A and of the bias are what is left of differences along 64 tokens, and powers of two
-    have 22 bits on a GPU."""
+    """In float32; powers of two have 22 bits on a GPU."""
     for name, error in errors("triton", inputs, **settings).items():
-        assert error <= (2e-4 if name in ("A", "dt_bias") else 2e-5), name
+        assert error <= 2e-5, name
 
 
 @pytest.mark.parametrize(
@@ -93,19 +98,41 @@ def test_steps_may_be_wider_than_inputs(kernel_device: torch.device) -> None:
     assert max(errors("triton", inputs).values()) < 1e-2
 
 
-@pytest.mark.parametrize("lengths", [[LENGTH], [1, 64, 65, 2]])
-@pytest.mark.parametrize("pieces", [1, 100])
+@pytest.mark.parametrize(
+    ("lengths", "processors"),
+    [([LENGTH], 1), ([LENGTH], 2), ([LENGTH], 100), ([1, 64, 65, 2], 9), ([1, 64, 65, 2], 100)],
+)
 def test_segments_of_long_sequences(
-    lengths: list[int], pieces: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+    lengths: list[int], processors: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU of many processors and few channels to fill it: every sequence is cut."""
+    """A GPU of many processors and few channels to fill it: sequences are cut; forward, not before it is half empty."""
     from everstate.ops.selective_scan import triton as kernels
 
-    monkeypatch.setattr(kernels, "processors", lambda device: pieces)
+    monkeypatch.setattr(kernels, "processors", lambda device: processors)
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
     packing = Packing.of_lengths(lengths)
     inputs = draw(kernel_device, 1, packing.total, 6, 4, sequences=len(lengths))
     agree(inputs, packing=packing)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(HAS_GPU, reason="on a GPU the laws compare what it computes")
+def test_no_sum_of_a_loaded_tile_is_reordered(tmp_path: Path) -> None:
+    """Without a gate and a bias nothing changes steps before they are summed: such a sum along a tile was wrong."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.lowered", "selective_scan", "mamba1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    verdicts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert set(verdicts) == {"scan_kernel", "ends_kernel", "pass_kernel", "states_kernel", "writes_kernel"}
+    assert set(verdicts.values()) == {"in order"}
+
+
+def test_float32_loses_no_digits_where_steps_are_long(kernel_device: torch.device) -> None:
+    """States that forget at once: the gradient of A as a difference of sums over many tokens would lose 6e-5."""
+    packing = Packing.of_lengths([1, 2, 9, 3, 65])
+    inputs = draw(kernel_device, 1, packing.total, 5, 4, sequences=len(packing))
+    inputs = {**inputs, "dt": 2 * inputs["dt"] + 5, "A": inputs["A"] / 4}
+    assert max(errors("triton", inputs, packing=packing).values()) <= 5e-6
 
 
 def test_the_same_call_gives_the_same_bits(kernel_device: torch.device) -> None:
