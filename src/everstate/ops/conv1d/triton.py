@@ -19,6 +19,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.triton_common import LOG2E
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 
 CHUNK, GROUP = 64, 8
 """Tokens of a program, and those whose loads it starts together."""
@@ -59,7 +60,8 @@ def _conv(
     y, final = _outputs(x, weight, state)
     (batch, length, channels), width = x.shape, weight.shape[1]
     chunks, count = _chunks(ends, batch, length, CHUNK, x.device)
-    _conv_kernel[(count * triton.cdiv(channels, BLOCK_D),)](
+    launch(
+        _conv_kernel, (count * cdiv(channels, BLOCK_D),),
         x, weight, bias, state, y, final, chunks, *x.stride()[:2], *state.stride(), length, channels,
         **_sizes(width, activated, GROUP), CHUNK=CHUNK,
     )  # fmt: skip
@@ -91,11 +93,12 @@ def _backward(
     dy = None if dy is None else _dense(dy)
     chunk = BACKWARD_CHUNK - (width - 1)
     chunks, count = _chunks(ends, batch, length, chunk, x.device)
-    blocks = triton.cdiv(channels, BLOCK_D)
-    turns = triton.cdiv(count * blocks, PROGRAMS * processors(x.device))
-    programs = triton.cdiv(count, turns)
+    blocks = cdiv(channels, BLOCK_D)
+    turns = cdiv(count * blocks, PROGRAMS * processors(x.device))
+    programs = cdiv(count, turns)
     sums = x.new_empty(programs, width + 1, channels, dtype=torch.float32)
-    _conv_backward_kernel[(programs * blocks,)](
+    launch(
+        _conv_backward_kernel, (programs * blocks,),
         dy, dfinal, x, weight, bias, state, dx, dstate, sums, chunks,
         *((0, 0) if dy is None else dy.stride()[:2]), *((0, 0, 0) if dfinal is None else dfinal.stride()),
         *x.stride()[:2], *state.stride(), length, channels, count,
@@ -138,7 +141,7 @@ def _dense(t: Tensor) -> Tensor:
 
 def _sizes(width: int, activated: bool, group: int) -> dict[str, Any]:
     """Per thread, 8 channels of up to 4 taps, fewer of more: all of them are in registers."""
-    taps = triton.next_power_of_2(width)
+    taps = power_of_2(width)
     return {
         "K": width, "SILU": activated, "BLOCK_D": BLOCK_D, "BLOCK_K": taps, "GROUP": group if taps <= 4 else 1,
         "num_warps": WARPS if taps <= 4 else taps // 4,
@@ -150,7 +153,7 @@ def _chunks(
 ) -> tuple[Int[Tensor, "chunks 4"] | None, int]:
     """Where the chunks of packed sequences lie (None where rows are sequences), and how many there are."""
     if not ends:
-        return None, batch * triton.cdiv(length, chunk)
+        return None, batch * cdiv(length, chunk)
     table = _table(tuple(ends), chunk, device)
     return table, len(table)
 

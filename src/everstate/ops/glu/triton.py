@@ -10,6 +10,7 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op
 from everstate.ops.activations import Activation
+from everstate.ops.triton_launch import cdiv, launch
 from everstate.ops.triton_rows import dense
 
 BLOCK = 1024
@@ -91,8 +92,17 @@ _gated.register_autograd(lambda ctx, dout: _gated_backward(dout, *ctx.saved_tens
 def _apply(gate: Float[Tensor, "rows f"], up: Float[Tensor, "rows f"], silu: bool) -> Float[Tensor, "rows f"]:
     y = torch.empty_like(up, memory_format=torch.contiguous_format)
     rows, width = up.shape
-    _forward_kernel[(rows, triton.cdiv(width, BLOCK))](
-        gate, up, y, gate.stride(0), up.stride(0), width, SILU=silu, BLOCK=BLOCK
+    launch(
+        _forward_kernel,
+        (rows, cdiv(width, BLOCK)),
+        gate,
+        up,
+        y,
+        gate.stride(0),
+        up.stride(0),
+        width,
+        SILU=silu,
+        BLOCK=BLOCK,
     )
     return y
 
@@ -101,7 +111,8 @@ def _differentiate(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Ten
     """Write the gradients into `dgate` and `dup`, whose rows may lie in one tensor."""
     upstream = dense(dy.flatten(0, -2))
     rows, width = up.shape
-    _backward_kernel[(rows, triton.cdiv(width, BLOCK))](
+    launch(
+        _backward_kernel, (rows, cdiv(width, BLOCK)),
         upstream, gate, up, dgate, dup, upstream.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
         dup.stride(0), width, SILU=silu, BLOCK=BLOCK,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
+from everstate.ops.triton_launch import launch, power_of_2
 
 PLAIN, GATE_FIRST, GATE_LAST = 0, 1, 2
 """No gate; `norm(x silu(z))`; `norm(x) silu(z)`."""
@@ -43,7 +44,8 @@ def _norm(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows, gate = _rows(x), None if z is None else _rows(z)
     grid, sizes = _launch(rows, groups, len(rows), 16)
-    _norm_kernel[grid](
+    launch(
+        _norm_kernel, grid,
         rows, gate, weight, y, len(rows), rows.stride(0), 0 if gate is None else gate.stride(0), eps,
         GROUPS=groups, MODE=mode, **sizes,
     )  # fmt: skip
@@ -66,7 +68,8 @@ def _norm_backward(
     dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
     sums = None if weight is None else x.new_empty(programs, len(weight), dtype=torch.float32)
     grid, sizes = _launch(rows, groups, programs, 8)
-    _norm_backward_kernel[grid](
+    launch(
+        _norm_backward_kernel, grid,
         upstream, rows, gate, weight, dx, dz, sums, len(rows), upstream.stride(0), rows.stride(0),
         0 if gate is None else gate.stride(0), eps, GROUPS=groups, MODE=mode, **sizes,
     )  # fmt: skip
@@ -107,7 +110,7 @@ def _launch(
 ) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid, and what the width decides, with `each` numbers of a row per thread."""
     width = rows.shape[1] // groups
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     return (programs, groups), {"WIDTH": width, "BLOCK": block, "num_warps": min(max(block // (32 * each), 1), 16)}
 
 

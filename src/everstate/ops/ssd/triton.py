@@ -24,11 +24,11 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.triton_common import LOG2E, dot
+from everstate.ops.triton_launch import Tiles, cdiv, form, launch, power_of_2
 from everstate.ops.triton_segments import (
     CHUNK,
     can_copy,
@@ -83,7 +83,8 @@ def _scan(
     if call.hopper is not None:
         call.hopper.scan(call, entering, y, final)
         return y, final
-    _scan_kernel[call.walkers](
+    launch(
+        _scan_kernel, call.walkers,
         call.rows(call.x, tile), call.decays, call.scales, call.rows(call.B), call.rows(call.C),
         call.diagonal, call.D, entering, call.rows(rows_of(y), tile), final,
         call.plan.chunks, call.plan.segments, *call.strides, **call.sizes,
@@ -182,10 +183,10 @@ class _Call:
         self.diagonal, self.D = (None if t is None else t.contiguous() for t in (diagonal, D))
         # Triton 3.6 reads beyond its shared memory where a product of float32 has a side of 16.
         smallest = 32 if x.dtype == torch.float32 else 16
-        self.block_p = max(triton.next_power_of_2(self.headdim), smallest)
-        block_n = max(triton.next_power_of_2(d_state), smallest)
+        self.block_p = max(power_of_2(self.headdim), smallest)
+        block_n = max(power_of_2(d_state), smallest)
         bounds = tuple(ends) or tuple(range(0, (batch + 1) * length, length))
-        self.tiles = triton.cdiv(self.headdim, TILE_P)
+        self.tiles = cdiv(self.headdim, TILE_P)
         whole = self.block_p == self.headdim and block_n == d_state and all(end % CHUNK == 0 for end in bounds)
         copied = all(can_copy(t) for t in (self.x, self.B, self.C))
         self.full = whole and chunk == CHUNK and copied
@@ -204,19 +205,19 @@ class _Call:
         self.walkers = (len(self.plan.segments) * self.heads * self.tiles,)
         self.decays, self.scales = self._sum_decays(a.flatten(0, 1), s.flatten(0, 1))
 
-    def rows(self, t: Tensor, width: int | None = None) -> Tensor | TensorDescriptor:
+    def rows(self, t: Tensor, width: int | None = None) -> Tensor | Tiles:
         """Rows for a kernel: what the copy engine wants to know of them where chunks are `full`."""
         if not self.full:
             return t
         flat = t[0].flatten(1)
-        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [CHUNK, width or t.shape[3]])
+        return Tiles(flat, flat.shape, flat.stride(), form(CHUNK, width or t.shape[3]))
 
-    def states(self, t: Float[Tensor, "chunks h p n"]) -> Tensor | TensorDescriptor:
+    def states(self, t: Float[Tensor, "chunks h p n"]) -> Tensor | Tiles:
         """States of all heads for a kernel, likewise."""
         if not self.full:
             return t
         flat = t.flatten(0, 2)
-        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), list(t.shape[2:]))
+        return Tiles(flat, flat.shape, flat.stride(), form(*t.shape[2:]))
 
     @property
     def skip(self) -> int:
@@ -227,7 +228,8 @@ class _Call:
         """Sums of decays within chunks, in powers of two, and scales, laid out by chunk and head."""
         count = len(self.plan.chunks)
         decays, scales = a.new_empty(2, count, self.heads, CHUNK, dtype=torch.float32).unbind(0)
-        _decay_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
+        launch(
+            _decay_kernel, (count, cdiv(self.heads, BLOCK_H)),
             a, s, decays, scales, self.plan.chunks, *a.stride(), *s.stride(),
             HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H,
         )  # fmt: skip
@@ -245,8 +247,17 @@ class _Call:
         ends, kept = state.new_empty(len(segments), *state.shape[1:]), state.new_empty(len(segments), self.heads)
         self._sweep(x, keys, ends, kept=kept, reverse=reverse)
         size = self.headdim * state.shape[3]
-        pass_kernel[(len(sequences) * self.heads, triton.cdiv(size, 1024))](
-            ends, kept, state.contiguous(), sequences, HEADS=self.heads, SIZE=size, REVERSE=reverse, BLOCK=1024
+        launch(
+            pass_kernel,
+            (len(sequences) * self.heads, cdiv(size, 1024)),
+            ends,
+            kept,
+            state.contiguous(),
+            sequences,
+            HEADS=self.heads,
+            SIZE=size,
+            REVERSE=reverse,
+            BLOCK=1024,
         )
         return ends
 
@@ -265,7 +276,8 @@ class _Call:
         if self.hopper is not None:
             return self.hopper.sweep(self, x, keys, ends, entering, chunks, kept, reverse)
         tile = min(self.block_p, TILE_P)
-        _sweep_kernel[self.walkers](
+        launch(
+            _sweep_kernel, self.walkers,
             self.rows(x, tile), self.decays, self.scales, self.rows(keys), entering, chunks, ends, kept,
             self.plan.chunks, self.plan.segments, *x.stride()[1:3], *keys.stride()[1:3],
             **only(self.sizes, _sweep_kernel), BLOCK_P=tile, REVERSE=reverse, num_warps=self.warps,
@@ -277,7 +289,8 @@ class _Call:
         splits = self._head_splits(HEADS_EACH, 2 * processors(self.x.device))
         dx, ddecays, dscales, dD = self._empty_gradients()
         ddiagonal = None if self.diagonal is None else torch.empty_like(self.diagonal)
-        _inputs_kernel[(len(self.plan.chunks) * self.groups * splits,)](
+        launch(
+            _inputs_kernel, (len(self.plan.chunks) * self.groups * splits,),
             self.rows(self.x), self.rows(dy), self.decays, self.scales, self.rows(self.B), self.rows(self.C),
             self.diagonal, self.D, self.states(entering), self.states(leaving), self.rows(rows_of(dx)),
             ddecays, dscales, ddiagonal, dD, self.plan.chunks, *self.strides, *dy.stride()[1:3], **self.sizes,
@@ -294,8 +307,17 @@ class _Call:
 
     def _decay_gradients(self, ddecays: Tensor, dscales: Tensor) -> tuple[Tensor, Tensor]:
         da, ds = (self.decays.new_empty(*self.shape, self.heads) for _ in "as")
-        _decay_gradients_kernel[(len(self.plan.chunks), triton.cdiv(self.heads, BLOCK_H))](
-            ddecays, dscales, da, ds, self.plan.chunks, HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H
+        launch(
+            _decay_gradients_kernel,
+            (len(self.plan.chunks), cdiv(self.heads, BLOCK_H)),
+            ddecays,
+            dscales,
+            da,
+            ds,
+            self.plan.chunks,
+            HEADS=self.heads,
+            BLOCK=CHUNK,
+            BLOCK_H=BLOCK_H,
         )
         return da, ds
 
@@ -311,7 +333,8 @@ class _Call:
         # Accumulators of 64 x 128 leave room for the next two heads, larger ones for one.
         stages = stages_for(self.x, 3 if self.warps == 4 and self.block_p <= TILE_P else 2)
         dB, dC = self._empty_key_gradients(splits)
-        _keys_kernel[(len(self.plan.chunks) * self.groups * splits,)](
+        launch(
+            _keys_kernel, (len(self.plan.chunks) * self.groups * splits,),
             self.x, dy, self.decays, self.scales, self.B, self.C, entering, leaving, dB, dC, self.plan.chunks,
             *self.strides, *dy.stride()[1:3], self.shape[0] * self.shape[1], **only(self.sizes, _keys_kernel),
             BLOCK_P=self.block_p, SPLITS=splits, num_warps=8, num_stages=stages,
@@ -327,8 +350,17 @@ class _Call:
         dB, dC = self._empty_key_gradients(self._head_splits(self.heads, processors(self.x.device)))
         hopper.gradients(self, dy, entering, leaving, dx, parts, dD, dB, dC)
         da, ds = (self.decays.new_empty(*self.shape, self.heads) for _ in "as")
-        _join_kernel[(len(self.plan.chunks), triton.cdiv(self.heads, BLOCK_H))](
-            *parts, self.scales, da, ds, self.plan.chunks, HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H
+        launch(
+            _join_kernel,
+            (len(self.plan.chunks), cdiv(self.heads, BLOCK_H)),
+            *parts,
+            self.scales,
+            da,
+            ds,
+            self.plan.chunks,
+            HEADS=self.heads,
+            BLOCK=CHUNK,
+            BLOCK_H=BLOCK_H,
         )
         return dx, da, ds, dD, joined(dB), joined(dC)
 
