@@ -112,7 +112,7 @@ def hopper_kernels(name: str, x: Tensor) -> ModuleType | None:
 
 def rows_of(t: Tensor) -> Tensor:
     """`t` with b and l as one dimension (kept as l of b = 1), the last dimension dense: a view where it can be one."""
-    t = t.flatten(0, 1).unsqueeze(0)
+    t = t if t.shape[0] == 1 else t.flatten(0, 1).unsqueeze(0)
     return t if t.stride(-1) == 1 else t.contiguous()
 
 

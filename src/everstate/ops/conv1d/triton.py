@@ -51,8 +51,7 @@ def causal_conv1d(
     return y, final.transpose(1, 2)
 
 
-@kernel_op("causal_conv1d")
-def _conv(
+def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ends: Sequence[int], activated: bool
 ) -> tuple[Tensor, Tensor]:
     """Outputs, and the last inputs of each sequence, laid out `(seqs, k1, d)`."""
@@ -66,6 +65,9 @@ def _conv(
         **_sizes(width, activated, GROUP), CHUNK=CHUNK,
     )  # fmt: skip
     return y, final
+
+
+_conv = kernel_op("causal_conv1d")(convolve)
 
 
 @_conv.register_fake
@@ -86,8 +88,16 @@ def _backward(
     ends: Sequence[int], activated: bool, wanted: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x and the weight, of the bias where there is one, and of the state, `(seqs, k1, d)`, if wanted."""
-    (batch, length, channels), width = x.shape, weight.shape[1]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return [dx, *differentiate(dy, dfinal, x, weight, bias, state, ends, activated, wanted, dx)]
+
+
+def differentiate(
+    dy: Tensor | None, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
+    ends: Sequence[int], activated: bool, wanted: bool, dx: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """Write the gradient of x into `dx`, whose channels lie side by side, and return the others of `_backward`."""
+    (batch, length, channels), width = x.shape, weight.shape[1]
     dstate = state.new_empty(len(state), width - 1, channels) if wanted else None
     x, weight = _dense(x), weight.contiguous()
     dy = None if dy is None else _dense(dy)
@@ -101,13 +111,13 @@ def _backward(
         _conv_backward_kernel, (programs * blocks,),
         dy, dfinal, x, weight, bias, state, dx, dstate, sums, chunks,
         *((0, 0) if dy is None else dy.stride()[:2]), *((0, 0, 0) if dfinal is None else dfinal.stride()),
-        *x.stride()[:2], *state.stride(), length, channels, count,
+        *x.stride()[:2], *state.stride(), *dx.stride()[:2], length, channels, count,
         **_sizes(width, activated, BACKWARD_GROUP), CHUNK=chunk,
     )  # fmt: skip
     summed = sums.sum(0)
     dweight = summed[:width].T.contiguous().to(weight.dtype)
     dbias = None if bias is None else summed[width].to(bias.dtype, copy=True)
-    return [t for t in (dx, dweight, dbias, dstate) if t is not None]
+    return [t for t in (dweight, dbias, dstate) if t is not None]
 
 
 @_backward.register_fake
@@ -296,7 +306,7 @@ def _add(sums, slope, window, own, K: tl.constexpr):
 def _conv_backward_kernel(
     dy, dfinal, x, weight, bias, state, dx, dstate, sums, chunks,
     dy_row, dy_token, dfinal_sequence, dfinal_k, dfinal_d, x_row, x_token, state_sequence, state_d, state_k,
-    length, channels, total,
+    dx_row, dx_token, length, channels, total,
     K: tl.constexpr, SILU: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -314,7 +324,7 @@ def _conv_backward_kernel(
     for index in range(tl.program_id(0) // blocks, total, tl.num_programs(0) // blocks):
         summed = _chunk_gradients(
             dy, dfinal, x, state, dx, dstate, chunks, dy_row, dy_token, dfinal_sequence, dfinal_k, dfinal_d,
-            x_row, x_token, state_sequence, state_d, state_k, length, channels,
+            x_row, x_token, state_sequence, state_d, state_k, dx_row, dx_token, length, channels,
             index, d, inside, taps, constant, summed, K, SILU, CHUNK, GROUP,
         )  # fmt: skip
     own = sums + (tl.program_id(0) // blocks * (K + 1)).to(tl.int64) * channels + d
@@ -325,7 +335,7 @@ def _conv_backward_kernel(
 @triton.jit
 def _chunk_gradients(
     dy, dfinal, x, state, dx, dstate, chunks, dy_row, dy_token, dfinal_sequence, dfinal_k, dfinal_d,
-    x_row, x_token, state_sequence, state_d, state_k, length, channels,
+    x_row, x_token, state_sequence, state_d, state_k, dx_row, dx_token, length, channels,
     index, d, inside, taps, constant, summed,
     K: tl.constexpr, SILU: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -341,7 +351,7 @@ def _chunk_gradients(
         dy += row * dy_row + start.to(tl.int64) * dy_token + d
     if dfinal is not None:
         dfinal += sequence * dfinal_sequence + d.to(tl.int64) * dfinal_d
-    dx += (row * length + start) * channels + d
+    dx += row * dx_row + start.to(tl.int64) * dx_token + d
     past = state + sequence * state_sequence + d.to(tl.int64) * state_d
     window, slopes = _past(x, past, before, x_token, state_k, inside, K), ()
     for _ in tl.static_range(K - 1):
@@ -362,7 +372,7 @@ def _chunk_gradients(
                 column = t - rest + K - 1
                 kept = inside & (column >= 0) & (t < count)
                 given += tl.load(dfinal + column * dfinal_k, mask=kept, other=0.0).to(tl.float32)
-            tl.store(dx + t * channels, given.to(dx.dtype.element_ty), mask=inside & (t >= 0) & (t < count))
+            tl.store(dx + t * dx_token, given.to(dx.dtype.element_ty), mask=inside & (t >= 0) & (t < count))
             if dstate is not None:
                 own = dstate + (sequence * (K - 1) + K - 1 + t) * channels + d
                 tl.store(own, given, mask=inside & (t < 0) & (before == 0))

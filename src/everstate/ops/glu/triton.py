@@ -30,7 +30,7 @@ def gated(y: Float[Tensor, "*b f"], z: Float[Tensor, "*b f"]) -> Float[Tensor, "
 @kernel_op("glu")
 def _glu(h: Tensor, silu: bool) -> Tensor:
     gate, up = dense(h.flatten(0, -2)).chunk(2, -1)
-    return _apply(gate, up, silu).view(*h.shape[:-1], -1)
+    return apply(gate, up, silu).view(*h.shape[:-1], -1)
 
 
 @_glu.register_fake
@@ -43,7 +43,7 @@ def _glu_backward(dy: Tensor, h: Tensor, silu: bool) -> Tensor:
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
     gate, up = dense(h.flatten(0, -2)).chunk(2, -1)
     dgate, dup = dh.flatten(0, -2).chunk(2, -1)
-    _differentiate(dy, gate, up, dgate, dup, silu)
+    differentiate(dy, gate, up, dgate, dup, silu)
     return dh
 
 
@@ -54,7 +54,7 @@ def _(dy: Tensor, h: Tensor, silu: bool) -> Tensor:
 
 @kernel_op("gated")
 def _gated(y: Tensor, z: Tensor) -> Tensor:
-    return _apply(dense(z.flatten(0, -2)), dense(y.flatten(0, -2)), True).view(y.shape)
+    return apply(dense(z.flatten(0, -2)), dense(y.flatten(0, -2)), True).view(y.shape)
 
 
 @_gated.register_fake
@@ -66,7 +66,7 @@ def _(y: Tensor, z: Tensor) -> Tensor:
 def _gated_backward(dout: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     dy, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, z))
     gate, up = dense(z.flatten(0, -2)), dense(y.flatten(0, -2))
-    _differentiate(dout, gate, up, dz.flatten(0, -2), dy.flatten(0, -2), True)
+    differentiate(dout, gate, up, dz.flatten(0, -2), dy.flatten(0, -2), True)
     return dy, dz
 
 
@@ -89,7 +89,7 @@ _glu.register_autograd(lambda ctx, dy: (_glu_backward(dy, *ctx.saved_tensors, ct
 _gated.register_autograd(lambda ctx, dout: _gated_backward(dout, *ctx.saved_tensors), setup_context=_save_gated)
 
 
-def _apply(gate: Float[Tensor, "rows f"], up: Float[Tensor, "rows f"], silu: bool) -> Float[Tensor, "rows f"]:
+def apply(gate: Float[Tensor, "rows f"], up: Float[Tensor, "rows f"], silu: bool) -> Float[Tensor, "rows f"]:
     y = torch.empty_like(up, memory_format=torch.contiguous_format)
     rows, width = up.shape
     launch(
@@ -107,7 +107,7 @@ def _apply(gate: Float[Tensor, "rows f"], up: Float[Tensor, "rows f"], silu: boo
     return y
 
 
-def _differentiate(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, silu: bool) -> None:
+def differentiate(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, silu: bool) -> None:
     """Write the gradients into `dgate` and `dup`, whose rows may lie in one tensor."""
     upstream = dense(dy.flatten(0, -2))
     rows, width = up.shape

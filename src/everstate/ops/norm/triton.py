@@ -39,8 +39,7 @@ def gated_rms_norm(
     return _norm(x, z, weight, eps, groups, GATE_LAST if norm_before_gate else GATE_FIRST)
 
 
-@kernel_op("rms_norm")
-def _norm(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int) -> Tensor:
+def normalise(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows, gate = _rows(x), None if z is None else _rows(z)
     grid, sizes = _launch(rows, groups, len(rows), 16)
@@ -50,6 +49,9 @@ def _norm(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups
         GROUPS=groups, MODE=mode, **sizes,
     )  # fmt: skip
     return y
+
+
+_norm = kernel_op("rms_norm")(normalise)
 
 
 @_norm.register_fake
@@ -62,19 +64,28 @@ def _norm_backward(
     dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int
 ) -> list[Tensor]:
     """Gradients of x, and of z and weight where they are given."""
+    dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+    dx, dweight = differentiate(dy, x, z, weight, eps, groups, mode, dz)
+    return [t for t in (dx, dz, dweight) if t is not None]
+
+
+def differentiate(
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int,
+    dz: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The gradients of x and weight; that of z is written into `dz`, rows of which may be part of wider ones."""
     rows, gate, upstream = _rows(x), None if z is None else _rows(z), _rows(dy)
     programs = min(len(rows), 4 * processors(x.device))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
     sums = None if weight is None else x.new_empty(programs, len(weight), dtype=torch.float32)
     grid, sizes = _launch(rows, groups, programs, 8)
     launch(
         _norm_backward_kernel, grid,
         upstream, rows, gate, weight, dx, dz, sums, len(rows), upstream.stride(0), rows.stride(0),
-        0 if gate is None else gate.stride(0), eps, GROUPS=groups, MODE=mode, **sizes,
+        0 if gate is None else gate.stride(0), 0 if dz is None else _rows(dz).stride(0), eps,
+        GROUPS=groups, MODE=mode, **sizes,
     )  # fmt: skip
-    given = [dx] if dz is None else [dx, dz]
-    return given if sums is None or weight is None else [*given, sums.sum(0).to(weight.dtype)]
+    return dx, None if sums is None or weight is None else sums.sum(0).to(weight.dtype)
 
 
 @_norm_backward.register_fake
@@ -159,7 +170,7 @@ def _read_row(x, dy, z, row, x_row, dy_row, z_row, columns, inside, MODE: tl.con
 
 @triton.jit
 def _norm_backward_kernel(
-    dy, x, z, weight, dx, dz, sums, rows, dy_row, x_row, z_row, eps,
+    dy, x, z, weight, dx, dz, sums, rows, dy_row, x_row, z_row, dz_row, eps,
     GROUPS: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per group and every so many rows."""
@@ -202,6 +213,6 @@ def _norm_backward_kernel(
             du = du * gate
         tl.store(dx + out, du.to(dx.dtype.element_ty), mask=inside)
         if MODE != 0:
-            tl.store(dz + out, (dgate * slope).to(dz.dtype.element_ty), mask=inside)
+            tl.store(dz + at_row.to(tl.int64) * dz_row + columns, (dgate * slope).to(dz.dtype.element_ty), mask=inside)
     if weight is not None:
         tl.store(sums + tl.program_id(0) * GROUPS * WIDTH + columns, summed, mask=inside)

@@ -28,13 +28,13 @@ from everstate.ops.triton_launch import Form, Tiles, launch
 from everstate.ops.triton_segments import CHUNK, only
 
 if TYPE_CHECKING:
-    from everstate.ops.ssd.triton import _Call
+    from everstate.ops.ssd.triton import Call
 
 
-def scan(call: _Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
+def scan(call: Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
     """Outputs and final states."""
     launch(
-        scan_kernel, (len(call.plan.segments) * call.heads // 2,),
+        scan_kernel, (call.layout.segments * call.heads // 2,),
         _rows(call, call.x), _vectors(call.decays), _vectors(call.scales),
         _rows(call, call.B), _rows(call, call.C), call.D, entering, _rows(call, y), final, call.plan.chunks,
         call.plan.segments, call.shape[1], **only(call.sizes, scan_kernel), SKIP=call.skip, STAGES=3,
@@ -43,12 +43,12 @@ def scan(call: _Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
 
 
 def sweep(
-    call: _Call, x: Tensor, keys: Tensor, ends: Tensor, entering: Tensor | None, chunks: Tensor | None,
+    call: Call, x: Tensor, keys: Tensor, ends: Tensor, entering: Tensor | None, chunks: Tensor | None,
     kept: Tensor | None, reverse: bool,
 ) -> None:  # fmt: skip
     """The states alone."""
     launch(
-        sweep_kernel, (len(call.plan.segments) * call.heads // 2,),
+        sweep_kernel, (call.layout.segments * call.heads // 2,),
         _rows(call, x), _vectors(call.decays), _vectors(call.scales), _rows(call, keys),
         entering, None if chunks is None else _states(chunks), ends, kept, call.plan.chunks, call.plan.segments,
         call.shape[1], **only(call.sizes, sweep_kernel), REVERSE=reverse, STAGES=4, num_warps=4, maxnreg=168,
@@ -56,13 +56,13 @@ def sweep(
 
 
 def gradients(
-    call: _Call, dy: Tensor, entering: Tensor, leaving: Tensor, dx: Tensor, parts: Tensor, dD: Tensor | None,
+    call: Call, dy: Tensor, entering: Tensor, leaving: Tensor, dx: Tensor, parts: Tensor, dD: Tensor | None,
     dB: Tensor, dC: Tensor,
 ) -> None:  # fmt: skip
     """All that a chunk says by itself: gradients of x, the decays, s, D, B and C."""
     splits = len(dB)
     launch(
-        gradients_kernel, (len(call.plan.chunks) * call.groups * splits,),
+        gradients_kernel, (call.layout.chunks * call.groups * splits,),
         _rows(call, call.x), _rows(call, dy), _vectors(call.decays), _vectors(call.scales),
         _rows(call, call.B), _rows(call, call.C), _states(entering), _states(leaving), _rows(call, dx), call.D,
         *parts, dD, dB, dC, call.plan.chunks, *call.shape,
@@ -83,7 +83,7 @@ def _form_of_states(p: int, n: int) -> Form:
     return Form(p, n, layout=STATES)
 
 
-def _rows(call: _Call, t: Float[Tensor, "*b h p"]) -> Tiles:
+def _rows(call: Call, t: Float[Tensor, "*b h p"]) -> Tiles:
     """Tiles of the tokens of a chunk and one head.
 
     Sequences are a dimension of their own: beyond the end of one zeros are read and nothing is written.
