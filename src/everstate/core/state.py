@@ -52,8 +52,7 @@ def nbytes(state: Any) -> int:
 
 def batch_size(state: Any) -> int:
     """Rows of the state; a state without tensors has none to count and gives 0."""
-    found = tensors(state)
-    return found[0].shape[0] if len(found) else 0
+    return next((tensor.shape[0] for _, tensor in named_tensors(state)), 0)
 
 
 def clone(state: S) -> S:

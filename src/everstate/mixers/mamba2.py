@@ -136,10 +136,12 @@ class Mamba2(Mixer):
     ) -> tuple[Float[Tensor, "b l d"], Mamba2State]:
         if is_long(x, packing):
             return forward_by_segments(self, x, state, delta_t)
+        plain = self.out_proj.bias is None and self.out_proj.scale is None
         y, state = mamba2_scan(
-            self._project(x), state, delta_t, layer=self._layer(), packing=packing, chunk_size=self.config.chunk_size
-        )
-        return scaled(self.out_proj(y), self.config.out_multiplier), state
+            self._project(x), state, delta_t, layer=self._layer(), out_proj=self.out_proj.weight if plain else None,
+            packing=packing, chunk_size=self.config.chunk_size,
+        )  # fmt: skip
+        return scaled(y if plain else self.out_proj(y), self.config.out_multiplier), state
 
     def step_(
         self,

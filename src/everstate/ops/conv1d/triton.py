@@ -20,6 +20,7 @@ from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.triton_common import LOG2E
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
+from everstate.ops.triton_sums import total
 
 CHUNK, GROUP = 64, 8
 """Tokens of a program, and those whose loads it starts together."""
@@ -78,7 +79,8 @@ def _(
 
 
 def _outputs(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    after = state.new_empty(state.shape[0], weight.shape[1] - 1, x.shape[2], dtype=torch.float32)
+    shape = (state.shape[0], weight.shape[1] - 1, x.shape[2])
+    after = torch.empty(shape, dtype=torch.float32, device=x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format), after
 
 
@@ -114,7 +116,7 @@ def differentiate(
         *x.stride()[:2], *state.stride(), *dx.stride()[:2], length, channels, count,
         **_sizes(width, activated, BACKWARD_GROUP), CHUNK=chunk,
     )  # fmt: skip
-    summed = sums.sum(0)
+    summed = total(sums, torch.float32)
     dweight = summed[:width].T.contiguous().to(weight.dtype)
     dbias = None if bias is None else summed[width].to(bias.dtype, copy=True)
     return [t for t in (dweight, dbias, dstate) if t is not None]

@@ -8,6 +8,7 @@ from torch import Tensor
 from everstate.core.packing import Packing
 from everstate.ops.conv1d import causal_conv1d
 from everstate.ops.glu import gated
+from everstate.ops.linear import linear
 from everstate.ops.mamba2.ends import Mamba2Layer, Mamba2State, decay, inputs, leave, parts
 from everstate.ops.norm import gated_rms_norm
 from everstate.ops.ssd import ssd_scan
@@ -19,9 +20,10 @@ def mamba2_scan(
     delta_t: Float[Tensor, "b l"] | None = None,
     *,
     layer: Mamba2Layer,
+    out_proj: Float[Tensor, "d e"] | None = None,
     packing: Packing | None = None,
     chunk_size: int = 64,
-) -> tuple[Float[Tensor, "b l e"], Mamba2State]:
+) -> tuple[Float[Tensor, "b l d"], Mamba2State]:
     """See `everstate.ops.mamba2_scan`."""
     z, xBC, dt = parts(projected, layer)
     xBC, conv = causal_conv1d(
@@ -30,4 +32,5 @@ def mamba2_scan(
     x, B, C = inputs(xBC, layer, state)
     a, dt = decay(dt, delta_t, layer)
     y, ssm = ssd_scan(x, a, dt, B, C, state.ssm, D=layer.D, packing=packing, chunk_size=chunk_size)
-    return leave(y, z, layer, gated, gated_rms_norm), Mamba2State(conv, ssm)
+    out = leave(y, z, layer, gated, gated_rms_norm)
+    return out if out_proj is None else linear(out, out_proj.to(out.dtype)), Mamba2State(conv, ssm)

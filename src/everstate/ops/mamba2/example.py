@@ -45,6 +45,11 @@ def _gate_alone(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     return _example(draw, batch, length, sequences, norm=None, dt_limit=(0.05, 0.3))
 
 
+def _projected(draw: Draw, batch: int, length: int, sequences: int) -> Example:
+    example = _example(draw, batch, length, sequences)
+    return example._replace(fixed={**example.fixed, "out_proj": draw.normal(7, HEADS * HEADDIM)})
+
+
 def _elapsed(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     example = _example(draw, batch, length, sequences)
     delta_t = draw.uniform(batch, length, low=0.5, high=2.0)
@@ -55,5 +60,6 @@ mamba2_scan: Variants = {
     "default": _default,
     "norm before gate": _norm_before_gate,
     "gate alone": _gate_alone,
+    "projected": _projected,
     "elapsed": _elapsed,
 }

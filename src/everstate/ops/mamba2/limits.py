@@ -14,7 +14,13 @@ from everstate.ops.ssd.limits import refusal_of_heads
 
 
 def accepts_scan(
-    projected: Tensor, state: Mamba2State, delta_t: Tensor | None = None, *, layer: Mamba2Layer, **settings: Any
+    projected: Tensor,
+    state: Mamba2State,
+    delta_t: Tensor | None = None,
+    *,
+    layer: Mamba2Layer,
+    out_proj: Tensor | None = None,
+    **settings: Any,
 ) -> str | None:
     """Why the kernels of `mamba2_scan` do not serve these arguments, or None."""
     if delta_t is not None:
@@ -23,7 +29,7 @@ def accepts_scan(
         return "was given no tokens"
     heads, headdim, d_state = state.ssm.shape[1:]
     return (
-        refusal(projected, *state, *layer[:6])
+        refusal(projected, *state, *layer[:6], out_proj)
         or refusal_of_taps(layer.conv_weight)
         or refusal_of_heads(headdim, d_state, projected)
         or (None if layer.norm is None else refusal_of_width(heads * headdim, layer.ngroups))

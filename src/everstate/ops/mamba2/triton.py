@@ -1,7 +1,8 @@
 """A Mamba-2 layer between its projections on a GPU: the kernels of its parts, as one operator.
 
-What `in_proj` gave is kept for the gradients, and what the scan gave; the convolution is made again. All gradients of
-`[z | x | B | C | dt]` are written where they belong in one tensor, which nobody has to join.
+What `in_proj` and the scan gave is kept for the gradients. The convolution is made again, and so is what `out_proj`
+reads, by the kernel that finds the gradients of the norm. All gradients of `[z | x | B | C | dt]` are written where
+they belong in one tensor, which nobody has to join.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from everstate.core.kernels import kernel_op
 from everstate.core.packing import Packing
@@ -24,6 +25,7 @@ from everstate.ops.triton_common import LOG2E, softplus
 from everstate.ops.triton_launch import cdiv, launch
 from everstate.ops.triton_rows import dense
 from everstate.ops.triton_segments import CHUNK
+from everstate.ops.triton_sums import total
 
 
 def mamba2_scan(
@@ -32,23 +34,26 @@ def mamba2_scan(
     delta_t: None = None,
     *,
     layer: Mamba2Layer,
+    out_proj: Float[Tensor, "d e"] | None = None,
     packing: Packing | None = None,
     chunk_size: int = CHUNK,
-) -> tuple[Float[Tensor, "b l e"], Mamba2State]:
+) -> tuple[Float[Tensor, "b l d"], Mamba2State]:
     """See `everstate.ops.mamba2_scan`. `chunk_size` is the business of other implementations."""
     if packing is not None:
         packing.check(projected.shape[0], projected.shape[1], state.conv.shape[0])
     low, high = map(float, layer.dt_limit)
     ends = [] if packing is None else list(packing.cu_seqlens)
-    out, conv, ssm, _ = _scan(projected, state.conv, state.ssm.to(torch.float32), *layer[:9], low, high, ends)
+    out, conv, ssm, _ = _scan(
+        projected, state.conv, state.ssm.to(torch.float32), *layer[:6], out_proj, *layer[6:9], low, high, ends
+    )
     return out, Mamba2State(conv.transpose(1, 2), ssm)
 
 
 @kernel_op("mamba2_scan")
 def _scan(
     projected: Tensor, conv: Tensor, ssm: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor,
-    A_log: Tensor, D: Tensor, scale: Tensor | None, ngroups: int, before: bool, eps: float, low: float, high: float,
-    ends: Sequence[int],
+    A_log: Tensor, D: Tensor, scale: Tensor | None, out_proj: Tensor | None, ngroups: int, before: bool, eps: float,
+    low: float, high: float, ends: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The outputs, the last inputs of the convolution as `(seqs, k1, d)`, the final states, and y of the scan."""
     given = _Parts(projected, conv_weight, dt_bias)
@@ -61,38 +66,35 @@ def _scan(
         out = glu.apply(given.z.flatten(0, 1), y.flatten(0, 1), True).view(y.shape)
     else:
         out = norm.normalise(y, given.z, scale, eps, ngroups, _mode(before))
-    return out, last, final, y
+    return out if out_proj is None else nn.functional.linear(out, out_proj.to(out.dtype)), last, final, y
 
 
 @_scan.register_fake
 def _(
     projected: Tensor, conv: Tensor, ssm: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor,
-    A_log: Tensor, D: Tensor, scale: Tensor | None, ngroups: int, before: bool, eps: float, low: float, high: float,
-    ends: Sequence[int],
+    A_log: Tensor, D: Tensor, scale: Tensor | None, out_proj: Tensor | None, ngroups: int, before: bool, eps: float,
+    low: float, high: float, ends: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     channels, taps = conv_weight.shape
     y = projected.new_empty(*projected.shape[:2], ssm.shape[1] * ssm.shape[2])
     last = conv.new_empty(conv.shape[0], taps - 1, channels, dtype=torch.float32)
-    return torch.empty_like(y), last, torch.empty_like(ssm), y
+    out = torch.empty_like(y) if out_proj is None else y.new_empty(*y.shape[:2], len(out_proj))
+    return out, last, torch.empty_like(ssm), y
 
 
 @kernel_op("mamba2_scan_backward")
 def _backward(
     dout: Tensor, dlast: Tensor | None, dfinal: Tensor | None, y: Tensor, projected: Tensor, conv: Tensor, ssm: Tensor,
     conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A_log: Tensor, D: Tensor, scale: Tensor | None,
-    ngroups: int, before: bool, eps: float, low: float, high: float, ends: Sequence[int], wanted: bool,
+    out_proj: Tensor | None, ngroups: int, before: bool, eps: float, low: float, high: float, ends: Sequence[int],
+    wanted: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of projected, ssm, conv_weight, dt_bias, A_log, D, then those of conv_bias, of conv if it is wanted
-    (as `(seqs, k1, d)`), and of scale, as far as there are such."""
+    (as `(seqs, k1, d)`), of scale and of out_proj, as far as there are such."""
     given = _Parts(projected, conv_weight, dt_bias)
     dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
     wants = _Parts(dprojected, conv_weight, dt_bias)
-    if scale is None:
-        dy, dscale = torch.empty_like(y), None
-        z, upstream, dz, given_up = (t.flatten(0, 1) for t in (given.z, y, wants.z, dy))
-        glu.differentiate(dout, z, upstream, dz, given_up, True)
-    else:
-        dy, dscale = norm.differentiate(dout, y, given.z, scale, eps, ngroups, _mode(before), wants.z)
+    dy, dscale, dout_proj = _gate_gradients(dout, y, given.z, scale, out_proj, eps, ngroups, before, wants.z)
     convolved, _ = conv1d.convolve(given.xBC, conv_weight, conv_bias, conv, ends, True)
     call = _call(convolved, ssm, D, ngroups, ends)
     _weigh(call, given.dt, dt_bias, A_log, low, high)
@@ -106,25 +108,26 @@ def _backward(
         dconvolved, dlast, given.xBC, conv_weight, conv_bias, conv, ends, True, wanted, wants.xBC
     )  # fmt: skip
     assert found.D is not None
-    gradients = [dprojected, found.state, dweight, ddt_bias, dA_log, found.D.to(D.dtype), *rest]
-    return gradients if dscale is None else [*gradients, dscale]
+    given_too = [t for t in (dscale, dout_proj) if t is not None]
+    return [dprojected, found.state, dweight, ddt_bias, dA_log, found.D.to(D.dtype), *rest, *given_too]
 
 
 @_backward.register_fake
 def _(
     dout: Tensor, dlast: Tensor | None, dfinal: Tensor | None, y: Tensor, projected: Tensor, conv: Tensor, ssm: Tensor,
     conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A_log: Tensor, D: Tensor, scale: Tensor | None,
-    ngroups: int, before: bool, eps: float, low: float, high: float, ends: Sequence[int], wanted: bool,
+    out_proj: Tensor | None, ngroups: int, before: bool, eps: float, low: float, high: float, ends: Sequence[int],
+    wanted: bool,
 ) -> list[Tensor]:  # fmt: skip
     dconv = conv.new_empty(conv.shape[0], conv_weight.shape[1] - 1, conv_weight.shape[0]) if wanted else None
     order = (projected, ssm, conv_weight, dt_bias, A_log, D, conv_bias)
     given = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in order if t is not None]
-    return [*given, *(torch.empty_like(t) for t in (dconv, scale) if t is not None)]
+    return [*given, *(torch.empty_like(t) for t in (dconv, scale, out_proj) if t is not None)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[3], *inputs[:9])
-    ctx.settings = inputs[9:]
+    ctx.save_for_backward(output[3], *inputs[:10])
+    ctx.settings = inputs[10:]
     ctx.set_materialize_grads(False)  # final states rarely have one
 
 
@@ -132,15 +135,18 @@ def _differentiate(
     ctx: Any, dout: Tensor | None, dlast: Tensor | None, dfinal: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
     y, projected, *parameters = ctx.saved_tensors
-    conv_bias, scale, wanted = parameters[3], parameters[7], ctx.needs_input_grad[1]
-    dout = torch.zeros_like(y) if dout is None else dout
+    conv_bias, scale, out_proj = parameters[3], parameters[7], parameters[8]
+    wanted = ctx.needs_input_grad[1]
+    if dout is None:
+        dout = y.new_zeros(*y.shape[:2], y.shape[2] if out_proj is None else len(out_proj))
     gradients = _backward(dout, dlast, dfinal, y, projected, *parameters, *ctx.settings, wanted)
     dprojected, dssm, dweight, ddt_bias, dA_log, dD, *others = gradients
     rest = iter(others)
     dbias = None if conv_bias is None else next(rest)
     dconv = next(rest).transpose(1, 2) if wanted else None
     dscale = None if scale is None else next(rest)
-    return dprojected, dconv, dssm, dweight, dbias, ddt_bias, dA_log, dD, dscale, *([None] * 6)
+    dout_proj = None if out_proj is None else next(rest)
+    return dprojected, dconv, dssm, dweight, dbias, ddt_bias, dA_log, dD, dscale, dout_proj, *([None] * 6)
 
 
 _scan.register_autograd(_differentiate, setup_context=_save)
@@ -151,7 +157,7 @@ class _Parts:
 
     def __init__(self, projected: Float[Tensor, "b l w"], conv_weight: Tensor, dt_bias: Tensor) -> None:
         projected = dense(projected)
-        heads, channels = len(dt_bias), len(conv_weight)
+        heads, channels = dt_bias.shape[0], conv_weight.shape[0]
         self.z, self.xBC, self.dt = projected.split([projected.shape[2] - channels - heads, channels, heads], 2)
 
 
@@ -168,6 +174,26 @@ def _inputs(xBC: Float[Tensor, "b l d"], ssm: Float[Tensor, "seqs h p n"], ngrou
 def _call(convolved: Float[Tensor, "b l d"], ssm: Tensor, D: Tensor, ngroups: int, ends: Sequence[int]) -> Call:
     x, B, C = _inputs(convolved, ssm, ngroups)
     return Call(x, B, C, None, D, ends)
+
+
+def _gate_gradients(
+    dout: Tensor, y: Tensor, z: Tensor, scale: Tensor | None, out_proj: Tensor | None, eps: float, ngroups: int,
+    before: bool, dz: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of y, of the scale of the norm, and of out_proj; that of z is written into `dz`."""
+    projected, again = dout.flatten(0, 1), None
+    if out_proj is not None:
+        dout, again = (projected @ out_proj.to(y.dtype)).view(y.shape), torch.empty_like(y)
+    if scale is not None:
+        dy, dscale = norm.differentiate(dout, y, z, scale, eps, ngroups, _mode(before), dz, again)
+    else:
+        dy, dscale = torch.empty_like(y), None
+        gate, up, dgate, dup = (t.flatten(0, 1) for t in (z, y, dz, dy))
+        glu.differentiate(dout, gate, up, dgate, dup, True)
+        again = None if again is None else glu.apply(gate, up, True)
+    if out_proj is None or again is None:
+        return dy, dscale, None
+    return dy, dscale, (projected.T @ again.view(-1, y.shape[2])).to(out_proj.dtype)
 
 
 def _mode(before: bool) -> int:
@@ -195,8 +221,7 @@ def _step_gradients(
         da, ds, dt, dt_bias, A_log, ddt, *sums.unbind(0), call.plan.chunks, dt.shape[1], *dt.stride()[:2],
         *ddt.stride()[:2], low, high, HEADS=call.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H,
     )  # fmt: skip
-    ddt_bias, dA_log = sums[0].sum(0), sums[1].sum(0)
-    return ddt_bias.to(dt_bias.dtype), dA_log.to(A_log.dtype)
+    return total(sums[0], dt_bias.dtype), total(sums[1], A_log.dtype)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.ops.triton_launch import launch, power_of_2
+from everstate.ops.triton_sums import total
 
 PLAIN, GATE_FIRST, GATE_LAST = 0, 1, 2
 """No gate; `norm(x silu(z))`; `norm(x) silu(z)`."""
@@ -71,9 +72,12 @@ def _norm_backward(
 
 def differentiate(
     dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int,
-    dz: Tensor | None,
+    dz: Tensor | None, again: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The gradients of x and weight; that of z is written into `dz`, rows of which may be part of wider ones."""
+    """The gradients of x and weight.
+
+    That of z is written into `dz`, rows of which may be part of wider ones, and the output once more into `again`.
+    """
     rows, gate, upstream = _rows(x), None if z is None else _rows(z), _rows(dy)
     programs = min(len(rows), 4 * processors(x.device))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -81,11 +85,11 @@ def differentiate(
     grid, sizes = _launch(rows, groups, programs, 8)
     launch(
         _norm_backward_kernel, grid,
-        upstream, rows, gate, weight, dx, dz, sums, len(rows), upstream.stride(0), rows.stride(0),
+        upstream, rows, gate, weight, dx, dz, again, sums, len(rows), upstream.stride(0), rows.stride(0),
         0 if gate is None else gate.stride(0), 0 if dz is None else _rows(dz).stride(0), eps,
         GROUPS=groups, MODE=mode, **sizes,
     )  # fmt: skip
-    return dx, None if sums is None or weight is None else sums.sum(0).to(weight.dtype)
+    return dx, None if sums is None or weight is None else total(sums, weight.dtype)
 
 
 @_norm_backward.register_fake
@@ -169,8 +173,19 @@ def _read_row(x, dy, z, row, x_row, dy_row, z_row, columns, inside, MODE: tl.con
 
 
 @triton.jit
+def _gate(logit, MODE: tl.constexpr):
+    """silu and its derivative, where there is a gate."""
+    gate, slope = logit, logit
+    if MODE != 0:
+        share = tl.sigmoid(logit)
+        gate = logit * share
+        slope = share * (1.0 + logit * (1.0 - share))
+    return gate, slope
+
+
+@triton.jit
 def _norm_backward_kernel(
-    dy, x, z, weight, dx, dz, sums, rows, dy_row, x_row, z_row, dz_row, eps,
+    dy, x, z, weight, dx, dz, again, sums, rows, dy_row, x_row, z_row, dz_row, eps,
     GROUPS: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per group and every so many rows."""
@@ -193,21 +208,21 @@ def _norm_backward_kernel(
             own_x, own_dy, own_z = _read_row(
                 x, dy, z, row, x_row, dy_row, z_row, columns, inside & (row < rows), MODE
             )  # fmt: skip
-        u, gate, slope = given, given, given
-        if MODE != 0:
-            open_part = tl.sigmoid(logit)
-            gate = logit * open_part
-            slope = open_part * (1.0 + logit * (1.0 - open_part))
+        gate, slope = _gate(logit, MODE)
+        u = given
         if MODE == 1:
             u = given * gate
         rstd = tl.rsqrt(tl.sum(u * u, 0) / WIDTH + eps)
+        out = at_row.to(tl.int64) * GROUPS * WIDTH + columns
+        if again is not None:
+            factor = gate if MODE == 2 else 1.0
+            tl.store(again + out, (u * rstd * scale * factor).to(again.dtype.element_ty), mask=inside)
         dgate = upstream * u * rstd * scale
         if MODE == 2:
             upstream = upstream * gate
         summed += upstream * u * rstd
         scaled = upstream * scale
         du = rstd * (scaled - u * (rstd * rstd * (tl.sum(scaled * u, 0) / WIDTH)))
-        out = at_row.to(tl.int64) * GROUPS * WIDTH + columns
         if MODE == 1:
             dgate = du * given
             du = du * gate

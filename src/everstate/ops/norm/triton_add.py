@@ -15,6 +15,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, launch_options, start_next, wait_for_last
+from everstate.ops.triton_sums import total
 
 NUMBERS = 2048
 """Of one program at a time, if a row is not longer."""
@@ -63,7 +64,7 @@ def _backward(
         own, upstream, rows, weight, dx, dy, sums, len(rows), own.stride(0), upstream.stride(0), rows.stride(0), eps,
         **sizes,
     )  # fmt: skip
-    return [dx, dy, sums.sum(0).to(weight.dtype)]
+    return [dx, dy, total(sums, weight.dtype)]
 
 
 @_backward.register_fake
@@ -91,7 +92,8 @@ _add.register_autograd(_differentiate, setup_context=_save)
 
 
 def _results(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype)), y.new_empty(y.shape)
+    wide = x.dtype if x.dtype == torch.float32 else torch.promote_types(x.dtype, y.dtype)
+    return torch.empty(x.shape, dtype=wide, device=x.device), torch.empty(y.shape, dtype=y.dtype, device=y.device)
 
 
 def _rows(t: Tensor) -> Float[Tensor, "rows d"]:

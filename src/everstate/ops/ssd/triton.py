@@ -49,6 +49,7 @@ from everstate.ops.triton_segments import (
     store_rows,
     store_state,
 )
+from everstate.ops.triton_sums import total, total_of_heads
 
 
 def ssd_scan(
@@ -158,7 +159,8 @@ class _Layout(NamedTuple):
     """What sizes alone decide.
 
     chunks, segments, sequences: how many there are. block_p: headdim, filled up to a power of two. walkers: programs
-    that walk along segments, of so many `warps`. full: whether all chunks are whole. sizes: constants of the kernels.
+    that walk along segments, of so many `warps`. full: whether all chunks are whole. sizes: constants of the kernels,
+    `few` those of the kernels for Hopper GPUs.
     """
 
     plan: Plan
@@ -170,6 +172,7 @@ class _Layout(NamedTuple):
     warps: int
     full: bool
     sizes: dict[str, Any]
+    few: dict[str, int]
 
 
 # Cached: a model asks for it in each layer, and for the whole of a small layer a GPU needs no longer than for this.
@@ -189,13 +192,13 @@ def _layout(
     full = whole and chunk == CHUNK and copied
     made = plan(bounds, chunk, fill(walkers // 2, device) if hopper else pieces_for(walkers * tiles, device), device)
     chunks, segments, sequences = (len(table) for table in made)
-    sizes = {
-        "HEADS": heads, "GROUPS": groups, "P": headdim, "N": d_state, "RANK": rank, "BLOCK": CHUNK, "BLOCK_N": block_n,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "FULL": full,
-    }  # fmt: skip
+    few = {"HEADS": heads, "GROUPS": groups, "P": headdim, "N": d_state, "BLOCK": CHUNK}
+    precision = "tf32x3" if dtype == torch.float32 else "tf32"
+    sizes = {**few, "RANK": rank, "BLOCK_N": block_n, "PRECISION": precision, "FULL": full}
     # A state of 64 x 128 in float32 takes half of the registers of four warps.
     warps = 4 if min(block_p, TILE_P) * block_n <= 64 * 128 else 8
-    return _Layout(made, chunks, segments, sequences, block_p, segments * heads * tiles, warps, full, sizes)
+    walking = segments * heads * tiles
+    return _Layout(made, chunks, segments, sequences, block_p, walking, warps, full, sizes, few)
 
 
 class Call:
@@ -223,7 +226,7 @@ class Call:
         )  # fmt: skip
         self.plan, self.full, self.sizes = self.layout.plan, self.layout.full, self.layout.sizes
         self.strides = [n for t in (self.x, self.B, self.C) for n in t.stride()[1:3]]
-        self.decays = x.new_empty(self.layout.chunks, self.heads, CHUNK, dtype=torch.float32)
+        self.decays = torch.empty((self.layout.chunks, self.heads, CHUNK), dtype=torch.float32, device=x.device)
         self.scales = torch.empty_like(self.decays)
 
     def rows(self, t: Tensor, width: int | None = None) -> Tensor | Tiles:
@@ -256,7 +259,8 @@ class Call:
 
     def scan(self, state: Float[Tensor, "seqs h p n"]) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "seqs h p n"]]:
         """Outputs and final states."""
-        y, final = self.x.new_empty(*self.shape, self.heads, self.headdim), torch.empty_like(state)
+        y = torch.empty((*self.shape, self.heads, self.headdim), dtype=self.x.dtype, device=self.x.device)
+        final = torch.empty_like(state)
         entering, tile = self.entering(self.x, self.B, state, reverse=False), min(self.layout.block_p, TILE_P)
         if self.hopper is not None:
             self.hopper.scan(self, entering, y, final)
@@ -289,7 +293,7 @@ class Call:
         if into is not None and not direct:
             into.copy_(dx)
         if self.D is not None and dD is not None:
-            dD = dD.sum(0) if self.D.ndim == 2 else dD.sum((0, 2))
+            dD = total(dD, torch.float32) if self.D.ndim == 2 else total_of_heads(dD, torch.float32)
         return Gradients(dx, da, ds, dB, dC, dstate, ddiagonal, dD)
 
     def _head_splits(self, most: int, wanted: int) -> int:
@@ -301,7 +305,8 @@ class Call:
         segments, sequences = self.layout.segments, self.layout.sequences
         if segments == sequences:
             return state.contiguous()
-        ends, kept = state.new_empty(segments, *state.shape[1:]), state.new_empty(segments, self.heads)
+        shape, device = state.shape[1:], state.device
+        ends, kept = (torch.empty((segments, *s), dtype=state.dtype, device=device) for s in (shape, shape[:1]))
         self._sweep(x, keys, ends, kept=kept, reverse=reverse)
         size = self.headdim * state.shape[3]
         launch(
@@ -395,7 +400,7 @@ def _hopper(call: "Call", d_state: int, rank: int) -> ModuleType | None:
     """The kernels that are written for Hopper GPUs, where they serve."""
     sizes = call.headdim == 64 and d_state in (64, 128) and rank == 0 and call.heads // call.groups % 2 == 0
     alike = call.x.dtype == call.B.dtype == call.C.dtype
-    if not (sizes and alike) or call.x[..., 0].numel() >= 2**31:
+    if not (sizes and alike) or call.x.shape[1] * call.heads >= 2**31:
         return None
     return hopper_kernels("everstate.ops.ssd.triton_hopper", call.x)
 

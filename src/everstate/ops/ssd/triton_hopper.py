@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from everstate.ops.triton_hopper import COLUMN, ROW, ROWS, SQUARE, STATES, VECTOR, barriers_of, place_of
 from everstate.ops.triton_launch import Form, Tiles, launch
-from everstate.ops.triton_segments import CHUNK, only
+from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
     from everstate.ops.ssd.triton import Call
@@ -37,7 +37,7 @@ def scan(call: Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
         scan_kernel, (call.layout.segments * call.heads // 2,),
         _rows(call, call.x), _vectors(call.decays), _vectors(call.scales),
         _rows(call, call.B), _rows(call, call.C), call.D, entering, _rows(call, y), final, call.plan.chunks,
-        call.plan.segments, call.shape[1], **only(call.sizes, scan_kernel), SKIP=call.skip, STAGES=3,
+        call.plan.segments, call.shape[1], **call.layout.few, SKIP=call.skip, STAGES=3,
         num_warps=4, maxnreg=128,
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ def sweep(
         sweep_kernel, (call.layout.segments * call.heads // 2,),
         _rows(call, x), _vectors(call.decays), _vectors(call.scales), _rows(call, keys),
         entering, None if chunks is None else _states(chunks), ends, kept, call.plan.chunks, call.plan.segments,
-        call.shape[1], **only(call.sizes, sweep_kernel), REVERSE=reverse, STAGES=4, num_warps=4, maxnreg=168,
+        call.shape[1], **call.layout.few, REVERSE=reverse, STAGES=4, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def gradients(
         _rows(call, call.x), _rows(call, dy), _vectors(call.decays), _vectors(call.scales),
         _rows(call, call.B), _rows(call, call.C), _states(entering), _states(leaving), _rows(call, dx), call.D,
         *parts, dD, dB, dC, call.plan.chunks, *call.shape,
-        **only(call.sizes, gradients_kernel), SPLITS=splits, SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=128,
+        **call.layout.few, SPLITS=splits, SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=128,
     )  # fmt: skip
 
 
