@@ -99,10 +99,8 @@ def _backward(
     call = _call(convolved, ssm, D, ngroups, ends)
     _weigh(call, given.dt, dt_bias, A_log, low, high)
     dconvolved = torch.empty_like(convolved)
-    dx, dB, dC = _inputs(dconvolved, ssm, ngroups)
-    found = call.gradients(dy.view(dx.shape), torch.zeros_like(ssm) if dfinal is None else dfinal, ssm, dx)
-    dB.copy_(found.B)
-    dC.copy_(found.C)
+    into = _inputs(dconvolved, ssm, ngroups)
+    found = call.gradients(dy.view(into[0].shape), torch.zeros_like(ssm) if dfinal is None else dfinal, ssm, into)
     ddt_bias, dA_log = _step_gradients(call, found.a, found.s, given.dt, dt_bias, A_log, low, high, wants.dt)
     dweight, *rest = conv1d.differentiate(
         dconvolved, dlast, given.xBC, conv_weight, conv_bias, conv, ends, True, wanted, wants.xBC

@@ -19,6 +19,9 @@ from everstate.ops.triton_sums import total
 PLAIN, GATE_FIRST, GATE_LAST = 0, 1, 2
 """No gate; `norm(x silu(z))`; `norm(x) silu(z)`."""
 
+PROGRAMS = 8
+"""Per multiprocessor, backwards."""
+
 
 def rms_norm(
     x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"] | None, *, eps: float = 1e-5, groups: int = 1
@@ -79,10 +82,10 @@ def differentiate(
     That of z is written into `dz`, rows of which may be part of wider ones, and the output once more into `again`.
     """
     rows, gate, upstream = _rows(x), None if z is None else _rows(z), _rows(dy)
-    programs = min(len(rows), 4 * processors(x.device))
+    programs = min(len(rows), PROGRAMS * processors(x.device))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = None if weight is None else x.new_empty(programs, len(weight), dtype=torch.float32)
-    grid, sizes = _launch(rows, groups, programs, 8)
+    grid, sizes = _launch(rows, groups, programs, 16)
     launch(
         _norm_backward_kernel, grid,
         upstream, rows, gate, weight, dx, dz, again, sums, len(rows), upstream.stride(0), rows.stride(0),

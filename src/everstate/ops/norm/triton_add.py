@@ -20,7 +20,7 @@ from everstate.ops.triton_sums import total
 NUMBERS = 2048
 """Of one program at a time, if a row is not longer."""
 
-PROGRAMS = 8
+PROGRAMS = 16
 """Per multiprocessor, backwards."""
 
 

@@ -274,24 +274,22 @@ class Call:
         )  # fmt: skip
         return y, final
 
-    def gradients(
-        self, dy: Tensor, dfinal: Tensor, state: Tensor, into: Float[Tensor, "b l h p"] | None = None
-    ) -> Gradients:
-        """Of all arguments; that of x lies in `into` if that is given, rows of which may be part of wider ones."""
+    def gradients(self, dy: Tensor, dfinal: Tensor, state: Tensor, into: Sequence[Tensor] | None = None) -> Gradients:
+        """Of all arguments; those of x, B and C are written `into` these, if given: parts of rows that are wider."""
         dy = rows_of(dy) if can_copy(rows_of(dy)) else rows_of(dy.contiguous())
         entering, _ = self.boundaries(self.x, self.B, state, reverse=False)
         leaving, dstate = self.boundaries(dy, self.C, dfinal.contiguous(), reverse=True)
         direct = into is not None and self.hopper is not None
-        dx = into if into is not None and direct else self.x.new_empty(*self.shape, self.heads, self.headdim)
+        dx = into[0] if into is not None and direct else self.x.new_empty(*self.shape, self.heads, self.headdim)
         dD = None if self.D is None else self.decays.new_empty(self.layout.chunks, self.heads, self.headdim)
         if self.hopper is not None:
-            da, ds, dB, dC = self._all_gradients(self.hopper, dy, entering, leaving, dx, dD)
+            da, ds, dB, dC = self._all_gradients(self.hopper, dy, entering, leaving, dx, dD, into)
             ddiagonal = None
         else:
             da, ds, ddiagonal = self._input_gradients(dy, entering, leaving, dx, dD)
             dB, dC = self._key_gradients(dy, entering, leaving)
-        if into is not None and not direct:
-            into.copy_(dx)
+        if into is not None:
+            self._place(into, (dx, dB, dC))
         if self.D is not None and dD is not None:
             dD = total(dD, torch.float32) if self.D.ndim == 2 else total_of_heads(dD, torch.float32)
         return Gradients(dx, da, ds, dB, dC, dstate, ddiagonal, dD)
@@ -339,6 +337,12 @@ class Call:
             num_stages=stages_for(self.x, 2 if reverse else 3),
         )  # fmt: skip
 
+    def _place(self, into: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+        """Copy the gradients that are not yet where they belong."""
+        for given, gradient in zip(into, found, strict=True):
+            if gradient.data_ptr() != given.data_ptr():
+                given.copy_(gradient)
+
     def _input_gradients(
         self, dy: Tensor, entering: Tensor, leaving: Tensor, dx: Tensor, dD: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -382,11 +386,16 @@ class Call:
         return joined(dB), joined(dC)
 
     def _all_gradients(
-        self, hopper: ModuleType, dy: Tensor, entering: Tensor, leaving: Tensor, dx: Tensor, dD: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, hopper: ModuleType, dy: Tensor, entering: Tensor, leaving: Tensor, dx: Tensor, dD: Tensor | None,
+        into: Sequence[Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of a, s, B and C; those of x and D (still to be summed over chunks) are written."""
         parts = self.decays.new_empty(5, *self.decays.shape)
-        dB, dC = self._empty_key_gradients(self._head_splits(self.heads, processors(self.x.device)))
+        splits = self._head_splits(self.heads, processors(self.x.device))
+        if into is not None and splits == 1:
+            dB, dC = (t.unsqueeze(0) for t in into[1:])
+        else:
+            dB, dC = self._empty_key_gradients(splits)
         hopper.gradients(self, dy, entering, leaving, dx, parts, dD, dB, dC)
         da, ds = (self.decays.new_empty(*self.shape, self.heads) for _ in "as")
         launch(

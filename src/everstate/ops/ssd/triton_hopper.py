@@ -65,7 +65,7 @@ def gradients(
         gradients_kernel, (call.layout.chunks * call.groups * splits,),
         _rows(call, call.x), _rows(call, dy), _vectors(call.decays), _vectors(call.scales),
         _rows(call, call.B), _rows(call, call.C), _states(entering), _states(leaving), _rows(call, dx), call.D,
-        *parts, dD, dB, dC, call.plan.chunks, *call.shape,
+        *parts.unbind(0), dD, dB, dC, call.plan.chunks, dB.stride(2), *call.shape,
         **call.layout.few, SPLITS=splits, SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=128,
     )  # fmt: skip
 
@@ -230,7 +230,7 @@ def _fresh(t):
 
 @gluon.jit
 def _keys(
-    tiles, vectors, keys, barriers, sums, answered, own, dB, dC, start, end, total, chunk, group, split, head,
+    tiles, vectors, keys, barriers, sums, answered, own, dB, dC, key_row, start, end, total, chunk, group, split, head,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
     BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -272,7 +272,7 @@ def _keys(
         dk = warpgroup_mma(sums.index(part), q, dk)
         dq = warpgroup_mma(sums.index(part).permute((1, 0)), k, dq)
     at = start + gl.arange(0, BLOCK, gl.SliceLayout(1, wide))
-    rows = (split.to(gl.int64) * total + at) * (GROUPS * N) + group * N
+    rows = (split.to(gl.int64) * total + at) * key_row + group * N
     place = rows[:, None] + gl.arange(0, N, gl.SliceLayout(0, wide))[None, :]
     gl.store(dB + place, dk.to(dB.dtype.element_ty), mask=(at < end)[:, None])
     gl.store(dC + place, dq.to(dC.dtype.element_ty), mask=(at < end)[:, None])
@@ -281,8 +281,8 @@ def _keys(
 @gluon.jit(do_not_specialize=["batch", "length"])
 def gradients_kernel(
     x, dy, decays, scales, B, C, entering, leaving, dx, D, through, answered, own, given, gained, dD, dB, dC, chunks,
-    batch, length, HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
-    SPLITS: gl.constexpr, SKIP: gl.constexpr, STAGES: gl.constexpr,
+    key_row, batch, length, HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+    BLOCK: gl.constexpr, SPLITS: gl.constexpr, SKIP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program per chunk, group and part of its heads."""
     EACH: gl.constexpr = HEADS // GROUPS // SPLITS
@@ -312,7 +312,7 @@ def gradients_kernel(
                        HEADS, EACH, P, N, BLOCK, STAGES, SKIP)),
             (_decays, (tiles, vectors, keys, barriers, grams, sums, given, gained, chunk, head,
                        HEADS, EACH, P, N, BLOCK, STAGES)),
-            (_keys, (tiles, vectors, keys, barriers, sums, answered, own, dB, dC, start, end, batch * length,
+            (_keys, (tiles, vectors, keys, barriers, sums, answered, own, dB, dC, key_row, start, end, batch * length,
                      chunk, group, split, head, HEADS, GROUPS, EACH, P, N, BLOCK, STAGES)),
             (_move, ((x, dy, decays, scales, B, C, entering, leaving), tiles, vectors, keys, barriers,
                      chunk, sequence, first, group, head, HEADS, EACH, P, N, BLOCK, STAGES)),
