@@ -72,11 +72,12 @@ def gather(pool: S, slots: Slots) -> S:
 
 def scatter_(pool: S, slots: Slots, rows: S) -> None:
     """Write `rows` over the rows `slots` of a pool, in place."""
-
-    def write(into: Tensor, value: Tensor) -> Tensor:
-        return into.copy_(value) if slots is None else into.index_copy_(0, slots, value.to(into.dtype))
-
-    map_state(write, pool, rows)
+    into, values = tensors(pool), tensors(rows)
+    if slots is None and into:
+        torch._foreach_copy_(into, values)  # on a GPU in few launches
+    elif slots is not None:
+        for t, value in zip(into, values, strict=True):
+            t.index_copy_(0, slots, value.to(t.dtype))
 
 
 def concat(states: Sequence[S]) -> S:

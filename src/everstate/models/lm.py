@@ -222,6 +222,8 @@ class LM(nn.Module):
 
     def _finish(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
         """What the head reads after the last block gave `y`; the multiplier of the logits is in it, for every loss."""
+        if y is not None and self.config.logit_multiplier == 1.0:
+            return self.norm.add(x, y)[1].to(self.dtype)
         h = self.norm(x if y is None else x + y)
         return scaled(h, self.config.logit_multiplier).to(self.dtype)
 

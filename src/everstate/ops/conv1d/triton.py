@@ -48,14 +48,13 @@ def causal_conv1d(
     if packing is not None:
         packing.check(x.shape[0], x.shape[1], state.shape[0])
     ends = [] if packing is None else list(packing.cu_seqlens)
-    y, final = _conv(x, weight, bias, state, ends, activation == "silu")
-    return y, final.transpose(1, 2)
+    return _conv(x, weight, bias, state, ends, activation == "silu")
 
 
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ends: Sequence[int], activated: bool
 ) -> tuple[Tensor, Tensor]:
-    """Outputs, and the last inputs of each sequence, laid out `(seqs, k1, d)`."""
+    """Outputs, and the last inputs of each sequence, `(seqs, d, k1)`."""
     x, weight = _dense(x), weight.contiguous()
     y, final = _outputs(x, weight, state)
     (batch, length, channels), width = x.shape, weight.shape[1]
@@ -79,7 +78,7 @@ def _(
 
 
 def _outputs(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (state.shape[0], weight.shape[1] - 1, x.shape[2])
+    shape = (state.shape[0], x.shape[2], weight.shape[1] - 1)
     after = torch.empty(shape, dtype=torch.float32, device=x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format), after
 
@@ -112,7 +111,7 @@ def differentiate(
     launch(
         _conv_backward_kernel, (programs * blocks,),
         dy, dfinal, x, weight, bias, state, dx, dstate, sums, chunks,
-        0 if dy is None else dy.stride(0), *((0, 0, 0) if dfinal is None else dfinal.stride()),
+        0 if dy is None else dy.stride(0), *((0, 0, 0) if dfinal is None else dfinal.transpose(1, 2).stride()),
         x.stride(0), *state.stride(), dx.stride(0), length, count, **_sizes(width, activated, BACKWARD_GROUP),
         CHUNK=chunk, X_TOKEN=x.stride(1), DY_TOKEN=0 if dy is None else dy.stride(1), DX_TOKEN=dx.stride(1),
         CHANNELS=channels,
@@ -281,7 +280,7 @@ def _conv_kernel(
     if start + count == end:
         for i in tl.static_range(K - 1):
             last = _entry(x, past, count - (K - 1) + i, before, X_TOKEN, state_k, inside, K)
-            tl.store(final + (sequence * (K - 1) + i) * CHANNELS + d, last, mask=inside)
+            tl.store(final + (sequence * CHANNELS + d) * (K - 1) + i, last, mask=inside)
 
 
 @triton.jit

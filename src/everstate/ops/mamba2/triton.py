@@ -46,7 +46,7 @@ def mamba2_scan(
     out, conv, ssm, _ = _scan(
         projected, state.conv, state.ssm.to(torch.float32), *layer[:6], out_proj, *layer[6:9], low, high, ends
     )
-    return out, Mamba2State(conv.transpose(1, 2), ssm)
+    return out, Mamba2State(conv, ssm)
 
 
 @kernel_op("mamba2_scan")
@@ -55,7 +55,7 @@ def _scan(
     A_log: Tensor, D: Tensor, scale: Tensor | None, out_proj: Tensor | None, ngroups: int, before: bool, eps: float,
     low: float, high: float, ends: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The outputs, the last inputs of the convolution as `(seqs, k1, d)`, the final states, and y of the scan."""
+    """The outputs, the last inputs of the convolution, the final states, and y of the scan."""
     given = _Parts(projected, conv_weight, dt_bias)
     convolved, last = conv1d.convolve(given.xBC, conv_weight, conv_bias, conv, ends, True)
     call = _call(convolved, ssm, D, ngroups, ends)
@@ -77,7 +77,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     channels, taps = conv_weight.shape
     y = projected.new_empty(*projected.shape[:2], ssm.shape[1] * ssm.shape[2])
-    last = conv.new_empty(conv.shape[0], taps - 1, channels, dtype=torch.float32)
+    last = conv.new_empty(conv.shape[0], channels, taps - 1, dtype=torch.float32)
     out = torch.empty_like(y) if out_proj is None else y.new_empty(*y.shape[:2], len(out_proj))
     return out, last, torch.empty_like(ssm), y
 
