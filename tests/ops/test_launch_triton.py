@@ -50,7 +50,7 @@ def test_triton_is_asked_once(kernel: Kernel) -> None:
     other = nn.Parameter(aligned())
     launch(kernel, (5, 2), other, 48, SIZE=8, num_warps=4)
     assert [grid for grid, _, _ in kernel.asked] == [(3,)]
-    assert kernel.run == [(5, 2, 1, 7, "function", "metadata", None, None, None, other, 48, 8)]
+    assert kernel.run == [(5, 2, 1, 7, "function", "metadata", None, None, None, other.data_ptr(), 48, 8)]
 
 
 @pytest.mark.parametrize(

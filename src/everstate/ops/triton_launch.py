@@ -1,8 +1,8 @@
 """Launches of kernels in a few microseconds of the host, and small whole numbers without Triton's own functions.
 
-Triton looks at every argument of a launch, and at the world around it, in 20 to 40 us; that is longer than many kernels
-take on a GPU. Here the answer of the first launch is kept under what it depends on: dtypes, whether addresses and
-numbers are multiples of 16, constants. A finer key than Triton's costs an entry and is never wrong.
+Triton looks at every argument of a launch, and at the world around it, which takes longer than many kernels take on a
+GPU. Here the answer of the first launch is kept under what it depends on: dtypes, whether addresses and numbers are
+multiples of 16, constants. A finer key than Triton's costs an entry and is never wrong.
 """
 
 from functools import cache
@@ -60,28 +60,32 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> N
         kernel[grid](*(a.checked if type(a) is Tiles else a for a in args), **settings)
         return
     device = driver.active.get_current_device()
-    key = (id(kernel), device, *settings.items(), *map(_kind, args))
-    known = _compiled.get(key)
+    key: list[Any] = [id(kernel), device, *settings.items()]
+    given: list[Any] = []
+    for value in args:
+        kind = type(value)
+        if kind is Tensor or kind is nn.Parameter:
+            # The address itself: of a tensor the launcher would ask the driver whether it is one of a GPU.
+            address = value.data_ptr()
+            key.append((value.dtype, value.is_cuda, address & 15 == 0))
+            value = address
+        elif kind is int:
+            key.append(value if value < 2 else (value & 15 == 0, value >> 31))
+        elif kind is Tiles:
+            key.append((value.base.dtype, value.form))
+        else:
+            assert value is None or kind is float, f"an argument of type {kind.__name__}"
+            key.append(kind)  # a number that is not whole is never a constant
+        given.append(value)
+    made = tuple(key)
+    known = _compiled.get(made)
     if known is None:
-        _compiled[key] = _compile(kernel, grid, args, settings)
+        _compiled[made] = _compile(kernel, grid, args, settings)
         return
     run, function, metadata, constants, _ = known
     columns, rows = (*grid, 1)[:2]
     stream = driver.active.get_current_stream(device)
-    run(columns, rows, 1, stream, function, metadata, None, None, None, *args, *constants)
-
-
-def _kind(value: Any) -> Any:
-    """All of an argument that a compiled kernel depends on."""
-    kind = type(value)
-    if kind is Tensor or kind is nn.Parameter:
-        return value.dtype, value.data_ptr() & 15 == 0
-    if kind is int:
-        return value if value < 2 else (value & 15 == 0, value >> 31)
-    if kind is Tiles:
-        return value.base.dtype, value.form
-    assert value is None or kind is float, f"an argument of type {kind.__name__}"
-    return kind  # a number that is not whole is never a constant
+    run(columns, rows, 1, stream, function, metadata, None, None, None, *given, *constants)
 
 
 def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> tuple[Any, ...]:
@@ -95,7 +99,7 @@ def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings
 
 
 def cdiv(whole: int, part: int) -> int:
-    """The number of parts that cover the whole; `triton.cdiv` takes 5 us on the host."""
+    """The number of parts that cover the whole; `triton.cdiv` takes the host microseconds."""
     return -(-whole // part)
 
 
