@@ -177,8 +177,9 @@ class Kernel:
     @staticmethod
     def argument(given: Any) -> Any:
         if isinstance(given, Tensor):
-            assert given.is_contiguous()
-            return Pointer(given.view(-1))
+            # All of the memory behind the first number: a tensor may be part of wider rows.
+            behind = given.untyped_storage().nbytes() // given.element_size() - given.storage_offset()
+            return Pointer(given.as_strided((behind,), (1,)))
         return Descriptor(given) if hasattr(given, "block_shape") else given
 
 

@@ -19,8 +19,8 @@ def served(inputs: dict[str, Tensor], packing: Packing | None = None) -> Any:
     """The call, after asking that the kernels for Hopper take it."""
     from everstate.ops.ssd import triton as kernels
 
-    names = ("x", "a", "s", "B", "C", "diagonal", "D")
-    call = kernels._Call(*(inputs.get(name) for name in names), [] if packing is None else list(packing.cu_seqlens))
+    names = ("x", "B", "C", "diagonal", "D")
+    call = kernels.Call(*(inputs.get(name) for name in names), [] if packing is None else list(packing.cu_seqlens))
     assert call.hopper is not None
     return call
 
@@ -75,15 +75,15 @@ def test_packed_sequences_of_whole_chunks(hopper: torch.device, fill: Callable[[
 def test_others_are_left_to_the_other_kernels(hopper: torch.device) -> None:
     from everstate.ops.ssd import triton as kernels
 
-    names = ("x", "a", "s", "B", "C", "diagonal", "D")
+    names = ("x", "B", "C", "diagonal", "D")
     sizes = {"heads": 2, "headdim": 64, "groups": 1, "d_state": 128}
     for changes in ({"headdim": 32}, {"d_state": 16}, {"groups": 2}, {"rank": 1}, {"dtype": torch.float32}):
         inputs = draw(hopper, 1, 64, **{"dtype": torch.bfloat16, **sizes, **changes})
-        assert kernels._Call(*(inputs.get(name) for name in names), []).hopper is None
+        assert kernels.Call(*(inputs.get(name) for name in names), []).hopper is None
     inputs = draw(hopper, 1, 65, **sizes, dtype=torch.bfloat16)
     mixed = {**inputs, "C": inputs["C"].to(torch.float16)}
-    assert kernels._Call(*(mixed.get(name) for name in names), []).hopper is None
-    assert kernels._Call(*(inputs.get(name) for name in names), [0, 30, 65]).hopper is None
+    assert kernels.Call(*(mixed.get(name) for name in names), []).hopper is None
+    assert kernels.Call(*(inputs.get(name) for name in names), [0, 30, 65]).hopper is None
 
 
 def test_sequences_do_not_meet(hopper: torch.device) -> None:

@@ -90,11 +90,11 @@ def test_whole_chunks_are_moved_by_the_copy_engine(
     packing = Packing([0, 64, 256])
     inputs = draw(kernel_device, 1, 256, 4, headdim, 2, d_state, rank, torch.bfloat16, sequences=2)
     agree(inputs, 2e-2, packing=packing)
-    names = ("x", "a", "s", "B", "C", "diagonal", "D")
-    call = kernels._Call(*(inputs.get(name) for name in names), list(packing.cu_seqlens))
+    names = ("x", "B", "C", "diagonal", "D")
+    call = kernels.Call(*(inputs.get(name) for name in names), list(packing.cu_seqlens))
     assert call.full and len(call.plan.segments) > len(packing)
     off = {**inputs, "x": torch.cat([inputs["x"], inputs["x"]], -1)[..., 4 : 4 + headdim]}
-    assert not kernels._Call(*(off.get(name) for name in names), list(packing.cu_seqlens)).full
+    assert not kernels.Call(*(off.get(name) for name in names), list(packing.cu_seqlens)).full
     agree(off, 2e-2, packing=packing)
 
 

@@ -102,16 +102,14 @@ def refusal(*inputs: Tensor | None, pairs: bool = False) -> str | None:
 
     Kernels that read complex numbers as `pairs` of float32 take complex64 too.
     """
-    given = [tensor for tensor in inputs if tensor is not None]
-    device = given[0].device
+    device = next(tensor.device for tensor in inputs if tensor is not None)
     if device.type != "cuda" and not (_interpreting and device.type == "cpu"):
         return f"runs on a GPU, the input is on {device.type}"
     taken = (*DTYPES, torch.complex64) if pairs else DTYPES
-    numbers = (t.dtype for t in given if t.is_floating_point() or t.is_complex())
-    wrong = next((dtype for dtype in numbers if dtype not in taken), None)
-    if wrong is not None:
-        *most, last = (str(dtype).removeprefix("torch.") for dtype in (*taken, wrong))
-        return f"takes {', '.join(most[:-1])} and {most[-1]}, not {last}"
+    for t in inputs:
+        if t is not None and t.dtype not in taken and (t.is_floating_point() or t.is_complex()):
+            *most, last = (str(dtype).removeprefix("torch.") for dtype in (*taken, t.dtype))
+            return f"takes {', '.join(most[:-1])} and {most[-1]}, not {last}"
     if not _installed():
         return "needs the package triton, which comes with PyTorch for GPUs"
     if capability(device) < (8, 0):

@@ -52,8 +52,7 @@ def nbytes(state: Any) -> int:
 
 def batch_size(state: Any) -> int:
     """Rows of the state; a state without tensors has none to count and gives 0."""
-    found = tensors(state)
-    return found[0].shape[0] if len(found) else 0
+    return next((tensor.shape[0] for _, tensor in named_tensors(state)), 0)
 
 
 def clone(state: S) -> S:
@@ -73,11 +72,12 @@ def gather(pool: S, slots: Slots) -> S:
 
 def scatter_(pool: S, slots: Slots, rows: S) -> None:
     """Write `rows` over the rows `slots` of a pool, in place."""
-
-    def write(into: Tensor, value: Tensor) -> Tensor:
-        return into.copy_(value) if slots is None else into.index_copy_(0, slots, value.to(into.dtype))
-
-    map_state(write, pool, rows)
+    into, values = tensors(pool), tensors(rows)
+    if slots is None and into:
+        torch._foreach_copy_(into, values)  # on a GPU in few launches
+    elif slots is not None:
+        for t, value in zip(into, values, strict=True):
+            t.index_copy_(0, slots, value.to(t.dtype))
 
 
 def concat(states: Sequence[S]) -> S:

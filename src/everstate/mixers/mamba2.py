@@ -6,15 +6,12 @@ Source: Dao and Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), section 7.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
-from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
@@ -34,15 +31,17 @@ from everstate.mixers.base import (
     uniform_,
 )
 from everstate.ops import (
-    causal_conv1d,
+    Mamba2Layer,
+    Mamba2State,
     causal_conv1d_step_,
     gated,
     gated_rms_norm,
     linear_conv_step_,
+    mamba2_scan,
     mamba2_step_,
     rms_norm,
-    ssd_scan,
 )
+from everstate.ops.mamba2.ends import leave, parts
 
 
 class Mamba2Config(TimeSteps):
@@ -75,13 +74,6 @@ class Mamba2Config(TimeSteps):
     A_init_range: tuple[float, float] = (1.0, 16.0)
     dt_init_floor: PositiveFloat = 1e-4
     chunk_size: PositiveInt = 64
-
-
-class Mamba2State(NamedTuple):
-    """conv: the last d_conv - 1 inputs of the convolution; ssm: the state of each head."""
-
-    conv: Float[Tensor, "b channels k1"]
-    ssm: Float[Tensor, "b h p n"]
 
 
 class Mamba2(Mixer):
@@ -144,12 +136,12 @@ class Mamba2(Mixer):
     ) -> tuple[Float[Tensor, "b l d"], Mamba2State]:
         if is_long(x, packing):
             return forward_by_segments(self, x, state, delta_t)
-        z, xBC, dt = self._project(x)
-        xBC, conv = causal_conv1d(xBC, self.conv_weight, self.conv_bias, state.conv, activation="silu", packing=packing)
-        u, B, C = self._split(xBC)
-        a, dt = self._decay(dt, delta_t)
-        y, ssm = ssd_scan(u, a, dt, B, C, state.ssm, D=self.D, packing=packing, chunk_size=self.config.chunk_size)
-        return self._finish(y.flatten(-2), z), Mamba2State(conv, ssm)
+        plain = self.out_proj.bias is None and self.out_proj.scale is None
+        y, state = mamba2_scan(
+            self._project(x), state, delta_t, layer=self._layer(), out_proj=self.out_proj.weight if plain else None,
+            packing=packing, chunk_size=self.config.chunk_size,
+        )  # fmt: skip
+        return scaled(y if plain else self.out_proj(y), self.config.out_multiplier), state
 
     def step_(
         self,
@@ -166,9 +158,10 @@ class Mamba2(Mixer):
         y = mamba2_step_(
             u, dt, self.A_log, B, C, state.ssm, slots,
             dt_bias=self.dt_bias, D=self.D, z=gate, dt_limit=config.dt_limit, delta_t=delta_t,
-        ).flatten(-2)  # fmt: skip
+        )  # fmt: skip
         if gate is None:
-            return self._finish(y, z)
+            return scaled(self.out_proj(leave(y, z, self._layer(), gated, gated_rms_norm)), config.out_multiplier)
+        y = y.flatten(-2)
         if self.norm is None or config.ngroups == 1:
             return scaled(self.out_proj(y, self.norm), config.out_multiplier)
         y = rms_norm(y, self.norm.weight, eps=self.norm.eps, groups=config.ngroups)
@@ -178,19 +171,19 @@ class Mamba2(Mixer):
         projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv_weight.numel())
         return projections + 5 * self.d_inner * self.config.d_state
 
-    def _project(self, x: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor, Tensor]:
-        """The gate z, the inputs of the convolution, and dt."""
+    def _project(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b w"]:
+        """The gate z, the inputs of the convolution, and dt, side by side."""
         projected, multipliers = self.in_proj(scaled(x, self.config.in_multiplier)), self.config.multipliers
-        if multipliers is not None:
-            width = self.config.ngroups * self.config.d_state
-            parts = projected.split([self.d_inner, self.d_inner, width, width, self.nheads], -1)
-            projected = torch.cat([scaled(part, m) for part, m in zip(parts, multipliers, strict=True)], -1)
-        return projected.split([self.d_inner, self.conv_dim, self.nheads], -1)
+        if multipliers is None:
+            return projected
+        width = self.config.ngroups * self.config.d_state
+        each = projected.split([self.d_inner, self.d_inner, width, width, self.nheads], -1)
+        return torch.cat([scaled(part, m) for part, m in zip(each, multipliers, strict=True)], -1)
 
     def _project_step_(self, x: Float[Tensor, "b d"], conv: Tensor, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
         """The gate z, the outputs of the convolution, and dt, for one token."""
         if self.config.multipliers is not None:
-            z, xBC, dt = self._project(x)
+            z, xBC, dt = parts(self._project(x), self._layer())
             xBC = causal_conv1d_step_(xBC, self.conv_weight, self.conv_bias, conv, slots, activation="silu")
             return z, xBC, dt
         return linear_conv_step_(
@@ -199,7 +192,7 @@ class Mamba2(Mixer):
             start=self.d_inner, activation="silu", scale=self.in_proj.scale,
         )  # fmt: skip
 
-    def _split(self, xBC: Float[Tensor, "*b channels"]) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, xBC: Float[Tensor, "b channels"]) -> tuple[Tensor, Tensor, Tensor]:
         """Cut the output of the convolution into x per head and B, C per group."""
         config = self.config
         width = config.ngroups * config.d_state
@@ -207,21 +200,18 @@ class Mamba2(Mixer):
         B, C = (m.unflatten(-1, (config.ngroups, config.d_state)) for m in (B, C))
         return x.unflatten(-1, (self.nheads, config.headdim)), B, C
 
-    def _decay(self, dt: Float[Tensor, "*b h"], delta_t: Float[Tensor, "*b"] | None) -> tuple[Tensor, Tensor]:
-        """The log decay `dt A` and the step `dt` of each head."""
-        dt = softplus(dt.to(state_dtype(dt.dtype)) + self.dt_bias)
-        if self.config.dt_limit != (0.0, math.inf):
-            dt = dt.clamp(*self.config.dt_limit)
-        if delta_t is not None:
-            dt = dt * delta_t.unsqueeze(-1)
-        return dt * -torch.exp(self.A_log), dt
-
-    def _finish(self, y: Float[Tensor, "*b e"], z: Float[Tensor, "*b e"]) -> Float[Tensor, "*b d"]:
-        """Gate, norm and the last projection."""
-        if self.norm is None:
-            return scaled(self.out_proj(gated(y, z)), self.config.out_multiplier)
-        y = gated_rms_norm(
-            y, z, self.norm.weight, eps=self.norm.eps, groups=self.config.ngroups,
-            norm_before_gate=self.config.norm_before_gate,
-        )  # fmt: skip
-        return scaled(self.out_proj(y), self.config.out_multiplier)
+    def _layer(self) -> Mamba2Layer:
+        """What the ops need to know of this layer."""
+        config = self.config
+        return Mamba2Layer(
+            conv_weight=self.conv_weight,
+            conv_bias=self.conv_bias,
+            dt_bias=self.dt_bias,
+            A_log=self.A_log,
+            D=self.D,
+            norm=None if self.norm is None else self.norm.weight,
+            ngroups=config.ngroups,
+            norm_before_gate=config.norm_before_gate,
+            norm_eps=config.norm_eps,
+            dt_limit=config.dt_limit,
+        )

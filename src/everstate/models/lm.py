@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from everstate.core.dtypes import state_dtype
 from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
-from everstate.core.state import Slots, map_state, tensors
+from everstate.core.state import Slots, map_state, named_tensors
 from everstate.mixers import Mixer, State, build_mixer
 from everstate.mixers.base import Linear, Norm, allocate_, build_norm, cast_, scaled
 from everstate.models.config import ModelConfig
@@ -266,8 +266,7 @@ class LM(nn.Module):
                 f"the state has {len(state)} parts and the model {len(self.blocks)} blocks; "
                 "make it with init_state of this model"
             )
-        held = tensors(state)
-        return held[0].shape[0] if held else None
+        return next((tensor.shape[0] for _, tensor in named_tensors(state)), None)
 
     def _check_ids(self, tokens: Tensor) -> None:
         # On a GPU, or under a compiler, looking at the values would stall the device: there the engine has checked.

@@ -15,6 +15,8 @@ from everstate.ops.linear_scan import linear_scan, linear_step_
 from everstate.ops.lti_conv import lti_conv
 from everstate.ops.lti_diagonal import lti_diagonal, lti_diagonal_step_, lti_kernel_diagonal
 from everstate.ops.lti_dplr import lti_dplr, lti_dplr_step_, lti_kernel_dplr
+from everstate.ops.mamba2 import mamba2_scan
+from everstate.ops.mamba2.ends import Mamba2Layer, Mamba2State
 from everstate.ops.mamba3 import mamba3_scan, mamba3_step_
 from everstate.ops.mamba3.ends import Mamba3Layer
 from everstate.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
@@ -26,6 +28,8 @@ from everstate.ops.trapezoid import TrapezoidState, trapezoid_scan, trapezoid_st
 __all__ = [
     "OPS",
     "AttentionState",
+    "Mamba2Layer",
+    "Mamba2State",
     "Mamba3Layer",
     "TrapezoidState",
     "add_rms_norm",
@@ -53,6 +57,7 @@ __all__ = [
     "lti_dplr_step_",
     "lti_kernel_diagonal",
     "lti_kernel_dplr",
+    "mamba2_scan",
     "mamba2_step_",
     "mamba3_scan",
     "mamba3_step_",

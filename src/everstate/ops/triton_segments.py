@@ -19,6 +19,7 @@ from torch import Tensor
 
 from everstate.core.kernels import capability, processors, shared_memory
 from everstate.ops.triton_common import INTERPRETED, LOG2E
+from everstate.ops.triton_launch import cdiv
 
 CHUNK = 64
 """Entries of a chunk: the side of the smallest matrix product that keeps the tensor cores busy."""
@@ -48,7 +49,7 @@ def plan(ends: tuple[int, ...], chunk: int, pieces: int, device: torch.device) -
     sequences: list[tuple[int, int]] = []
     for sequence, (start, end) in enumerate(pairwise(ends)):
         mine = [(at, min(at + chunk, end)) for at in range(start, end, chunk)]
-        each = triton.cdiv(len(mine), pieces)
+        each = cdiv(len(mine), pieces)
         cuts = range(0, len(mine), each)
         sequences.append((len(segments), len(cuts)))
         for at in cuts:
@@ -69,7 +70,7 @@ def fill(programs: int, device: torch.device) -> int:
     """`pieces_for` programs of which one fills a multiprocessor: as few as leave the least idle."""
     available = processors(device)
     most = max(2 * available // programs, 1)
-    return min(range(1, most + 1), key=lambda pieces: triton.cdiv(programs * pieces, available) / pieces)
+    return min(range(1, most + 1), key=lambda pieces: cdiv(programs * pieces, available) / pieces)
 
 
 def stages_for(x: Tensor, wanted: int) -> int:
@@ -111,7 +112,7 @@ def hopper_kernels(name: str, x: Tensor) -> ModuleType | None:
 
 def rows_of(t: Tensor) -> Tensor:
     """`t` with b and l as one dimension (kept as l of b = 1), the last dimension dense: a view where it can be one."""
-    t = t.flatten(0, 1).unsqueeze(0)
+    t = t if t.shape[0] == 1 else t.flatten(0, 1).unsqueeze(0)
     return t if t.stride(-1) == 1 else t.contiguous()
 
 

@@ -25,7 +25,7 @@ def accepts_conv(
     """Why the kernels of `causal_conv1d` do not serve these arguments, or None."""
     if x.numel() == 0:
         return "was given no tokens"
-    return refusal(x, weight, bias, state) or _refusal_of_width(weight)
+    return refusal(x, weight, bias, state) or refusal_of_taps(weight)
 
 
 def accepts_step(
@@ -38,8 +38,9 @@ def accepts_step(
     activation: str | None = None,
 ) -> str | None:
     """Why the kernel of `causal_conv1d_step_` does not serve these arguments, or None."""
-    return step_refusal(state, x, weight, bias) or _refusal_of_width(weight)
+    return step_refusal(state, x, weight, bias) or refusal_of_taps(weight)
 
 
-def _refusal_of_width(weight: Tensor) -> str | None:
+def refusal_of_taps(weight: Tensor) -> str | None:
+    """Why the kernels do not serve a weight `(d, k)`, or None."""
     return f"takes up to {WIDEST} taps, not {weight.shape[1]}" if weight.shape[1] > WIDEST else None

@@ -18,15 +18,17 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
-from everstate.ops.triton_common import LOG2E
+from everstate.ops.triton_common import LOG2E, reciprocal
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
+from everstate.ops.triton_sums import total
 
 CHUNK, GROUP = 64, 8
 """Tokens of a program, and those whose loads it starts together."""
 
-BACKWARD_CHUNK, BACKWARD_GROUP = 128, 8
+BACKWARD_CHUNK, BACKWARD_GROUP = 128, 16
 """Backward, tokens of one turn of a program, and those whose loads it starts together."""
 
-BLOCK_D, WARPS = 256, 2
+BLOCK_D, WARPS = 256, 4
 """Channels of a program, and its warps."""
 
 PROGRAMS = 32
@@ -46,24 +48,26 @@ def causal_conv1d(
     if packing is not None:
         packing.check(x.shape[0], x.shape[1], state.shape[0])
     ends = [] if packing is None else list(packing.cu_seqlens)
-    y, final = _conv(x, weight, bias, state, ends, activation == "silu")
-    return y, final.transpose(1, 2)
+    return _conv(x, weight, bias, state, ends, activation == "silu")
 
 
-@kernel_op("causal_conv1d")
-def _conv(
+def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ends: Sequence[int], activated: bool
 ) -> tuple[Tensor, Tensor]:
-    """Outputs, and the last inputs of each sequence, laid out `(seqs, k1, d)`."""
+    """Outputs, and the last inputs of each sequence, `(seqs, d, k1)`."""
     x, weight = _dense(x), weight.contiguous()
     y, final = _outputs(x, weight, state)
     (batch, length, channels), width = x.shape, weight.shape[1]
     chunks, count = _chunks(ends, batch, length, CHUNK, x.device)
-    _conv_kernel[(count * triton.cdiv(channels, BLOCK_D),)](
-        x, weight, bias, state, y, final, chunks, *x.stride()[:2], *state.stride(), length, channels,
-        **_sizes(width, activated, GROUP), CHUNK=CHUNK,
+    launch(
+        _conv_kernel, (count * cdiv(channels, BLOCK_D),),
+        x, weight, bias, state, y, final, chunks, x.stride(0), *state.stride(), length,
+        **_sizes(width, activated, GROUP), CHUNK=CHUNK, X_TOKEN=x.stride(1), CHANNELS=channels,
     )  # fmt: skip
     return y, final
+
+
+_conv = kernel_op("causal_conv1d")(convolve)
 
 
 @_conv.register_fake
@@ -74,7 +78,8 @@ def _(
 
 
 def _outputs(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    after = state.new_empty(state.shape[0], weight.shape[1] - 1, x.shape[2], dtype=torch.float32)
+    shape = (state.shape[0], x.shape[2], weight.shape[1] - 1)
+    after = torch.empty(shape, dtype=torch.float32, device=x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format), after
 
 
@@ -84,27 +89,37 @@ def _backward(
     ends: Sequence[int], activated: bool, wanted: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x and the weight, of the bias where there is one, and of the state, `(seqs, k1, d)`, if wanted."""
-    (batch, length, channels), width = x.shape, weight.shape[1]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return [dx, *differentiate(dy, dfinal, x, weight, bias, state, ends, activated, wanted, dx)]
+
+
+def differentiate(
+    dy: Tensor | None, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
+    ends: Sequence[int], activated: bool, wanted: bool, dx: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """Write the gradient of x into `dx`, whose channels lie side by side, and return the others of `_backward`."""
+    (batch, length, channels), width = x.shape, weight.shape[1]
     dstate = state.new_empty(len(state), width - 1, channels) if wanted else None
     x, weight = _dense(x), weight.contiguous()
     dy = None if dy is None else _dense(dy)
     chunk = BACKWARD_CHUNK - (width - 1)
     chunks, count = _chunks(ends, batch, length, chunk, x.device)
-    blocks = triton.cdiv(channels, BLOCK_D)
-    turns = triton.cdiv(count * blocks, PROGRAMS * processors(x.device))
-    programs = triton.cdiv(count, turns)
+    blocks = cdiv(channels, BLOCK_D)
+    turns = cdiv(count * blocks, PROGRAMS * processors(x.device))
+    programs = cdiv(count, turns)
     sums = x.new_empty(programs, width + 1, channels, dtype=torch.float32)
-    _conv_backward_kernel[(programs * blocks,)](
+    launch(
+        _conv_backward_kernel, (programs * blocks,),
         dy, dfinal, x, weight, bias, state, dx, dstate, sums, chunks,
-        *((0, 0) if dy is None else dy.stride()[:2]), *((0, 0, 0) if dfinal is None else dfinal.stride()),
-        *x.stride()[:2], *state.stride(), length, channels, count,
-        **_sizes(width, activated, BACKWARD_GROUP), CHUNK=chunk,
+        0 if dy is None else dy.stride(0), *((0, 0, 0) if dfinal is None else dfinal.transpose(1, 2).stride()),
+        x.stride(0), *state.stride(), dx.stride(0), length, count, **_sizes(width, activated, BACKWARD_GROUP),
+        CHUNK=chunk, X_TOKEN=x.stride(1), DY_TOKEN=0 if dy is None else dy.stride(1), DX_TOKEN=dx.stride(1),
+        CHANNELS=channels,
     )  # fmt: skip
-    summed = sums.sum(0)
+    summed = total(sums, torch.float32)
     dweight = summed[:width].T.contiguous().to(weight.dtype)
     dbias = None if bias is None else summed[width].to(bias.dtype, copy=True)
-    return [t for t in (dx, dweight, dbias, dstate) if t is not None]
+    return [t for t in (dweight, dbias, dstate) if t is not None]
 
 
 @_backward.register_fake
@@ -137,8 +152,8 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _sizes(width: int, activated: bool, group: int) -> dict[str, Any]:
-    """Per thread, 8 channels of up to 4 taps, fewer of more: all of them are in registers."""
-    taps = triton.next_power_of_2(width)
+    """Per thread, 2 channels of up to 4 taps, fewer of more: all of them are in registers."""
+    taps = power_of_2(width)
     return {
         "K": width, "SILU": activated, "BLOCK_D": BLOCK_D, "BLOCK_K": taps, "GROUP": group if taps <= 4 else 1,
         "num_warps": WARPS if taps <= 4 else taps // 4,
@@ -150,7 +165,7 @@ def _chunks(
 ) -> tuple[Int[Tensor, "chunks 4"] | None, int]:
     """Where the chunks of packed sequences lie (None where rows are sequences), and how many there are."""
     if not ends:
-        return None, batch * triton.cdiv(length, chunk)
+        return None, batch * cdiv(length, chunk)
     table = _table(tuple(ends), chunk, device)
     return table, len(table)
 
@@ -229,43 +244,43 @@ def _product(window, taps, added, K: tl.constexpr):
 
 @triton.jit
 def _sigmoid(u):
-    return 1.0 / (1.0 + tl.exp2(u * -LOG2E))
+    return reciprocal(1.0 + tl.exp2(u * -LOG2E))
 
 
 @triton.jit
 def _conv_kernel(
-    x, weight, bias, state, y, final, chunks, x_row, x_token, state_sequence, state_d, state_k, length, channels,
+    x, weight, bias, state, y, final, chunks, x_row, state_sequence, state_d, state_k, length,
     K: tl.constexpr, SILU: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, X_TOKEN: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and block of channels."""
-    blocks = tl.cdiv(channels, BLOCK_D)
+    blocks = tl.cdiv(CHANNELS, BLOCK_D)
     d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = d < channels
+    inside = d < CHANNELS
     row, sequence, begin, start, end = _place(chunks, tl.program_id(0) // blocks, length, CHUNK)
     count, before = tl.minimum(end - start, CHUNK), begin - start
-    x += row * x_row + start.to(tl.int64) * x_token + d
-    y += (row * length + start) * channels + d
+    x += row * x_row + start.to(tl.int64) * X_TOKEN + d
+    y += (row * length + start) * CHANNELS + d
     past = state + sequence * state_sequence + d.to(tl.int64) * state_d
     taps = _taps(weight, d, inside, K, BLOCK_K)
     constant = tl.zeros((BLOCK_D,), tl.float32)
     if bias is not None:
         constant += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
-    window = _past(x, past, before, x_token, state_k, inside, K)
+    window = _past(x, past, before, X_TOKEN, state_k, inside, K)
     for first in range(0, count, GROUP):
         # All loads before the first store, behind which the compiler would not move them.
-        inputs = _group(x, first, count, x_token, inside, GROUP)
+        inputs = _group(x, first, count, X_TOKEN, inside, GROUP)
         for i in tl.static_range(GROUP):
             window = window + (inputs[i].to(tl.float32),)
             out = _product(window, taps, constant, K)
             window = window[1:]
             if SILU:
                 out = out * _sigmoid(out)
-            tl.store(y + (first + i) * channels, out.to(y.dtype.element_ty), mask=inside & (first + i < count))
+            tl.store(y + (first + i) * CHANNELS, out.to(y.dtype.element_ty), mask=inside & (first + i < count))
     if start + count == end:
         for i in tl.static_range(K - 1):
-            last = _entry(x, past, count - (K - 1) + i, before, x_token, state_k, inside, K)
-            tl.store(final + (sequence * (K - 1) + i) * channels + d, last, mask=inside)
+            last = _entry(x, past, count - (K - 1) + i, before, X_TOKEN, state_k, inside, K)
+            tl.store(final + (sequence * CHANNELS + d) * (K - 1) + i, last, mask=inside)
 
 
 @triton.jit
@@ -292,15 +307,15 @@ def _add(sums, slope, window, own, K: tl.constexpr):
 @triton.jit
 def _conv_backward_kernel(
     dy, dfinal, x, weight, bias, state, dx, dstate, sums, chunks,
-    dy_row, dy_token, dfinal_sequence, dfinal_k, dfinal_d, x_row, x_token, state_sequence, state_d, state_k,
-    length, channels, total,
+    dy_row, dfinal_sequence, dfinal_k, dfinal_d, x_row, state_sequence, state_d, state_k, dx_row, length, total,
     K: tl.constexpr, SILU: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, X_TOKEN: tl.constexpr, DY_TOKEN: tl.constexpr, DX_TOKEN: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program per block of channels and every so many chunks."""
-    blocks = tl.cdiv(channels, BLOCK_D)
+    blocks = tl.cdiv(CHANNELS, BLOCK_D)
     d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = d < channels
+    inside = d < CHANNELS
     taps = _taps(weight, d, inside, K, BLOCK_K)
     constant = tl.zeros((BLOCK_D,), tl.float32)
     if bias is not None:
@@ -310,21 +325,21 @@ def _conv_backward_kernel(
         summed = summed + (tl.zeros((BLOCK_D,), tl.float32),)
     for index in range(tl.program_id(0) // blocks, total, tl.num_programs(0) // blocks):
         summed = _chunk_gradients(
-            dy, dfinal, x, state, dx, dstate, chunks, dy_row, dy_token, dfinal_sequence, dfinal_k, dfinal_d,
-            x_row, x_token, state_sequence, state_d, state_k, length, channels,
-            index, d, inside, taps, constant, summed, K, SILU, CHUNK, GROUP,
+            dy, dfinal, x, state, dx, dstate, chunks, dy_row, dfinal_sequence, dfinal_k, dfinal_d,
+            x_row, state_sequence, state_d, state_k, dx_row, length, index, d, inside, taps, constant, summed,
+            K, SILU, CHUNK, GROUP, X_TOKEN, DY_TOKEN, DX_TOKEN, CHANNELS,
         )  # fmt: skip
-    own = sums + (tl.program_id(0) // blocks * (K + 1)).to(tl.int64) * channels + d
+    own = sums + (tl.program_id(0) // blocks * (K + 1)).to(tl.int64) * CHANNELS + d
     for i in tl.static_range(K + 1):
-        tl.store(own + i * channels, summed[i], mask=inside)
+        tl.store(own + i * CHANNELS, summed[i], mask=inside)
 
 
 @triton.jit
 def _chunk_gradients(
-    dy, dfinal, x, state, dx, dstate, chunks, dy_row, dy_token, dfinal_sequence, dfinal_k, dfinal_d,
-    x_row, x_token, state_sequence, state_d, state_k, length, channels,
-    index, d, inside, taps, constant, summed,
-    K: tl.constexpr, SILU: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    dy, dfinal, x, state, dx, dstate, chunks, dy_row, dfinal_sequence, dfinal_k, dfinal_d,
+    x_row, state_sequence, state_d, state_k, dx_row, length, index, d, inside, taps, constant, summed,
+    K: tl.constexpr, SILU: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, X_TOKEN: tl.constexpr,
+    DY_TOKEN: tl.constexpr, DX_TOKEN: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of a chunk's inputs, and add to those of the taps.
 
@@ -333,19 +348,19 @@ def _chunk_gradients(
     """
     row, sequence, begin, start, end = _place(chunks, index, length, CHUNK)
     count, rest, before = tl.minimum(end - start, CHUNK), end - start, begin - start
-    x += row * x_row + start.to(tl.int64) * x_token + d
+    x += row * x_row + start.to(tl.int64) * X_TOKEN + d
     if dy is not None:
-        dy += row * dy_row + start.to(tl.int64) * dy_token + d
+        dy += row * dy_row + start.to(tl.int64) * DY_TOKEN + d
     if dfinal is not None:
         dfinal += sequence * dfinal_sequence + d.to(tl.int64) * dfinal_d
-    dx += (row * length + start) * channels + d
+    dx += row * dx_row + start.to(tl.int64) * DX_TOKEN + d
     past = state + sequence * state_sequence + d.to(tl.int64) * state_d
-    window, slopes = _past(x, past, before, x_token, state_k, inside, K), ()
+    window, slopes = _past(x, past, before, X_TOKEN, state_k, inside, K), ()
     for _ in tl.static_range(K - 1):
         slopes = slopes + (tl.zeros(inside.shape, tl.float32),)
     for first in range(0, count + K - 1, GROUP):
-        inputs = _group(x, first, rest, x_token, inside, GROUP)
-        upstream = _group(dy, first, rest, dy_token, inside, GROUP)
+        inputs = _group(x, first, rest, X_TOKEN, inside, GROUP)
+        upstream = _group(dy, first, rest, DY_TOKEN, inside, GROUP)
         for i in tl.static_range(GROUP):
             window = window + (inputs[i].to(tl.float32),)
             slope = _slope(upstream[i], window, taps, constant, K, SILU)
@@ -359,8 +374,8 @@ def _chunk_gradients(
                 column = t - rest + K - 1
                 kept = inside & (column >= 0) & (t < count)
                 given += tl.load(dfinal + column * dfinal_k, mask=kept, other=0.0).to(tl.float32)
-            tl.store(dx + t * channels, given.to(dx.dtype.element_ty), mask=inside & (t >= 0) & (t < count))
+            tl.store(dx + t * DX_TOKEN, given.to(dx.dtype.element_ty), mask=inside & (t >= 0) & (t < count))
             if dstate is not None:
-                own = dstate + (sequence * (K - 1) + K - 1 + t) * channels + d
+                own = dstate + (sequence * (K - 1) + K - 1 + t) * CHANNELS + d
                 tl.store(own, given, mask=inside & (t < 0) & (before == 0))
     return summed

@@ -17,6 +17,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.ops.cross_entropy import IGNORE
 from everstate.ops.triton_common import LOG2E
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 
 MEMORY = 2**29
 """Bytes of logits at a time. With each chunk the gradient of the weight is read and written once more."""
@@ -160,7 +161,7 @@ class _Logits(NamedTuple):
         x, total, vocabulary = self.x, self.x.shape[0], self.weight.shape[0]
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         # A row begins at a multiple of 128 bytes: products of an odd vocabulary are slow without.
-        buffer = x.new_empty(min(self.chunk_size, total), triton.cdiv(vocabulary, 64) * 64)
+        buffer = x.new_empty(min(self.chunk_size, total), cdiv(vocabulary, 64) * 64)
         for start in range(0, total, self.chunk_size):
             now = slice(start, min(start + self.chunk_size, total))
             logits = buffer[: now.stop - start, :vocabulary]
@@ -203,8 +204,9 @@ def _launch(
     upstream: Tensor | None = None, in_place: bool = False,
 ) -> None:  # fmt: skip
     tokens, vocabulary = logits.shape
-    block = min(triton.next_power_of_2(vocabulary), BLOCK)
-    _loss_kernel[(tokens,)](
+    block = min(power_of_2(vocabulary), BLOCK)
+    launch(
+        _loss_kernel, (tokens,),
         logits, targets, losses, sums, given, upstream, logits.stride(0), vocabulary,
         softcap or 1.0, CAPPED=softcap is not None, IN_PLACE=in_place, BLOCK=block, num_warps=8,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op
 from everstate.ops.activations import Activation
+from everstate.ops.triton_launch import cdiv, launch
 from everstate.ops.triton_rows import dense
 
 BLOCK = 1024
@@ -29,7 +30,7 @@ def gated(y: Float[Tensor, "*b f"], z: Float[Tensor, "*b f"]) -> Float[Tensor, "
 @kernel_op("glu")
 def _glu(h: Tensor, silu: bool) -> Tensor:
     gate, up = dense(h.flatten(0, -2)).chunk(2, -1)
-    return _apply(gate, up, silu).view(*h.shape[:-1], -1)
+    return apply(gate, up, silu).view(*h.shape[:-1], -1)
 
 
 @_glu.register_fake
@@ -42,7 +43,7 @@ def _glu_backward(dy: Tensor, h: Tensor, silu: bool) -> Tensor:
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
     gate, up = dense(h.flatten(0, -2)).chunk(2, -1)
     dgate, dup = dh.flatten(0, -2).chunk(2, -1)
-    _differentiate(dy, gate, up, dgate, dup, silu)
+    differentiate(dy, gate, up, dgate, dup, silu)
     return dh
 
 
@@ -53,7 +54,7 @@ def _(dy: Tensor, h: Tensor, silu: bool) -> Tensor:
 
 @kernel_op("gated")
 def _gated(y: Tensor, z: Tensor) -> Tensor:
-    return _apply(dense(z.flatten(0, -2)), dense(y.flatten(0, -2)), True).view(y.shape)
+    return apply(dense(z.flatten(0, -2)), dense(y.flatten(0, -2)), True).view(y.shape)
 
 
 @_gated.register_fake
@@ -65,7 +66,7 @@ def _(y: Tensor, z: Tensor) -> Tensor:
 def _gated_backward(dout: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     dy, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, z))
     gate, up = dense(z.flatten(0, -2)), dense(y.flatten(0, -2))
-    _differentiate(dout, gate, up, dz.flatten(0, -2), dy.flatten(0, -2), True)
+    differentiate(dout, gate, up, dz.flatten(0, -2), dy.flatten(0, -2), True)
     return dy, dz
 
 
@@ -88,20 +89,30 @@ _glu.register_autograd(lambda ctx, dy: (_glu_backward(dy, *ctx.saved_tensors, ct
 _gated.register_autograd(lambda ctx, dout: _gated_backward(dout, *ctx.saved_tensors), setup_context=_save_gated)
 
 
-def _apply(gate: Float[Tensor, "rows f"], up: Float[Tensor, "rows f"], silu: bool) -> Float[Tensor, "rows f"]:
+def apply(gate: Float[Tensor, "rows f"], up: Float[Tensor, "rows f"], silu: bool) -> Float[Tensor, "rows f"]:
     y = torch.empty_like(up, memory_format=torch.contiguous_format)
     rows, width = up.shape
-    _forward_kernel[(rows, triton.cdiv(width, BLOCK))](
-        gate, up, y, gate.stride(0), up.stride(0), width, SILU=silu, BLOCK=BLOCK
+    launch(
+        _forward_kernel,
+        (rows, cdiv(width, BLOCK)),
+        gate,
+        up,
+        y,
+        gate.stride(0),
+        up.stride(0),
+        width,
+        SILU=silu,
+        BLOCK=BLOCK,
     )
     return y
 
 
-def _differentiate(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, silu: bool) -> None:
+def differentiate(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, silu: bool) -> None:
     """Write the gradients into `dgate` and `dup`, whose rows may lie in one tensor."""
     upstream = dense(dy.flatten(0, -2))
     rows, width = up.shape
-    _backward_kernel[(rows, triton.cdiv(width, BLOCK))](
+    launch(
+        _backward_kernel, (rows, cdiv(width, BLOCK)),
         upstream, gate, up, dgate, dup, upstream.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
         dup.stride(0), width, SILU=silu, BLOCK=BLOCK,
     )  # fmt: skip

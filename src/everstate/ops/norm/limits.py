@@ -14,21 +14,24 @@ WIDEST = 16_384
 
 def accepts_norm(x: Tensor, weight: Tensor | None, *, groups: int = 1, **settings: Any) -> str | None:
     """Why the kernel of `rms_norm` does not serve these arguments, or None."""
-    return refusal(x, weight) or _refusal_of_width(x, groups)
+    return refusal(x, weight) or _refusal_of_rows(x, groups)
 
 
 def accepts_gated(x: Tensor, z: Tensor, weight: Tensor | None, *, groups: int = 1, **settings: Any) -> str | None:
     """Why the kernel of `gated_rms_norm` does not serve these arguments, or None."""
-    return refusal(x, z, weight) or _refusal_of_width(x, groups)
+    return refusal(x, z, weight) or _refusal_of_rows(x, groups)
 
 
 def accepts_add(x: Tensor, y: Tensor, weight: Tensor, **settings: Any) -> str | None:
     """Why the kernel of `add_rms_norm` does not serve these arguments, or None."""
-    return refusal(x, y, weight) or _refusal_of_width(x, 1)
+    return refusal(x, y, weight) or _refusal_of_rows(x, 1)
 
 
-def _refusal_of_width(x: Tensor, groups: int) -> str | None:
-    width = x.shape[-1] // groups
-    if x.numel() == 0:
-        return "was given no rows"
+def _refusal_of_rows(x: Tensor, groups: int) -> str | None:
+    return "was given no rows" if x.numel() == 0 else refusal_of_width(x.shape[-1], groups)
+
+
+def refusal_of_width(width: int, groups: int) -> str | None:
+    """Why the kernels do not serve rows of `width` numbers in so many groups, or None."""
+    width //= groups
     return f"takes groups of up to {WIDEST} numbers, not {width}" if width > WIDEST else None

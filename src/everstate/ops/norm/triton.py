@@ -13,9 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
+from everstate.ops.triton_launch import launch, power_of_2
+from everstate.ops.triton_sums import total
 
 PLAIN, GATE_FIRST, GATE_LAST = 0, 1, 2
 """No gate; `norm(x silu(z))`; `norm(x) silu(z)`."""
+
+PROGRAMS = 8
+"""Per multiprocessor, backwards."""
 
 
 def rms_norm(
@@ -38,16 +43,19 @@ def gated_rms_norm(
     return _norm(x, z, weight, eps, groups, GATE_LAST if norm_before_gate else GATE_FIRST)
 
 
-@kernel_op("rms_norm")
-def _norm(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int) -> Tensor:
+def normalise(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows, gate = _rows(x), None if z is None else _rows(z)
     grid, sizes = _launch(rows, groups, len(rows), 16)
-    _norm_kernel[grid](
+    launch(
+        _norm_kernel, grid,
         rows, gate, weight, y, len(rows), rows.stride(0), 0 if gate is None else gate.stride(0), eps,
         GROUPS=groups, MODE=mode, **sizes,
     )  # fmt: skip
     return y
+
+
+_norm = kernel_op("rms_norm")(normalise)
 
 
 @_norm.register_fake
@@ -60,18 +68,31 @@ def _norm_backward(
     dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int
 ) -> list[Tensor]:
     """Gradients of x, and of z and weight where they are given."""
-    rows, gate, upstream = _rows(x), None if z is None else _rows(z), _rows(dy)
-    programs = min(len(rows), 4 * processors(x.device))
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+    dx, dweight = differentiate(dy, x, z, weight, eps, groups, mode, dz)
+    return [t for t in (dx, dz, dweight) if t is not None]
+
+
+def differentiate(
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int,
+    dz: Tensor | None, again: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The gradients of x and weight.
+
+    That of z is written into `dz`, rows of which may be part of wider ones, and the output once more into `again`.
+    """
+    rows, gate, upstream = _rows(x), None if z is None else _rows(z), _rows(dy)
+    programs = min(len(rows), PROGRAMS * processors(x.device))
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = None if weight is None else x.new_empty(programs, len(weight), dtype=torch.float32)
-    grid, sizes = _launch(rows, groups, programs, 8)
-    _norm_backward_kernel[grid](
-        upstream, rows, gate, weight, dx, dz, sums, len(rows), upstream.stride(0), rows.stride(0),
-        0 if gate is None else gate.stride(0), eps, GROUPS=groups, MODE=mode, **sizes,
+    grid, sizes = _launch(rows, groups, programs, 16)
+    launch(
+        _norm_backward_kernel, grid,
+        upstream, rows, gate, weight, dx, dz, again, sums, len(rows), upstream.stride(0), rows.stride(0),
+        0 if gate is None else gate.stride(0), 0 if dz is None else _rows(dz).stride(0), eps,
+        GROUPS=groups, MODE=mode, **sizes,
     )  # fmt: skip
-    given = [dx] if dz is None else [dx, dz]
-    return given if sums is None or weight is None else [*given, sums.sum(0).to(weight.dtype)]
+    return dx, None if sums is None or weight is None else total(sums, weight.dtype)
 
 
 @_norm_backward.register_fake
@@ -107,7 +128,7 @@ def _launch(
 ) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid, and what the width decides, with `each` numbers of a row per thread."""
     width = rows.shape[1] // groups
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     return (programs, groups), {"WIDTH": width, "BLOCK": block, "num_warps": min(max(block // (32 * each), 1), 16)}
 
 
@@ -155,8 +176,19 @@ def _read_row(x, dy, z, row, x_row, dy_row, z_row, columns, inside, MODE: tl.con
 
 
 @triton.jit
+def _gate(logit, MODE: tl.constexpr):
+    """silu and its derivative, where there is a gate."""
+    gate, slope = logit, logit
+    if MODE != 0:
+        share = tl.sigmoid(logit)
+        gate = logit * share
+        slope = share * (1.0 + logit * (1.0 - share))
+    return gate, slope
+
+
+@triton.jit
 def _norm_backward_kernel(
-    dy, x, z, weight, dx, dz, sums, rows, dy_row, x_row, z_row, eps,
+    dy, x, z, weight, dx, dz, again, sums, rows, dy_row, x_row, z_row, dz_row, eps,
     GROUPS: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per group and every so many rows."""
@@ -179,26 +211,26 @@ def _norm_backward_kernel(
             own_x, own_dy, own_z = _read_row(
                 x, dy, z, row, x_row, dy_row, z_row, columns, inside & (row < rows), MODE
             )  # fmt: skip
-        u, gate, slope = given, given, given
-        if MODE != 0:
-            open_part = tl.sigmoid(logit)
-            gate = logit * open_part
-            slope = open_part * (1.0 + logit * (1.0 - open_part))
+        gate, slope = _gate(logit, MODE)
+        u = given
         if MODE == 1:
             u = given * gate
         rstd = tl.rsqrt(tl.sum(u * u, 0) / WIDTH + eps)
+        out = at_row.to(tl.int64) * GROUPS * WIDTH + columns
+        if again is not None:
+            factor = gate if MODE == 2 else 1.0
+            tl.store(again + out, (u * rstd * scale * factor).to(again.dtype.element_ty), mask=inside)
         dgate = upstream * u * rstd * scale
         if MODE == 2:
             upstream = upstream * gate
         summed += upstream * u * rstd
         scaled = upstream * scale
         du = rstd * (scaled - u * (rstd * rstd * (tl.sum(scaled * u, 0) / WIDTH)))
-        out = at_row.to(tl.int64) * GROUPS * WIDTH + columns
         if MODE == 1:
             dgate = du * given
             du = du * gate
         tl.store(dx + out, du.to(dx.dtype.element_ty), mask=inside)
         if MODE != 0:
-            tl.store(dz + out, (dgate * slope).to(dz.dtype.element_ty), mask=inside)
+            tl.store(dz + at_row.to(tl.int64) * dz_row + columns, (dgate * slope).to(dz.dtype.element_ty), mask=inside)
     if weight is not None:
         tl.store(sums + tl.program_id(0) * GROUPS * WIDTH + columns, summed, mask=inside)

@@ -13,12 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, launch_options, start_next, wait_for_last
+from everstate.ops.triton_sums import total
 
 NUMBERS = 2048
 """Of one program at a time, if a row is not longer."""
 
-PROGRAMS = 8
+PROGRAMS = 16
 """Per multiprocessor, backwards."""
 
 
@@ -34,7 +36,8 @@ def _add(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
     left, right = _rows(x), _rows(y)
     summed, normed = _results(x, y)
     sizes = _sizes(left.shape[1])
-    _add_kernel[(triton.cdiv(len(left), sizes["ROWS"]),)](
+    launch(
+        _add_kernel, (cdiv(len(left), sizes["ROWS"]),),
         left, right, weight, summed, normed, len(left), left.stride(0), right.stride(0), eps,
         **sizes, **launch_options(x.device),
     )  # fmt: skip
@@ -53,14 +56,15 @@ def _backward(
     """Gradients of x and y, which differ in their dtype alone, and of the weight."""
     rows, own, upstream = _rows(summed), _rows(dsummed), _rows(dnormed)
     sizes = _sizes(rows.shape[1])
-    programs = min(triton.cdiv(len(rows), sizes["ROWS"]), PROGRAMS * processors(rows.device))
+    programs = min(cdiv(len(rows), sizes["ROWS"]), PROGRAMS * processors(rows.device))
     dx, dy = (summed.new_empty(summed.shape, dtype=dtype) for dtype in (wide, low))
     sums = summed.new_empty(programs, len(weight), dtype=torch.float32)
-    _backward_kernel[(programs,)](
+    launch(
+        _backward_kernel, (programs,),
         own, upstream, rows, weight, dx, dy, sums, len(rows), own.stride(0), upstream.stride(0), rows.stride(0), eps,
         **sizes,
     )  # fmt: skip
-    return [dx, dy, sums.sum(0).to(weight.dtype)]
+    return [dx, dy, total(sums, weight.dtype)]
 
 
 @_backward.register_fake
@@ -88,7 +92,8 @@ _add.register_autograd(_differentiate, setup_context=_save)
 
 
 def _results(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype)), y.new_empty(y.shape)
+    wide = x.dtype if x.dtype == torch.float32 else torch.promote_types(x.dtype, y.dtype)
+    return torch.empty(x.shape, dtype=wide, device=x.device), torch.empty(y.shape, dtype=y.dtype, device=y.device)
 
 
 def _rows(t: Tensor) -> Float[Tensor, "rows d"]:
@@ -97,7 +102,7 @@ def _rows(t: Tensor) -> Float[Tensor, "rows d"]:
 
 def _sizes(width: int) -> dict[str, int]:
     """What the width decides."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     rows = max(NUMBERS // block, 1)
     return {"WIDTH": width, "ROWS": rows, "BLOCK": block, "num_warps": min(max(rows * block // 512, 1), 16)}
 

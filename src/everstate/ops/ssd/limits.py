@@ -35,7 +35,16 @@ def accepts_scan(
     why = refusal(x, a, s, B, C, state, diagonal, D)
     if why is not None:
         return why
-    headdim, d_state = x.shape[-1], B.shape[-1]
+    why = refusal_of_heads(x.shape[-1], B.shape[-1], x)
+    if why is not None:
+        return why
+    if diagonal is not None and diagonal.shape[-1] > 16:
+        return f"takes up to 16 entries per group, not {diagonal.shape[-1]}"
+    return None
+
+
+def refusal_of_heads(headdim: int, d_state: int, x: Tensor) -> str | None:
+    """Why the kernels of a scan do not serve heads of these sizes, in the dtype and on the device of x, or None."""
     filled = [max(1 << (size - 1).bit_length(), 16) for size in (headdim, d_state)]
     widest = 128 if x.dtype == torch.float32 else 256
     if filled[0] > 128 or filled[1] > widest or filled[0] * filled[1] > LARGEST:
@@ -46,8 +55,6 @@ def accepts_scan(
     needed = 2 * x.dtype.itemsize * (CHUNK * filled[0] + CHUNK * filled[1] + filled[0] * filled[1])
     if shared_memory(x.device) < needed:
         return f"needs {needed:,} bytes of shared memory for such heads, this GPU has {shared_memory(x.device):,}"
-    if diagonal is not None and diagonal.shape[-1] > 16:
-        return f"takes up to 16 entries per group, not {diagonal.shape[-1]}"
     return None
 
 

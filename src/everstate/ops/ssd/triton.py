@@ -7,15 +7,16 @@ The formulas are those of `everstate.ops.ssd.chunked`. What is different here:
 - Backward keeps no activations but the inputs. Two sweeps write the state that enters each chunk and the gradient of
   the state that leaves it; then every chunk is independent, and programs loop over heads: so B and C are loaded once,
   and their gradients are sums in registers.
-- Chunks that are whole are moved by the copy engine of the GPU (`_Call.full`); its instructions take no registers for
+- Chunks that are whole are moved by the copy engine of the GPU (`Call.full`); its instructions take no registers for
   addresses and masks.
 - On a Hopper GPU heads of 64 channels, with states of 64 or 128 numbers per channel, go to the kernels of
-  `everstate.ops.ssd.triton_hopper` (`_Call.hopper`), whatever the length.
+  `everstate.ops.ssd.triton_hopper` (`Call.hopper`), whatever the length.
 
 Everything is summed in a fixed order: the same call gives the same bits.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,13 +25,14 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.triton_common import LOG2E, dot
+from everstate.ops.triton_launch import Tiles, cdiv, form, launch, power_of_2
 from everstate.ops.triton_segments import (
     CHUNK,
+    Plan,
     can_copy,
     fill,
     hopper_kernels,
@@ -47,6 +49,7 @@ from everstate.ops.triton_segments import (
     store_rows,
     store_state,
 )
+from everstate.ops.triton_sums import total, total_of_heads
 
 
 def ssd_scan(
@@ -77,19 +80,9 @@ def _scan(
     x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor, state: Tensor,
     diagonal: Tensor | None, D: Tensor | None, ends: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = _Call(x, a, s, B, C, diagonal, D, ends)
-    y, final = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
-    entering, tile = call.entering(call.x, call.B, state, reverse=False), min(call.block_p, TILE_P)
-    if call.hopper is not None:
-        call.hopper.scan(call, entering, y, final)
-        return y, final
-    _scan_kernel[call.walkers](
-        call.rows(call.x, tile), call.decays, call.scales, call.rows(call.B), call.rows(call.C),
-        call.diagonal, call.D, entering, call.rows(rows_of(y), tile), final,
-        call.plan.chunks, call.plan.segments, *call.strides, **call.sizes,
-        SKIP=call.skip, BLOCK_P=tile, num_warps=call.warps, num_stages=stages_for(call.x, 2),
-    )  # fmt: skip
-    return y, final
+    call = Call(x, B, C, diagonal, D, ends)
+    call.weigh(a, s)
+    return call.scan(state)
 
 
 @_scan.register_fake
@@ -106,19 +99,10 @@ def _backward(
     diagonal: Tensor | None, D: Tensor | None, ends: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, a, s, B, C, state, and of diagonal and D where they are given."""
-    call = _Call(x, a, s, B, C, diagonal, D, ends)
-    dy = rows_of(dy) if can_copy(rows_of(dy)) else rows_of(dy.contiguous())
-    entering, _ = call.boundaries(call.x, call.B, state, reverse=False)
-    leaving, dstate = call.boundaries(dy, call.C, dfinal.contiguous(), reverse=True)
-    if call.hopper is not None:
-        dx, da, ds, dD, dB, dC = call.all_gradients(call.hopper, dy, entering, leaving)
-        ddiagonal = None
-    else:
-        dx, da, ds, ddiagonal, dD = call.input_gradients(dy, entering, leaving)
-        dB, dC = call.key_gradients(dy, entering, leaving)
-    given = [] if ddiagonal is None else [ddiagonal]
-    if D is not None and dD is not None:
-        given.append(dD.sum(0) if D.ndim == 2 else dD.sum((0, 2)))
+    call = Call(x, B, C, diagonal, D, ends)
+    call.weigh(a, s)
+    dx, da, ds, dB, dC, dstate, ddiagonal, dD = call.gradients(dy, dfinal, state)
+    given = [t for t in (ddiagonal, dD) if t is not None]
     return [dx, da.to(a.dtype), ds.to(s.dtype), dB.to(B.dtype), dC.to(C.dtype), dstate, *given]
 
 
@@ -158,102 +142,182 @@ TILE_P = 64
 """Rows of the state that one program of a sweep holds."""
 
 
-class _InputGradients(NamedTuple):
+class Gradients(NamedTuple):
+    """Of the arguments of the scan; those of a and s in float32."""
+
     x: Tensor
     a: Tensor
     s: Tensor
+    B: Tensor
+    C: Tensor
+    state: Tensor
     diagonal: Tensor | None
     D: Tensor | None
 
 
-class _Call:
-    """The arguments as the kernels want them, and the launches that forward and backward share."""
+class _Layout(NamedTuple):
+    """What sizes alone decide.
+
+    chunks, segments, sequences: how many there are. block_p: headdim, filled up to a power of two. walkers: programs
+    that walk along segments, of so many `warps`. full: whether all chunks are whole. sizes: constants of the kernels,
+    `few` those of the kernels for Hopper GPUs.
+    """
+
+    plan: Plan
+    chunks: int
+    segments: int
+    sequences: int
+    block_p: int
+    walkers: int
+    warps: int
+    full: bool
+    sizes: dict[str, Any]
+    few: dict[str, int]
+
+
+# Cached: a model asks for it in each layer, and for the whole of a small layer a GPU needs no longer than for this.
+@lru_cache(maxsize=64)
+def _layout(
+    batch: int, length: int, heads: int, headdim: int, groups: int, d_state: int, rank: int, ends: tuple[int, ...],
+    dtype: torch.dtype, device: torch.device, copied: bool, hopper: bool, available: int,
+) -> _Layout:  # fmt: skip
+    """`available` multiprocessors are those of the device, which `pieces_for` and `fill` ask for."""
+    chunk = CHUNK // max(rank, 1) * max(rank, 1)
+    # Triton 3.6 reads beyond its shared memory where a product of float32 has a side of 16.
+    smallest = 32 if dtype == torch.float32 else 16
+    block_p, block_n = (max(power_of_2(size), smallest) for size in (headdim, d_state))
+    bounds = ends or tuple(range(0, (batch + 1) * length, length))
+    tiles, walkers = cdiv(headdim, TILE_P), (len(bounds) - 1) * heads
+    whole = block_p == headdim and block_n == d_state and all(end % CHUNK == 0 for end in bounds)
+    full = whole and chunk == CHUNK and copied
+    made = plan(bounds, chunk, fill(walkers // 2, device) if hopper else pieces_for(walkers * tiles, device), device)
+    chunks, segments, sequences = (len(table) for table in made)
+    few = {"HEADS": heads, "GROUPS": groups, "P": headdim, "N": d_state, "BLOCK": CHUNK}
+    precision = "tf32x3" if dtype == torch.float32 else "tf32"
+    sizes = {**few, "RANK": rank, "BLOCK_N": block_n, "PRECISION": precision, "FULL": full}
+    # A state of 64 x 128 in float32 takes half of the registers of four warps.
+    warps = 4 if min(block_p, TILE_P) * block_n <= 64 * 128 else 8
+    walking = segments * heads * tiles
+    return _Layout(made, chunks, segments, sequences, block_p, walking, warps, full, sizes, few)
+
+
+class Call:
+    """The arguments as the kernels want them, and their launches.
+
+    `decays` and `scales` are what `weigh` makes of a and s: sums of decays within chunks, in powers of two, and scales,
+    laid out by chunk and head.
+    """
 
     def __init__(
-        self, x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor,
-        diagonal: Tensor | None, D: Tensor | None, ends: Sequence[int],
-    ) -> None:  # fmt: skip
-        self.shape = batch, length = x.shape[:2]
+        self, x: Tensor, B: Tensor, C: Tensor, diagonal: Tensor | None, D: Tensor | None, ends: Sequence[int]
+    ) -> None:
+        self.shape = x.shape[:2]
         self.heads, self.headdim = x.shape[2:]
         self.groups, d_state = B.shape[2:]
         rank = 0 if diagonal is None else diagonal.shape[-1]
-        chunk = CHUNK // max(rank, 1) * max(rank, 1)
         self.x, self.B, self.C = rows_of(x), rows_of(B), rows_of(C)
         self.diagonal, self.D = (None if t is None else t.contiguous() for t in (diagonal, D))
-        # Triton 3.6 reads beyond its shared memory where a product of float32 has a side of 16.
-        smallest = 32 if x.dtype == torch.float32 else 16
-        self.block_p = max(triton.next_power_of_2(self.headdim), smallest)
-        block_n = max(triton.next_power_of_2(d_state), smallest)
-        bounds = tuple(ends) or tuple(range(0, (batch + 1) * length, length))
-        self.tiles = triton.cdiv(self.headdim, TILE_P)
-        whole = self.block_p == self.headdim and block_n == d_state and all(end % CHUNK == 0 for end in bounds)
-        copied = all(can_copy(t) for t in (self.x, self.B, self.C))
-        self.full = whole and chunk == CHUNK and copied
-        self.hopper = _hopper(self, d_state, rank) if copied and (self.full or not ends) else None
-        walkers = (len(bounds) - 1) * self.heads
-        pieces = pieces_for(walkers * self.tiles, x.device) if self.hopper is None else fill(walkers // 2, x.device)
-        self.plan = plan(bounds, chunk, pieces, x.device)
+        copied = can_copy(self.x) and can_copy(self.B) and can_copy(self.C)
+        whole = all(end % CHUNK == 0 for end in ends)
+        self.hopper = _hopper(self, d_state, rank) if copied and whole else None
+        self.layout = _layout(
+            *self.shape, self.heads, self.headdim, self.groups, d_state, rank, tuple(ends), x.dtype, x.device,
+            copied, self.hopper is not None, processors(x.device),
+        )  # fmt: skip
+        self.plan, self.full, self.sizes = self.layout.plan, self.layout.full, self.layout.sizes
         self.strides = [n for t in (self.x, self.B, self.C) for n in t.stride()[1:3]]
-        self.sizes = {
-            "HEADS": self.heads, "GROUPS": self.groups, "P": self.headdim, "N": d_state, "RANK": rank,
-            "BLOCK": CHUNK, "BLOCK_N": block_n, "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
-            "FULL": self.full,
-        }  # fmt: skip
-        # A state of 64 x 128 in float32 takes half of the registers of four warps.
-        self.warps = 4 if min(self.block_p, TILE_P) * block_n <= 64 * 128 else 8
-        self.walkers = (len(self.plan.segments) * self.heads * self.tiles,)
-        self.decays, self.scales = self._sum_decays(a.flatten(0, 1), s.flatten(0, 1))
+        self.decays = torch.empty((self.layout.chunks, self.heads, CHUNK), dtype=torch.float32, device=x.device)
+        self.scales = torch.empty_like(self.decays)
 
-    def rows(self, t: Tensor, width: int | None = None) -> Tensor | TensorDescriptor:
+    def rows(self, t: Tensor, width: int | None = None) -> Tensor | Tiles:
         """Rows for a kernel: what the copy engine wants to know of them where chunks are `full`."""
         if not self.full:
             return t
         flat = t[0].flatten(1)
-        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [CHUNK, width or t.shape[3]])
+        return Tiles(flat, flat.shape, flat.stride(), form(CHUNK, width or t.shape[3]))
 
-    def states(self, t: Float[Tensor, "chunks h p n"]) -> Tensor | TensorDescriptor:
+    def states(self, t: Float[Tensor, "chunks h p n"]) -> Tensor | Tiles:
         """States of all heads for a kernel, likewise."""
         if not self.full:
             return t
         flat = t.flatten(0, 2)
-        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), list(t.shape[2:]))
+        return Tiles(flat, flat.shape, flat.stride(), form(*t.shape[2:]))
 
     @property
     def skip(self) -> int:
         """0 without D, 1 for one number per head, 2 for one per channel."""
         return 0 if self.D is None else self.D.ndim
 
-    def _sum_decays(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of decays within chunks, in powers of two, and scales, laid out by chunk and head."""
-        count = len(self.plan.chunks)
-        decays, scales = a.new_empty(2, count, self.heads, CHUNK, dtype=torch.float32).unbind(0)
-        _decay_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
-            a, s, decays, scales, self.plan.chunks, *a.stride(), *s.stride(),
+    def weigh(self, a: Float[Tensor, "b l h"], s: Float[Tensor, "b l h"]) -> None:
+        """Make `decays` and `scales`."""
+        a, s = a.flatten(0, 1), s.flatten(0, 1)
+        launch(
+            _decay_kernel, (self.layout.chunks, cdiv(self.heads, BLOCK_H)),
+            a, s, self.decays, self.scales, self.plan.chunks, *a.stride(), *s.stride(),
             HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H,
         )  # fmt: skip
-        return decays, scales
+
+    def scan(self, state: Float[Tensor, "seqs h p n"]) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "seqs h p n"]]:
+        """Outputs and final states."""
+        y = torch.empty((*self.shape, self.heads, self.headdim), dtype=self.x.dtype, device=self.x.device)
+        final = torch.empty_like(state)
+        entering, tile = self.entering(self.x, self.B, state, reverse=False), min(self.layout.block_p, TILE_P)
+        if self.hopper is not None:
+            self.hopper.scan(self, entering, y, final)
+            return y, final
+        launch(
+            _scan_kernel, (self.layout.walkers,),
+            self.rows(self.x, tile), self.decays, self.scales, self.rows(self.B), self.rows(self.C),
+            self.diagonal, self.D, entering, self.rows(rows_of(y), tile), final,
+            self.plan.chunks, self.plan.segments, *self.strides, **self.sizes,
+            SKIP=self.skip, BLOCK_P=tile, num_warps=self.layout.warps, num_stages=stages_for(self.x, 2),
+        )  # fmt: skip
+        return y, final
+
+    def gradients(self, dy: Tensor, dfinal: Tensor, state: Tensor, into: Sequence[Tensor] | None = None) -> Gradients:
+        """Of all arguments; those of x, B and C are written `into` these, if given: parts of rows that are wider."""
+        dy = rows_of(dy) if can_copy(rows_of(dy)) else rows_of(dy.contiguous())
+        entering, _ = self.boundaries(self.x, self.B, state, reverse=False)
+        leaving, dstate = self.boundaries(dy, self.C, dfinal.contiguous(), reverse=True)
+        direct = into is not None and self.hopper is not None
+        dx = into[0] if into is not None and direct else self.x.new_empty(*self.shape, self.heads, self.headdim)
+        dD = None if self.D is None else self.decays.new_empty(self.layout.chunks, self.heads, self.headdim)
+        if self.hopper is not None:
+            da, ds, dB, dC = self._all_gradients(self.hopper, dy, entering, leaving, dx, dD, into)
+            ddiagonal = None
+        else:
+            da, ds, ddiagonal = self._input_gradients(dy, entering, leaving, dx, dD)
+            dB, dC = self._key_gradients(dy, entering, leaving)
+        if into is not None:
+            self._place(into, (dx, dB, dC))
+        if self.D is not None and dD is not None:
+            dD = total(dD, torch.float32) if self.D.ndim == 2 else total_of_heads(dD, torch.float32)
+        return Gradients(dx, da, ds, dB, dC, dstate, ddiagonal, dD)
 
     def _head_splits(self, most: int, wanted: int) -> int:
         """Programs among which the heads of a group are divided: each gets at most `most`; `wanted` fill the GPU."""
-        return splits_of(self.heads // self.groups, len(self.plan.chunks) * self.groups, wanted, most)
+        return splits_of(self.heads // self.groups, self.layout.chunks * self.groups, wanted, most)
 
     def entering(self, x: Tensor, keys: Tensor, state: Tensor, *, reverse: bool) -> Float[Tensor, "segments h p n"]:
         """The state that enters each segment; reversed in time, the gradient of the state that leaves it."""
-        segments, sequences = self.plan.segments, self.plan.sequences
-        if len(segments) == len(sequences):
+        segments, sequences = self.layout.segments, self.layout.sequences
+        if segments == sequences:
             return state.contiguous()
-        ends, kept = state.new_empty(len(segments), *state.shape[1:]), state.new_empty(len(segments), self.heads)
+        shape, device = state.shape[1:], state.device
+        ends, kept = (torch.empty((segments, *s), dtype=state.dtype, device=device) for s in (shape, shape[:1]))
         self._sweep(x, keys, ends, kept=kept, reverse=reverse)
         size = self.headdim * state.shape[3]
-        pass_kernel[(len(sequences) * self.heads, triton.cdiv(size, 1024))](
-            ends, kept, state.contiguous(), sequences, HEADS=self.heads, SIZE=size, REVERSE=reverse, BLOCK=1024
-        )
+        launch(
+            pass_kernel, (sequences * self.heads, cdiv(size, 1024)),
+            ends, kept, state.contiguous(), self.plan.sequences, HEADS=self.heads, SIZE=size, REVERSE=reverse,
+            BLOCK=1024,
+        )  # fmt: skip
         return ends
 
     def boundaries(self, x: Tensor, keys: Tensor, state: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """The state that enters each chunk (reversed: the gradient of that which leaves it), and the one at the end."""
         entering = self.entering(x, keys, state, reverse=reverse)
-        chunks = x.new_empty(len(self.plan.chunks), *state.shape[1:])
+        chunks = x.new_empty(self.layout.chunks, *state.shape[1:])
         last = torch.empty_like(state, memory_format=torch.contiguous_format)
         self._sweep(x, keys, last, entering=entering, chunks=chunks, reverse=reverse)
         return chunks, last
@@ -264,40 +328,42 @@ class _Call:
     ) -> None:  # fmt: skip
         if self.hopper is not None:
             return self.hopper.sweep(self, x, keys, ends, entering, chunks, kept, reverse)
-        tile = min(self.block_p, TILE_P)
-        _sweep_kernel[self.walkers](
+        tile = min(self.layout.block_p, TILE_P)
+        launch(
+            _sweep_kernel, (self.layout.walkers,),
             self.rows(x, tile), self.decays, self.scales, self.rows(keys), entering, chunks, ends, kept,
             self.plan.chunks, self.plan.segments, *x.stride()[1:3], *keys.stride()[1:3],
-            **only(self.sizes, _sweep_kernel), BLOCK_P=tile, REVERSE=reverse, num_warps=self.warps,
+            **only(self.sizes, _sweep_kernel), BLOCK_P=tile, REVERSE=reverse, num_warps=self.layout.warps,
             num_stages=stages_for(self.x, 2 if reverse else 3),
         )  # fmt: skip
 
-    def input_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> _InputGradients:
-        """Gradients of x, a, s, the diagonal, and D (still to be summed over chunks)."""
+    def _place(self, into: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+        """Copy the gradients that are not yet where they belong."""
+        for given, gradient in zip(into, found, strict=True):
+            if gradient.data_ptr() != given.data_ptr():
+                given.copy_(gradient)
+
+    def _input_gradients(
+        self, dy: Tensor, entering: Tensor, leaving: Tensor, dx: Tensor, dD: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of a, s and the diagonal; those of x and D (still to be summed over chunks) are written."""
         splits = self._head_splits(HEADS_EACH, 2 * processors(self.x.device))
-        dx, ddecays, dscales, dD = self._empty_gradients()
+        ddecays, dscales = torch.empty_like(self.decays), torch.empty_like(self.scales)
         ddiagonal = None if self.diagonal is None else torch.empty_like(self.diagonal)
-        _inputs_kernel[(len(self.plan.chunks) * self.groups * splits,)](
+        launch(
+            _inputs_kernel, (self.layout.chunks * self.groups * splits,),
             self.rows(self.x), self.rows(dy), self.decays, self.scales, self.rows(self.B), self.rows(self.C),
             self.diagonal, self.D, self.states(entering), self.states(leaving), self.rows(rows_of(dx)),
             ddecays, dscales, ddiagonal, dD, self.plan.chunks, *self.strides, *dy.stride()[1:3], **self.sizes,
-            SKIP=self.skip, BLOCK_P=self.block_p, SPLITS=splits,
-            num_warps=4 if self.block_p <= 64 else 8, num_stages=stages_for(self.x, 2 if self.full else 1),
+            SKIP=self.skip, BLOCK_P=self.layout.block_p, SPLITS=splits,
+            num_warps=4 if self.layout.block_p <= 64 else 8, num_stages=stages_for(self.x, 2 if self.full else 1),
         )  # fmt: skip
-        return _InputGradients(dx, *self._decay_gradients(ddecays, dscales), ddiagonal, dD)
-
-    def _empty_gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Room for the gradients of x, of sums of decays, of scales, and of D for each chunk."""
-        dx = self.x.new_empty(*self.shape, self.heads, self.headdim)
-        dD = None if self.D is None else self.decays.new_empty(len(self.plan.chunks), self.heads, self.headdim)
-        return dx, torch.empty_like(self.decays), torch.empty_like(self.scales), dD
-
-    def _decay_gradients(self, ddecays: Tensor, dscales: Tensor) -> tuple[Tensor, Tensor]:
         da, ds = (self.decays.new_empty(*self.shape, self.heads) for _ in "as")
-        _decay_gradients_kernel[(len(self.plan.chunks), triton.cdiv(self.heads, BLOCK_H))](
-            ddecays, dscales, da, ds, self.plan.chunks, HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H
-        )
-        return da, ds
+        launch(
+            _decay_gradients_kernel, (self.layout.chunks, cdiv(self.heads, BLOCK_H)),
+            ddecays, dscales, da, ds, self.plan.chunks, HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H,
+        )  # fmt: skip
+        return da, ds, ddiagonal
 
     def _empty_key_gradients(self, splits: int) -> tuple[Tensor, Tensor]:
         """Room for the gradients of B and C: those of parts of the heads are summed in float32."""
@@ -305,39 +371,45 @@ class _Call:
         dB, dC = (t.new_empty(shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
         return dB, dC
 
-    def key_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
+    def _key_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of B and C."""
         splits = self._head_splits(self.heads, 2 * processors(self.x.device))
         # Accumulators of 64 x 128 leave room for the next two heads, larger ones for one.
-        stages = stages_for(self.x, 3 if self.warps == 4 and self.block_p <= TILE_P else 2)
+        stages = stages_for(self.x, 3 if self.layout.warps == 4 and self.layout.block_p <= TILE_P else 2)
         dB, dC = self._empty_key_gradients(splits)
-        _keys_kernel[(len(self.plan.chunks) * self.groups * splits,)](
+        launch(
+            _keys_kernel, (self.layout.chunks * self.groups * splits,),
             self.x, dy, self.decays, self.scales, self.B, self.C, entering, leaving, dB, dC, self.plan.chunks,
             *self.strides, *dy.stride()[1:3], self.shape[0] * self.shape[1], **only(self.sizes, _keys_kernel),
-            BLOCK_P=self.block_p, SPLITS=splits, num_warps=8, num_stages=stages,
+            BLOCK_P=self.layout.block_p, SPLITS=splits, num_warps=8, num_stages=stages,
         )  # fmt: skip
         return joined(dB), joined(dC)
 
-    def all_gradients(
-        self, hopper: ModuleType, dy: Tensor, entering: Tensor, leaving: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """Gradients of x, a, s, D (still to be summed over chunks), B and C."""
-        dx, _, _, dD = self._empty_gradients()
+    def _all_gradients(
+        self, hopper: ModuleType, dy: Tensor, entering: Tensor, leaving: Tensor, dx: Tensor, dD: Tensor | None,
+        into: Sequence[Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of a, s, B and C; those of x and D (still to be summed over chunks) are written."""
         parts = self.decays.new_empty(5, *self.decays.shape)
-        dB, dC = self._empty_key_gradients(self._head_splits(self.heads, processors(self.x.device)))
+        splits = self._head_splits(self.heads, processors(self.x.device))
+        if into is not None and splits == 1:
+            dB, dC = (t.unsqueeze(0) for t in into[1:])
+        else:
+            dB, dC = self._empty_key_gradients(splits)
         hopper.gradients(self, dy, entering, leaving, dx, parts, dD, dB, dC)
         da, ds = (self.decays.new_empty(*self.shape, self.heads) for _ in "as")
-        _join_kernel[(len(self.plan.chunks), triton.cdiv(self.heads, BLOCK_H))](
-            *parts, self.scales, da, ds, self.plan.chunks, HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H
-        )
-        return dx, da, ds, dD, joined(dB), joined(dC)
+        launch(
+            _join_kernel, (self.layout.chunks, cdiv(self.heads, BLOCK_H)),
+            *parts.unbind(0), self.scales, da, ds, self.plan.chunks, HEADS=self.heads, BLOCK=CHUNK, BLOCK_H=BLOCK_H,
+        )  # fmt: skip
+        return da, ds, joined(dB), joined(dC)
 
 
-def _hopper(call: "_Call", d_state: int, rank: int) -> ModuleType | None:
+def _hopper(call: "Call", d_state: int, rank: int) -> ModuleType | None:
     """The kernels that are written for Hopper GPUs, where they serve."""
     sizes = call.headdim == 64 and d_state in (64, 128) and rank == 0 and call.heads // call.groups % 2 == 0
     alike = call.x.dtype == call.B.dtype == call.C.dtype
-    if not (sizes and alike) or call.x[..., 0].numel() >= 2**31:
+    if not (sizes and alike) or call.x.shape[1] * call.heads >= 2**31:
         return None
     return hopper_kernels("everstate.ops.ssd.triton_hopper", call.x)
 

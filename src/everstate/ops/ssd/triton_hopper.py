@@ -8,10 +8,12 @@ engine, so no length needs masks. The language is Gluon; without a GPU, `tests/i
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
+from jaxtyping import Float
 from torch import Tensor
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -20,58 +22,85 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, STATES, barriers_of, place_of, rows_of, vectors_of
-from everstate.ops.triton_segments import only
+from everstate.ops.triton_hopper import COLUMN, ROW, ROWS, SQUARE, STATES, VECTOR, barriers_of, place_of
+from everstate.ops.triton_launch import Form, Tiles, launch
+from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
-    from everstate.ops.ssd.triton import _Call
+    from everstate.ops.ssd.triton import Call
 
 
-def scan(call: _Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
+def scan(call: Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
     """Outputs and final states."""
-    scan_kernel[(len(call.plan.segments) * call.heads // 2,)](
-        _rows(call, call.x), vectors_of(call.decays), vectors_of(call.scales),
+    launch(
+        scan_kernel, (call.layout.segments * call.heads // 2,),
+        _rows(call, call.x), _vectors(call.decays), _vectors(call.scales),
         _rows(call, call.B), _rows(call, call.C), call.D, entering, _rows(call, y), final, call.plan.chunks,
-        call.plan.segments, call.shape[1], **only(call.sizes, scan_kernel), SKIP=call.skip, STAGES=3,
+        call.plan.segments, call.shape[1], **call.layout.few, SKIP=call.skip, STAGES=3,
         num_warps=4, maxnreg=128,
     )  # fmt: skip
 
 
 def sweep(
-    call: _Call, x: Tensor, keys: Tensor, ends: Tensor, entering: Tensor | None, chunks: Tensor | None,
+    call: Call, x: Tensor, keys: Tensor, ends: Tensor, entering: Tensor | None, chunks: Tensor | None,
     kept: Tensor | None, reverse: bool,
 ) -> None:  # fmt: skip
     """The states alone."""
-    sweep_kernel[(len(call.plan.segments) * call.heads // 2,)](
-        _rows(call, x), vectors_of(call.decays), vectors_of(call.scales), _rows(call, keys),
+    launch(
+        sweep_kernel, (call.layout.segments * call.heads // 2,),
+        _rows(call, x), _vectors(call.decays), _vectors(call.scales), _rows(call, keys),
         entering, None if chunks is None else _states(chunks), ends, kept, call.plan.chunks, call.plan.segments,
-        call.shape[1], **only(call.sizes, sweep_kernel), REVERSE=reverse, STAGES=4, num_warps=4, maxnreg=168,
+        call.shape[1], **call.layout.few, REVERSE=reverse, STAGES=4, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
 def gradients(
-    call: _Call, dy: Tensor, entering: Tensor, leaving: Tensor, dx: Tensor, parts: Tensor, dD: Tensor | None,
+    call: Call, dy: Tensor, entering: Tensor, leaving: Tensor, dx: Tensor, parts: Tensor, dD: Tensor | None,
     dB: Tensor, dC: Tensor,
 ) -> None:  # fmt: skip
     """All that a chunk says by itself: gradients of x, the decays, s, D, B and C."""
     splits = len(dB)
-    gradients_kernel[(len(call.plan.chunks) * call.groups * splits,)](
-        _rows(call, call.x), _rows(call, dy), vectors_of(call.decays), vectors_of(call.scales),
+    launch(
+        gradients_kernel, (call.layout.chunks * call.groups * splits,),
+        _rows(call, call.x), _rows(call, dy), _vectors(call.decays), _vectors(call.scales),
         _rows(call, call.B), _rows(call, call.C), _states(entering), _states(leaving), _rows(call, dx), call.D,
-        *parts, dD, dB, dC, call.plan.chunks, *call.shape,
-        **only(call.sizes, gradients_kernel), SPLITS=splits, SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=128,
+        *parts.unbind(0), dD, dB, dC, call.plan.chunks, dB.stride(2), *call.shape,
+        **call.layout.few, SPLITS=splits, SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=128,
     )  # fmt: skip
 
 
-def _rows(call: _Call, t: Tensor) -> TensorDescriptor:
-    return rows_of(t, *call.shape)
+_VECTORS = Form(CHUNK, layout=VECTOR)
 
 
-def _states(t: Tensor) -> TensorDescriptor:
+@cache
+def _form_of_rows(width: int) -> Form:
+    return Form(1, CHUNK, width, layout=ROWS)
+
+
+@cache
+def _form_of_states(p: int, n: int) -> Form:
+    return Form(p, n, layout=STATES)
+
+
+def _rows(call: Call, t: Float[Tensor, "*b h p"]) -> Tiles:
+    """Tiles of the tokens of a chunk and one head.
+
+    Sequences are a dimension of their own: beyond the end of one zeros are read and nothing is written.
+    """
+    (batch, length), (heads, width), step = call.shape, t.shape[-2:], t.stride(-3)
+    return Tiles(t, (batch, length, heads * width), (length * step, step, 1), _form_of_rows(width))
+
+
+def _vectors(t: Tensor) -> Tiles:
+    """The numbers of a chunk and head, one for each token."""
+    return Tiles(t, (t.numel(),), (1,), _VECTORS)
+
+
+def _states(t: Float[Tensor, "chunks h p n"]) -> Tiles:
+    """The state of a head."""
     chunks, heads, p, n = t.shape
-    return TensorDescriptor(t, [chunks * heads * p, n], [n, 1], [p, n], STATES)
+    return Tiles(t, (chunks * heads * p, n), (n, 1), _form_of_states(p, n))
 
 
 @gluon.jit
@@ -201,7 +230,7 @@ def _fresh(t):
 
 @gluon.jit
 def _keys(
-    tiles, vectors, keys, barriers, sums, answered, own, dB, dC, start, end, total, chunk, group, split, head,
+    tiles, vectors, keys, barriers, sums, answered, own, dB, dC, key_row, start, end, total, chunk, group, split, head,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
     BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -243,7 +272,7 @@ def _keys(
         dk = warpgroup_mma(sums.index(part), q, dk)
         dq = warpgroup_mma(sums.index(part).permute((1, 0)), k, dq)
     at = start + gl.arange(0, BLOCK, gl.SliceLayout(1, wide))
-    rows = (split.to(gl.int64) * total + at) * (GROUPS * N) + group * N
+    rows = (split.to(gl.int64) * total + at) * key_row + group * N
     place = rows[:, None] + gl.arange(0, N, gl.SliceLayout(0, wide))[None, :]
     gl.store(dB + place, dk.to(dB.dtype.element_ty), mask=(at < end)[:, None])
     gl.store(dC + place, dq.to(dC.dtype.element_ty), mask=(at < end)[:, None])
@@ -252,8 +281,8 @@ def _keys(
 @gluon.jit(do_not_specialize=["batch", "length"])
 def gradients_kernel(
     x, dy, decays, scales, B, C, entering, leaving, dx, D, through, answered, own, given, gained, dD, dB, dC, chunks,
-    batch, length, HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
-    SPLITS: gl.constexpr, SKIP: gl.constexpr, STAGES: gl.constexpr,
+    key_row, batch, length, HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+    BLOCK: gl.constexpr, SPLITS: gl.constexpr, SKIP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program per chunk, group and part of its heads."""
     EACH: gl.constexpr = HEADS // GROUPS // SPLITS
@@ -283,7 +312,7 @@ def gradients_kernel(
                        HEADS, EACH, P, N, BLOCK, STAGES, SKIP)),
             (_decays, (tiles, vectors, keys, barriers, grams, sums, given, gained, chunk, head,
                        HEADS, EACH, P, N, BLOCK, STAGES)),
-            (_keys, (tiles, vectors, keys, barriers, sums, answered, own, dB, dC, start, end, batch * length,
+            (_keys, (tiles, vectors, keys, barriers, sums, answered, own, dB, dC, key_row, start, end, batch * length,
                      chunk, group, split, head, HEADS, GROUPS, EACH, P, N, BLOCK, STAGES)),
             (_move, ((x, dy, decays, scales, B, C, entering, leaving), tiles, vectors, keys, barriers,
                      chunk, sequence, first, group, head, HEADS, EACH, P, N, BLOCK, STAGES)),

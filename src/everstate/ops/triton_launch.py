@@ -1,0 +1,108 @@
+"""Launches of kernels in a few microseconds of the host, and small whole numbers without Triton's own functions.
+
+Triton looks at every argument of a launch, and at the world around it, which takes longer than many kernels take on a
+GPU. Here the answer of the first launch is kept under what it depends on: dtypes, whether addresses and numbers are
+multiples of 16, constants. A finer key than Triton's costs an entry and is never wrong.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor, nn
+from triton import knobs
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from everstate.ops.triton_common import INTERPRETED
+
+# How a compiled kernel is run is no interface of Triton: other versions are asked in the ordinary way.
+_KNOWN = triton.__version__.startswith("3.6.") and not INTERPRETED.value
+
+_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+
+class Form:
+    """How tiles look: their sides, and for kernels in Gluon how they lie in shared memory."""
+
+    def __init__(self, *block: int, layout: Any = None) -> None:
+        self.block, self.layout = block, layout
+
+
+@cache
+def form(*block: int) -> Form:
+    """The one form of these sides, for kernels that do not ask how tiles lie."""
+    return Form(*block)
+
+
+class Tiles(NamedTuple):
+    """A tensor as the copy engine of a GPU sees it: `TensorDescriptor`, without its checks at every launch."""
+
+    base: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    form: Form
+    padding: str = "zero"
+
+    @property
+    def checked(self) -> TensorDescriptor | HopperDescriptor:
+        """The descriptor of Triton, which raises `AssertionError` for what the copy engine cannot take."""
+        sizes = list(self.shape), list(self.strides), list(self.form.block)
+        if self.form.layout is None:
+            return TensorDescriptor(self.base, *sizes)
+        return HopperDescriptor(self.base, *sizes, self.form.layout)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
+    """`kernel[grid](*args, **settings)`. Constants of the kernel are given by name, behind all other arguments."""
+    if not _KNOWN or knobs.runtime.launch_enter_hook.calls:
+        kernel[grid](*(a.checked if type(a) is Tiles else a for a in args), **settings)
+        return
+    device = driver.active.get_current_device()
+    key: list[Any] = [id(kernel), device, *settings.items()]
+    given: list[Any] = []
+    for value in args:
+        kind = type(value)
+        if kind is Tensor or kind is nn.Parameter:
+            # The address itself: of a tensor the launcher would ask the driver whether it is one of a GPU.
+            address = value.data_ptr()
+            key.append((value.dtype, value.is_cuda, address & 15 == 0))
+            value = address
+        elif kind is int:
+            key.append(value if value < 2 else (value & 15 == 0, value >> 31))
+        elif kind is Tiles:
+            key.append((value.base.dtype, value.form))
+        else:
+            assert value is None or kind is float, f"an argument of type {kind.__name__}"
+            key.append(kind)  # a number that is not whole is never a constant
+        given.append(value)
+    made = tuple(key)
+    known = _compiled.get(made)
+    if known is None:
+        _compiled[made] = _compile(kernel, grid, args, settings)
+        return
+    run, function, metadata, constants, _ = known
+    columns, rows = (*grid, 1)[:2]
+    stream = driver.active.get_current_stream(device)
+    run(columns, rows, 1, stream, function, metadata, None, None, None, *given, *constants)
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> tuple[Any, ...]:
+    """Launch in Triton's way, and return what the next such launch needs to know."""
+    compiled = kernel[grid](*(a.checked if type(a) is Tiles else a for a in args), **settings)
+    own, rest = kernel.params[: len(args)], kernel.params[len(args) :]
+    assert len(grid) <= 2 and not any(parameter.is_constexpr for parameter in own)
+    constants = tuple(settings[parameter.name] for parameter in rest)
+    # With the kernel, so that no other gets its id.
+    return compiled.run, compiled.function, compiled.packed_metadata, constants, kernel
+
+
+def cdiv(whole: int, part: int) -> int:
+    """The number of parts that cover the whole; `triton.cdiv` takes the host microseconds."""
+    return -(-whole // part)
+
+
+def power_of_2(size: int) -> int:
+    """The smallest power of two that is not smaller than a size of at least 1; `triton.next_power_of_2` likewise."""
+    return 1 << (size - 1).bit_length()

@@ -1,0 +1,106 @@
+"""How kernels are launched, and sums over what their programs found."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+class Kernel:
+    """Counts how often Triton is asked, and what is run without asking it."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.run: list[tuple[Any, ...]] = []
+        self.params = [SimpleNamespace(name=name, is_constexpr=name.isupper()) for name in ("x", "n", "SIZE")]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def ask(*args: Any, **settings: Any) -> Any:
+            self.asked.append((grid, args, settings))
+            run = lambda *given: self.run.append(given)
+            return SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+
+        return ask
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    from everstate.ops import triton_launch
+
+    pretended = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
+    monkeypatch.setattr(triton_launch, "_KNOWN", True)
+    monkeypatch.setattr(triton_launch, "driver", SimpleNamespace(active=pretended))
+    monkeypatch.setattr(triton_launch, "_compiled", {})
+    return Kernel()
+
+
+def aligned(offset: int = 0) -> Tensor:
+    memory = torch.zeros(64)
+    return memory[(-memory.data_ptr() % 16) // 4 + offset :]
+
+
+def test_triton_is_asked_once(kernel: Kernel) -> None:
+    from everstate.ops.triton_launch import launch
+
+    launch(kernel, (3,), aligned(), 32, SIZE=8, num_warps=4)
+    other = nn.Parameter(aligned())
+    launch(kernel, (5, 2), other, 48, SIZE=8, num_warps=4)
+    assert [grid for grid, _, _ in kernel.asked] == [(3,)]
+    assert kernel.run == [(5, 2, 1, 7, "function", "metadata", None, None, None, other.data_ptr(), 48, 8)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": None}, {"x": aligned(1)}, {"x": aligned().bfloat16()}, {"n": 1}, {"n": 33}, {"n": 2**31}, {"n": 1.5},
+        {"SIZE": 16}, {"num_warps": 8},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_compiled_kernel_depends_on_is_looked_at(kernel: Kernel, change: dict[str, Any]) -> None:
+    from everstate.ops.triton_launch import launch
+
+    given: dict[str, Any] = {"x": aligned(), "n": 32, "SIZE": 8, "num_warps": 4}
+    for each in (given, {**given, **change}):
+        launch(kernel, (1,), each["x"], each["n"], SIZE=each["SIZE"], num_warps=each["num_warps"])
+    assert len(kernel.asked) == 2 and not kernel.run
+
+
+def test_tiles_of_another_form_are_another_kernel(kernel: Kernel) -> None:
+    from everstate.ops.triton_launch import Tiles, form, launch
+
+    x = aligned()[:32].view(4, 8)
+    for sides in ((2, 8), (4, 8), (2, 8)):
+        launch(kernel, (1,), Tiles(x, x.shape, x.stride(), form(*sides)), 32, SIZE=8)
+    assert [args[0].block_shape for _, args, _ in kernel.asked] == [[2, 8], [4, 8]]
+    assert len(kernel.run) == 1
+
+
+def test_numbers_without_triton() -> None:
+    triton = pytest.importorskip("triton")
+    from everstate.ops.triton_launch import cdiv, power_of_2
+
+    for number in (1, 2, 3, 63, 64, 65, 1000):
+        assert power_of_2(number) == triton.next_power_of_2(number)
+        assert cdiv(number, 64) == triton.cdiv(number, 64)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 1), (130, 7, 9), (300, 40)])
+def test_sums_over_programs(shape: tuple[int, ...], kernel_device: torch.device) -> None:
+    from everstate.ops.triton_sums import total
+
+    parts = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(kernel_device)
+    torch.testing.assert_close(total(parts, torch.float32), parts.sum(0))
+    assert total(parts, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("headdim", [64, 48])
+def test_sums_over_heads(headdim: int, kernel_device: torch.device) -> None:
+    from everstate.ops.triton_sums import total_of_heads
+
+    parts = torch.randn(200, 3, headdim, generator=torch.Generator().manual_seed(0)).to(kernel_device)
+    torch.testing.assert_close(total_of_heads(parts, torch.float32), parts.sum((0, 2)), rtol=1e-5, atol=1e-4)
