@@ -13,6 +13,7 @@ from everstate.ops.trapezoid.triton_keys import (
     factors,
     load_entries,
     load_inputs,
+    load_part,
     load_parts,
     load_step,
     load_tiles,
@@ -89,7 +90,7 @@ def _store_final(
 
 @triton.jit
 def sweep_kernel(
-    x, mimo_x, steps, cos, sin, B, B_bias, made, entering, boundaries, ends, kept, chunks, segments,
+    x, mimo_x, steps, cos, sin, B, B_bias, made, entering, boundaries, ends, kept, entered, turned, chunks, segments,
     x_token, x_rank, x_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     TOKENS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,7 +100,8 @@ def sweep_kernel(
 
     Without `boundaries` it starts from zero and leaves in `ends` what each segment adds, in `kept` the log of how much
     of an older state it keeps. With it, the state before each chunk goes there, and that after the last segment to
-    `ends`. With MAKE keys are made of B, and written to `made` if it is given; else B is what was made.
+    `ends`. With MAKE keys are made of B, and written to `made` if it is given; else B is what was made. Backwards, given
+    the states `entered` that enter the chunks, `turned` says what turning each by a common angle would change.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     WIDTH: tl.constexpr = 2 * HALF + STILL
@@ -117,6 +119,7 @@ def sweep_kernel(
         start, end, place = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1), chunk * HEADS + head
         if boundaries is not None:
             store_parts(boundaries + place * (TILES * BLOCK_P * WIDTH), p, (h1, h2, h3), TILES * BLOCK_P, HALF, STILL)
+        s1, s2 = _turning(entered, place * (TILES * BLOCK_P), p, WIDTH, HALF)
         rows = entries(start, end, TOKENS, RANK, RANKS)
         if MAKE:
             row = (chunk * GROUPS + group) * (TOKENS * RANKS)
@@ -135,6 +138,9 @@ def sweep_kernel(
         added = tl.trans((u * tl.exp2(weight if REVERSE else last - weight)[:, None]).to(DTYPE))
         h1, h2, h3 = added_to((h1, h2, h3), tl.exp2(last), added, k, STILL, PRECISION)
         decayed += last
+        if turned is not None:
+            change = tl.sum(h2 * s1.to(tl.float32) - h1 * s2.to(tl.float32), 0)
+            tl.store(turned + (place * TILES + tile) * HALF + tl.arange(0, HALF), change)
     h = (h1, h2, h3)
     _store_end(h, decayed, ends, kept, segments, boundaries, segment, head, p, HEADS, P, HALF, STILL, REVERSE)
 
@@ -149,6 +155,16 @@ def _start(entering, offset, p, P: tl.constexpr, HALF: tl.constexpr, STILL: tl.c
         if STILL > 0:
             h3 = tl.zeros((p.shape[0], STILL), tl.float32)
     return h1, h2, h3
+
+
+@triton.jit
+def _turning(states, row, p, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """The columns of a state that turn; asked for long before they are needed, because nobody loads them ahead."""
+    s1, s2 = 0.0, 0.0
+    if states is not None:
+        s1 = load_part(states + row * WIDTH, p, p.shape[0], WIDTH, 0, HALF)
+        s2 = load_part(states + row * WIDTH, p, p.shape[0], WIDTH, HALF, HALF)
+    return s1, s2
 
 
 @triton.jit

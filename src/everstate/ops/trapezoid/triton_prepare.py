@@ -164,24 +164,37 @@ def phases_kernel(
 
 @triton.jit
 def angle_gradients_kernel(
-    dturns, dfinal, dangle, spans,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    turned, ended, dended, dleaving, dangle, later, spans,
+    HEADS: tl.constexpr, P: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The reverse of `phases_kernel`: from what each chunk says of angles to what all later ones say, in place."""
+    """One program per sequence and head: what all that comes after a chunk says of angles, and of the one that enters.
+
+    Turning all that comes after a boundary is turning back the state that enters there, and turning the state at the
+    end: so the sum of all later gradients is known at each boundary from two states, and the rounding errors of
+    thousands of tokens do not add up. `dleaving` is that of the angle at the end.
+    """
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     first, count = tl.load(spans + 2 * sequence).to(tl.int64), tl.load(spans + 2 * sequence + 1)
-    at, pairs = tl.arange(0, BLOCK), tl.arange(0, BLOCK_PAIRS)
-    home = (sequence * HEADS + head) * PAIRS + pairs
-    later = tl.load(dfinal + home, mask=pairs < PAIRS, other=0.0)
+    pairs, home, p = tl.arange(0, HALF), sequence * HEADS + head, tl.arange(0, BLOCK_P)
+    leaving = tl.load(dleaving + home * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
+    place, mask = home * (P * WIDTH) + (p[:, None] * WIDTH + pairs[None, :]), (p < P)[:, None] & (pairs < PAIRS)[None, :]
+    h1, h2 = tl.load(ended + place, mask=mask, other=0.0), tl.load(ended + HALF + place, mask=mask, other=0.0)
+    dh1, dh2 = tl.load(dended + place, mask=mask, other=0.0), tl.load(dended + HALF + place, mask=mask, other=0.0)
+    total = leaving + tl.sum(dh2 * h1 - dh1 * h2, 0)
+    at, tiles = tl.arange(0, BLOCK), tl.arange(0, TILES)
+    own = (tiles[:, None] * HALF + pairs[None, :]) + (first * HEADS + head) * (TILES * HALF)
+    tl.store(dangle + home * PAIRS + pairs, total - tl.sum(tl.load(turned + own), 0), mask=pairs < PAIRS)
     for block in range(0, count, BLOCK):
-        back = count - 1 - block - at
-        place = dturns + ((first + back[:, None]) * HEADS + head) * PAIRS + pairs[None, :]
-        mask = where_given(back >= 0, pairs, PAIRS)
-        here = tl.load(place, mask=mask, other=0.0)
-        sums = tl.cumsum(here, 0)
-        tl.store(place, sums - here + later[None, :], mask=mask)
-        later += tl.sum(here, 0)
-    tl.store(dangle + home, later, mask=pairs < PAIRS)
+        chunk = first + block + at[:, None]
+        follows = (block + at + 1 < count)[:, None]
+        after = tl.zeros((BLOCK, HALF), tl.float32)
+        for tile in tl.static_range(TILES):
+            own = (((chunk + 1) * HEADS + head) * TILES + tile) * HALF + pairs[None, :]
+            after += tl.load(turned + own, mask=follows, other=0.0)
+        value = tl.where(follows, total[None, :] - after, leaving[None, :])
+        mask = (block + at < count)[:, None] & (pairs < PAIRS)[None, :]
+        tl.store(later + (chunk * HEADS + head) * PAIRS + pairs[None, :], value, mask=mask)
 
 
 @triton.jit
