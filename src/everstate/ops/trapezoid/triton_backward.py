@@ -235,13 +235,12 @@ def _store_bias_gradient(
 
 @triton.jit
 def turn_gradients_kernel(
-    dangles, steps, omega, ddt, domega, chunks, omega_token, total,
+    dangles, steps, omega, later, ddt, domega, chunks, omega_token, total,
     HEADS: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and part of the heads: a turn moves all angles from its token on, so its gradient is a sum
-    from the right; a product with ones, in two parts of 16 bits, is the cheapest way to it. What later chunks say is
-    added by others."""
+    from the right; a product with ones, in two parts of 16 bits, is the cheapest way to it."""
     EACH: tl.constexpr = HEADS // SPLITS
     chunk, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
     start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
@@ -262,6 +261,7 @@ def turn_gradients_kernel(
         dturn = dot(ones, coarse, None, PRECISION)
         if tl.float32 != DTYPE:
             dturn = dot(ones, (dangle - coarse.to(tl.float32)).to(DTYPE), dturn, PRECISION)
+        dturn += tl.load(later + place * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)[None, :]
         tl.store(ddt + place * TOKENS + tokens, tl.sum(dturn * rate, 1), mask=tokens < TOKENS)
         dt = tl.load(steps + place * (NUMBERS * TOKENS) + DT * TOKENS + tokens, mask=tokens < TOKENS, other=0.0)
         drate += dturn * dt[:, None]
