@@ -48,6 +48,9 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.view(*shape))
 
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
+        return Shared(self.data.view(dtype).view(*shape))
+
     def slice(self, start: int, length: int) -> Shared:
         return Shared(self.data.narrow(0, start, length))
 
@@ -187,6 +190,14 @@ def _jit(function: Callable[..., Any] | None = None, **settings: Any) -> Any:
     return Kernel if function is None else Kernel(function)
 
 
+def _load(at: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
+    if mask is None:
+        return at.flat[at.offset].clone()
+    out = torch.full(mask.shape, other, dtype=at.flat.dtype)
+    out[mask] = at.flat[at.offset[mask]]
+    return out
+
+
 def _store(at: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
     place = at.offset
     if mask is not None:
@@ -198,7 +209,8 @@ def _store(at: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
 def _language() -> SimpleNamespace:
     layout = lambda *a, **k: None
     return SimpleNamespace(
-        constexpr=int, float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
+        constexpr=int, float16=torch.float16, float32=torch.float32, int32=torch.int32, int64=torch.int64,
+        static_range=range,
         NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SwizzledSharedLayout=layout,
         SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout,
         join=lambda a, b: torch.stack([a, b], -1), split=lambda t: t.unbind(-1),
@@ -207,7 +219,8 @@ def _language() -> SimpleNamespace:
         exp2=torch.exp2, where=lambda c, a, b: torch.where(c, a, torch.as_tensor(b)), sum=torch.sum,
         minimum=lambda a, b: min(a, b) if isinstance(a, int) else a.clamp(max=b), convert_layout=lambda t, layout: t,
         inline_asm_elementwise=lambda asm, constraints, args, **k: args[0],
-        program_id=lambda axis: torch.tensor(_program.at), load=lambda at: at.flat[at.offset].clone(), store=_store,
+        program_id=lambda axis: torch.tensor(_program.at), load=_load, store=_store,
+        cast=lambda t, dtype, bitcast: t.view(dtype),
         allocate_shared_memory=_allocate, warp_specialize=_specialize,
     )  # fmt: skip
 

@@ -200,3 +200,15 @@ def test_a_gpu_of_another_maker_is_refused(kernel_device: torch.device, monkeypa
     example = draw(kernel_device, 1, 3, 1, 16, 1, 16)
     with use("triton"), pytest.raises(BackendError, match="NVIDIA"):
         trapezoid_scan(**example.timed, state=example.state, **example.fixed)
+
+
+def test_angles_of_long_sequences(kernel_device: torch.device) -> None:
+    """The gradient of a turn is what all later tokens say of angles, a small sum of large terms: rounding errors of
+    thousands of tokens must not add up in it."""
+    if kernel_device.type == "cpu":
+        pytest.skip("Triton's interpreter cuts where a GPU rounds")
+    example = draw(kernel_device, 1, 8192, 2, 64, 1, 128, dtype=torch.bfloat16)
+    example.timed["dt"].mul_(0.1)
+    expected, got = outcome("torch", example, torch.float64), outcome("triton", example)
+    omega, angle = 5 + list(example.timed).index("omega"), -1
+    assert max(errors([got[omega], got[angle]], [expected[omega], expected[angle]])) < 8e-3

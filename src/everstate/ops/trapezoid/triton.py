@@ -5,8 +5,9 @@ The formulas are those of `everstate.ops.trapezoid.lookahead`, chunks and segmen
 
 Forward: `triton_prepare` makes numbers per token, cosines and sines; then `triton_forward` walks along time and makes
 keys and queries of B, C and these where it uses them (`triton_keys`). Backward: two sweeps along time write the state
-that enters each chunk and the gradient of that which leaves it, and on their way the keys and queries of all heads;
-then every chunk is independent (`triton_backward`). All is summed in a fixed order: the same call gives the same bits.
+that enters each chunk and the gradient of that which leaves it, and on their way the keys and queries of all heads,
+but for a Hopper GPU; and from both states, what all later chunks say of the angles. Then every chunk is independent
+(`triton_backward`). All is summed in a fixed order: the same call gives the same bits.
 """
 
 import math
@@ -37,7 +38,6 @@ from everstate.ops.trapezoid.triton_prepare import (
     enter_kernel,
     leave_gradients_kernel,
     leave_kernel,
-    omega_gradients_kernel,
     phases_kernel,
     steps_gradients_kernel,
     steps_kernel,
@@ -199,7 +199,7 @@ class _InputGradients(NamedTuple):
 
 
 class _KeyGradients(NamedTuple):
-    """Of B and C; of the biases, by chunk; of omega, in parts; of dt and the turns of a chunk, by chunk and head."""
+    """Of B and C; of the biases; of omega; and of dt, as the angles say, by chunk and head."""
 
     B: Tensor
     C: Tensor
@@ -207,7 +207,6 @@ class _KeyGradients(NamedTuple):
     C_bias: Tensor | None
     omega: Tensor
     dt: Tensor
-    turns: Tensor
 
 
 class _EnterGradients(NamedTuple):
@@ -252,6 +251,12 @@ def _hopper(call: "_Call", bounds: Sequence[int]) -> ModuleType | None:
     if tokens * call.heads * call.headdim >= 2**31:
         return None
     return hopper_kernels("everstate.ops.trapezoid.triton_hopper", call.x)
+
+
+def _apart(sums: Float[Tensor, "h *n"], parts: int) -> Float[Tensor, "h *n"]:
+    """From the sums over the heads of a part up to each to what each has added."""
+    each = sums.unflatten(0, (parts, -1))
+    return torch.cat([each[:, :1], each.diff(dim=1)], 1).flatten(0, 1)
 
 
 class _Call:
@@ -433,20 +438,23 @@ class _Call:
         )
         return ends
 
-    def _boundaries(self, state: Tensor, dy: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The state that enters each chunk (given dy, the gradient of that which leaves it), the one at the end, and
-        all keys (queries)."""
+    def _boundaries(
+        self, state: Tensor, dy: Tensor | None = None, entered: Tensor | None = None, turned: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The state that enters each chunk (given dy, the gradient of that which leaves it), the one at the end, and,
+        but for a Hopper GPU, all keys (queries). `sweep_kernel` says what it does with `entered` and `turned`."""
         count = len(self.plan.chunks)
-        made = self.x.new_empty(count, self.heads, CHUNK, self.width)
+        made = self.x.new_empty(count, self.heads, CHUNK, self.width) if self.hopper is None else None
         entering = self._entering(state, dy, made)
         chunks = self.x.new_empty(count, self.heads, self.rows, self.width)
         last = torch.empty_like(state)
-        self._sweep(dy, made, entering, chunks, last, None, make=len(self.plan.segments) == len(self.plan.sequences))
+        make = made is None or len(self.plan.segments) == len(self.plan.sequences)
+        self._sweep(dy, made, entering, chunks, last, None, entered, turned, make=make)
         return chunks, last, made
 
     def _sweep(
         self, dy: Tensor | None, made: Tensor | None, entering: Tensor | None, chunks: Tensor | None, ends: Tensor,
-        kept: Tensor | None, *, make: bool,
+        kept: Tensor | None, entered: Tensor | None = None, turned: Tensor | None = None, *, make: bool,
     ) -> None:  # fmt: skip
         grid = (len(self.plan.segments) * self.heads * triton.cdiv(self.headdim, TILE_P),)
         x, keys, bias = (self.x, self.B, self.B_bias) if dy is None else (dy, self.C, self.C_bias)
@@ -454,7 +462,8 @@ class _Call:
         sweep_kernel[grid](
             x, None if dy is not None else self.mimo_x, self.steps, self.cos, self.sin,
             keys if make or made is None else made, bias, made, entering, chunks,
-            ends, kept, self.plan.chunks, self.plan.segments, token, 0 if dy is None else x.stride(1), head,
+            ends, kept, entered, turned, self.plan.chunks, self.plan.segments,
+            token, 0 if dy is None else x.stride(1), head,
             **self.sizes, BLOCK_P=self.block, REVERSE=dy is not None, MAKE=make, num_warps=self.warps,
             num_stages=stages_for(self.x, 2),
         )  # fmt: skip
@@ -464,40 +473,48 @@ class _Call:
         dy = _rows(dy)
         if self.hopper is not None and not can_copy(dy.squeeze(1)):
             dy = dy.contiguous()
-        entering, _, k = self._boundaries(self.enter(), None)
-        leaving, dentered, q = self._boundaries(self._arranged(dssm, torch.float32), dy)
-        inputs, keys = self._chunk_gradients(dy, k, q, entering, leaving)
+        entering, ended, k = self._boundaries(self.enter())
+        turned = self.steps.new_empty(len(self.plan.chunks), self.heads, self.rows // self.block, self.sizes["HALF"])
+        dended = self._arranged(dssm, torch.float32)
+        leaving, dentered, q = self._boundaries(dended, dy, entering, turned)
+        dlast_B, dleaving = self._leave_gradients(dk.contiguous(), dangle.contiguous())
+        later, dstart = self._angle_gradients(turned, ended, dended, dleaving)
+        inputs, keys = self._chunk_gradients(dy, k, q, entering, leaving, later)
         del entering, leaving, k, q
         enter = self._enter_gradients(dentered)
         inputs.x[self.homes.last] += dlast.to(inputs.x.dtype)
-        dlast_B, dangle = self._leave_gradients(dk.contiguous(), dangle.contiguous())
         each = dlast_B.unflatten(2, (self.groups, -1)).sum(3)  # a group's key is that of its heads
         keys.B.view(-1, *each.shape[1:])[self.homes.last] += each.to(keys.B.dtype)
         dB_bias = None if keys.B_bias is None else keys.B_bias + dlast_B.sum(0).transpose(0, 1)
-        ddt, dA, dlam, domega, dstart = self._step_gradients(inputs, keys, enter.owed, dangle)
+        ddt, dA, dlam = self._step_gradients(inputs, keys.dt, enter.owed)
         dmimo_x = None
         if inputs.mimo_x is not None and enter.mimo_x is not None:
             dmimo_x = inputs.mimo_x.sum(0) + enter.mimo_x.sum(0)
         return [
-            inputs.x.view(self.given.x.shape), ddt, dA, dlam, domega, keys.B, keys.C,
+            inputs.x.view(self.given.x.shape), ddt, dA, dlam, keys.omega.view(self.given.omega.shape), keys.B, keys.C,
             enter.ssm, enter.k, enter.x, dstart,
             dB_bias, keys.C_bias,
             dmimo_x, None if inputs.D is None else inputs.D.sum(0),
         ]  # fmt: skip
 
     def _chunk_gradients(
-        self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor
+        self, dy: Tensor, k: Tensor | None, q: Tensor | None, entering: Tensor, leaving: Tensor, later: Tensor
     ) -> tuple[_InputGradients, _KeyGradients]:
-        """What chunks say by themselves."""
-        given = (dy, k, q, entering, leaving)
-        if self.hopper is None:
-            return self._input_gradients(*given), self._key_gradients(*given)
+        """What chunks say, given what later ones say of angles."""
+        if k is not None and q is not None:
+            given = (dy, k, q, entering, leaving)
+            return self._input_gradients(*given), self._key_gradients(*given, later)
+        assert self.hopper is not None
         backward = hopper_kernels(self.hopper.__name__ + "_backward", self.x)
         assert backward is not None
-        inputs, dB, dC, dB_bias, dC_bias, dangles = backward.gradients(self, *given, self._splits())
-        dB, dC = (self._returned(joined(t)) for t in (dB, dC))
-        dB_bias, dC_bias = (None if t is None else self._returned(t.sum(0)).squeeze(2) for t in (dB_bias, dC_bias))
-        return inputs, _KeyGradients(dB, dC, dB_bias, dC_bias, *self._turn_gradients(dangles, 2))
+        splits = self._splits()
+        inputs, keys = backward.gradients(self, dy, entering, leaving, later, splits)
+        dB, dC = joined(keys.B), joined(keys.C)
+        dB_bias, dC_bias = (
+            None if t is None else self._returned(_apart(t.sum(0), self.groups * splits)).squeeze(2)
+            for t in (keys.B_bias, keys.C_bias)
+        )
+        return inputs, _KeyGradients(dB, dC, dB_bias, dC_bias, joined(keys.omega), keys.dt)
 
     def _input_gradients(self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor) -> _InputGradients:
         count, steps = len(self.plan.chunks), self.steps
@@ -518,7 +535,9 @@ class _Call:
         programs = len(self.plan.chunks) * self.groups
         return splits_of(self.heads // self.groups, programs, 2 * processors(self.x.device))
 
-    def _key_gradients(self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor) -> _KeyGradients:
+    def _key_gradients(
+        self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor, later: Tensor
+    ) -> _KeyGradients:
         splits, count, steps = self._splits(), len(self.plan.chunks), self.steps
         total, shape, half = self.batch * self.length, (*self.given.B.shape[:-1], self.width), self.sizes["HALF"]
         dB, dC = (t.new_empty(splits, *shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
@@ -531,26 +550,27 @@ class _Call:
                 total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, TURN=turn,
                 num_warps=4 if self.block_p <= 64 else 8, num_stages=stages_for(self.x, 2),
             )  # fmt: skip
-        omega, dt, turns = self._turn_gradients(dangles, self.ranks)
+        turns = self._turn_gradients(dangles, later)
         dB, dC = (self._returned(joined(t)) for t in (dB, dC))
         dB_bias, dC_bias = (None if t is None else self._returned(t.sum(0)).squeeze(2) for t in (dB_bias, dC_bias))
-        return _KeyGradients(dB, dC, dB_bias, dC_bias, omega, dt, turns)
+        return _KeyGradients(dB, dC, dB_bias, dC_bias, *turns)
 
-    def _turn_gradients(self, dangles: Float[Tensor, "chunks h e s"], ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of omega, in parts, of dt, and of the turns of a chunk, from those of the angles of entries."""
+    def _turn_gradients(
+        self, dangles: Float[Tensor, "chunks h e s"], later: Float[Tensor, "chunks h s"]
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of omega, and of dt, from those of the angles of entries and what later chunks say."""
         count, steps = len(self.plan.chunks), self.steps
         splits = splits_of(self.heads, count, 4 * processors(self.x.device))
         omega = steps.new_empty(splits, self.batch * self.length, self.pairs)
         dt = steps.new_empty(count, self.heads, self.tokens)
-        turns = steps.new_empty(count, self.heads, self.pairs)
         exact = self.x.dtype == torch.float32
         turn_gradients_kernel[(count * splits,)](
-            dangles, steps, self.omega, turns, dt, omega, self.plan.chunks, self.omega.stride(0),
-            self.batch * self.length, HEADS=self.heads, RANKS=ranks, TOKENS=self.tokens, PAIRS=self.pairs,
+            dangles, steps, self.omega, later, dt, omega, self.plan.chunks, self.omega.stride(0),
+            self.batch * self.length, HEADS=self.heads, RANKS=self.ranks, TOKENS=self.tokens, PAIRS=self.pairs,
             HALF=self.sizes["HALF"], BLOCK=max(self.tokens, 32), SPLITS=splits, PRECISION=self.sizes["PRECISION"],
             DTYPE=tl.float32 if exact else tl.bfloat16, num_stages=stages_for(self.x, 3),
         )  # fmt: skip
-        return omega, dt, turns
+        return joined(omega), dt
 
     def _enter_gradients(self, dentered: Tensor) -> _EnterGradients:
         """Those of the start of a sequence, given that of the state that enters it."""
@@ -574,26 +594,26 @@ class _Call:
         )  # fmt: skip
         return dB, leaving
 
-    def _step_gradients(
-        self, inputs: _InputGradients, keys: _KeyGradients, owed: Tensor, dangle: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of dt, A, lam, omega, and of the angle that enters."""
-        count, given, pairs = len(self.plan.chunks), self.given, triton.next_power_of_2(self.pairs)
-        dstart = torch.empty_like(dangle)
+    def _angle_gradients(
+        self, turned: Tensor, ended: Tensor, dended: Tensor, dleaving: Tensor
+    ) -> tuple[Float[Tensor, "chunks h s"], Float[Tensor, "seqs h s"]]:
+        """What all that comes after each chunk says of angles, and the gradient of the angle that enters."""
+        later, dangle = turned.new_empty(*turned.shape[:2], self.pairs), torch.empty_like(dleaving)
         angle_gradients_kernel[(len(self.homes.sequences) * self.heads,)](
-            keys.turns, dangle, dstart, self.homes.sequences,
-            HEADS=self.heads, PAIRS=self.pairs, BLOCK_PAIRS=pairs, BLOCK=64,
+            turned, ended, dended, dleaving, dangle, later, self.homes.sequences, HEADS=self.heads, P=self.headdim,
+            PAIRS=self.pairs, HALF=self.sizes["HALF"], WIDTH=self.width, TILES=turned.shape[2],
+            BLOCK_P=triton.next_power_of_2(self.headdim), BLOCK=64,
         )  # fmt: skip
+        return later, dangle
+
+    def _step_gradients(self, inputs: _InputGradients, dsteps: Tensor, owed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of dt, A and lam, given what the angles say of dt."""
+        count, given = len(self.plan.chunks), self.given
         ddt, dA, dlam = (self.steps.new_empty(given.dt.shape) for _ in range(3))
         steps_gradients_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
-            self.dt, self.A, self.lam, self.omega, inputs.decays, inputs.scales, inputs.owns, keys.dt, keys.turns, owed,
+            self.dt, self.A, self.lam, inputs.decays, inputs.scales, inputs.owns, dsteps, owed,
             ddt, dA, dlam, self.plan.chunks, self.homes.chunks,
-            *self.dt.stride(), *self.A.stride(), *self.lam.stride(), self.omega.stride(0),
-            HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_H=BLOCK_H,
+            *self.dt.stride(), *self.A.stride(), *self.lam.stride(),
+            HEADS=self.heads, TOKENS=self.tokens, BLOCK_H=BLOCK_H,
         )  # fmt: skip
-        domega = self.steps.new_empty(given.omega.shape)
-        omega_gradients_kernel[(count,)](
-            self.steps, keys.omega, keys.turns, domega, self.plan.chunks, self.batch * self.length,
-            HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_PAIRS=pairs, PARTS=len(keys.omega),
-        )  # fmt: skip
-        return ddt, dA, dlam, domega, dstart
+        return ddt, dA, dlam

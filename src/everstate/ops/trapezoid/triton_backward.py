@@ -235,7 +235,7 @@ def _store_bias_gradient(
 
 @triton.jit
 def turn_gradients_kernel(
-    dangles, steps, omega, dturns, ddt, domega, chunks, omega_token, total,
+    dangles, steps, omega, later, ddt, domega, chunks, omega_token, total,
     HEADS: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -261,9 +261,7 @@ def turn_gradients_kernel(
         dturn = dot(ones, coarse, None, PRECISION)
         if tl.float32 != DTYPE:
             dturn = dot(ones, (dangle - coarse.to(tl.float32)).to(DTYPE), dturn, PRECISION)
-        tl.store(
-            dturns + place * PAIRS + (0 * tokens[:, None] + pairs[None, :]), dturn, mask=(tokens == 0)[:, None] & given
-        )
+        dturn += tl.load(later + place * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)[None, :]
         tl.store(ddt + place * TOKENS + tokens, tl.sum(dturn * rate, 1), mask=tokens < TOKENS)
         dt = tl.load(steps + place * (NUMBERS * TOKENS) + DT * TOKENS + tokens, mask=tokens < TOKENS, other=0.0)
         drate += dturn * dt[:, None]

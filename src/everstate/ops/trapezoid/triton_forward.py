@@ -13,6 +13,7 @@ from everstate.ops.trapezoid.triton_keys import (
     factors,
     load_entries,
     load_inputs,
+    load_part,
     load_parts,
     load_step,
     load_tiles,
@@ -23,6 +24,13 @@ from everstate.ops.trapezoid.triton_keys import (
     store_parts,
 )
 from everstate.ops.triton_common import LOG2E, dot
+
+
+@triton.jit
+def _place(TILES: tl.constexpr, HEADS: tl.constexpr):
+    """Which tile of which head of which segment a program has."""
+    part = tl.program_id(0) // TILES
+    return tl.program_id(0) % TILES, part % HEADS, (part // HEADS).to(tl.int64)
 
 
 @triton.jit
@@ -37,8 +45,7 @@ def scan_kernel(
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     WIDTH: tl.constexpr = 2 * HALF + STILL
     DTYPE: tl.constexpr = x.dtype.element_ty
-    head, tile = tl.program_id(0) // TILES % HEADS, tl.program_id(0) % TILES
-    segment = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
+    tile, head, segment = _place(TILES, HEADS)
     group = head // (HEADS // GROUPS)
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
     token, p = tl.arange(0, TOKENS * RANKS) // RANKS, tile * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -89,7 +96,7 @@ def _store_final(
 
 @triton.jit
 def sweep_kernel(
-    x, mimo_x, steps, cos, sin, B, B_bias, made, entering, boundaries, ends, kept, chunks, segments,
+    x, mimo_x, steps, cos, sin, B, B_bias, made, entering, boundaries, ends, kept, entered, turned, chunks, segments,
     x_token, x_rank, x_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     TOKENS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,42 +106,43 @@ def sweep_kernel(
 
     Without `boundaries` it starts from zero and leaves in `ends` what each segment adds, in `kept` the log of how much
     of an older state it keeps. With it, the state before each chunk goes there, and that after the last segment to
-    `ends`. With MAKE keys are made of B, and written to `made` if it is given; else B is what was made.
+    `ends`. With MAKE keys are made of B, and written to `made` if it is given; else B is what was made. Backwards,
+    given the states that enter the chunks in `entered`, `turned` gets what turning each of them would change.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     WIDTH: tl.constexpr = 2 * HALF + STILL
     DTYPE: tl.constexpr = x.dtype.element_ty
-    head, tile = tl.program_id(0) // TILES % HEADS, tl.program_id(0) % TILES
-    segment = (tl.program_id(0) // TILES // HEADS).to(tl.int64)
-    group = head // (HEADS // GROUPS)
+    tile, head, segment = _place(TILES, HEADS)
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
     entry, p = tl.arange(0, TOKENS * RANKS), tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    token = entry // RANKS
+    # Tokens of a segment follow each other: asking for each chunk where it starts would hold up all other loads.
+    begin, stop = tl.load(chunks + 2 * first), tl.load(chunks + 2 * (first + count) - 1)
     h1, h2, h3 = _start(entering, (segment * HEADS + head) * (P * WIDTH), p, P, HALF, STILL)
     decayed = 0.0
     for step in range(count):
-        chunk = (first + (count - 1 - step if REVERSE else step)).to(tl.int64)
-        start, end, place = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1), chunk * HEADS + head
+        now = count - 1 - step if REVERSE else step
+        chunk, start = (first + now).to(tl.int64), begin + now * TOKENS
+        place, rows = chunk * HEADS + head, entries(start, tl.minimum(start + TOKENS, stop), TOKENS, RANK, RANKS)
         if boundaries is not None:
             store_parts(boundaries + place * (TILES * BLOCK_P * WIDTH), p, (h1, h2, h3), TILES * BLOCK_P, HALF, STILL)
-        rows = entries(start, end, TOKENS, RANK, RANKS)
+        s1, s2 = _turning(entered, place * (TILES * BLOCK_P), p, WIDTH, HALF)
         if MAKE:
-            row = (chunk * GROUPS + group) * (TOKENS * RANKS)
-            c, s = load_trig(cos, place, TOKENS, RANKS, HALF), load_trig(sin, place, TOKENS, RANKS, HALF)
-            k = make_keys(B, row, B_bias, c, s, rows[2], head, RANK, STILL, DTYPE)
+            row = (chunk * GROUPS + head // (HEADS // GROUPS)) * (TOKENS * RANKS)
+            k = _make(B, row, B_bias, cos, sin, rows[2], place, head, TOKENS, RANK, RANKS, HALF, STILL, DTYPE)
             if made is not None:
                 _keep(made + place * (TOKENS * RANKS * WIDTH), entry, k, tile == 0, HALF, STILL)
         else:
             k = load_tiles(B, place * (TOKENS * RANKS), TOKENS * RANKS, HALF, STILL)
         last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
-        weight = load_step(steps, place, token, TOKENS, SUM if REVERSE else WEIGHTED)
+        weight = load_step(steps, place, entry // RANKS, TOKENS, SUM if REVERSE else WEIGHTED)
         if REVERSE:
             u = load_entries(x + head * x_head, rows, p, x_token, x_rank, P)
         else:
-            u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
-        added = tl.trans((u * tl.exp2(weight if REVERSE else last - weight)[:, None]).to(DTYPE))
+            u, weight = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS), last - weight
+        added = tl.trans((u * tl.exp2(weight)[:, None]).to(DTYPE))
         h1, h2, h3 = added_to((h1, h2, h3), tl.exp2(last), added, k, STILL, PRECISION)
         decayed += last
+        _store_turned(turned, (place * TILES + tile) * HALF, h1, h2, s1, s2)
     h = (h1, h2, h3)
     _store_end(h, decayed, ends, kept, segments, boundaries, segment, head, p, HEADS, P, HALF, STILL, REVERSE)
 
@@ -149,6 +157,34 @@ def _start(entering, offset, p, P: tl.constexpr, HALF: tl.constexpr, STILL: tl.c
         if STILL > 0:
             h3 = tl.zeros((p.shape[0], STILL), tl.float32)
     return h1, h2, h3
+
+
+@triton.jit
+def _make(
+    B, row, bias, cos, sin, rank, place, head, TOKENS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    HALF: tl.constexpr, STILL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Keys of a chunk and head, as `make_keys`."""
+    c, s = load_trig(cos, place, TOKENS, RANKS, HALF), load_trig(sin, place, TOKENS, RANKS, HALF)
+    return make_keys(B, row, bias, c, s, rank, head, RANK, STILL, DTYPE)
+
+
+@triton.jit
+def _turning(states, row, p, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """The columns of a state that turn; asked for long before they are needed, because nobody loads them ahead."""
+    s1, s2 = 0.0, 0.0
+    if states is not None:
+        s1 = load_part(states + row * WIDTH, p, p.shape[0], WIDTH, 0, HALF)
+        s2 = load_part(states + row * WIDTH, p, p.shape[0], WIDTH, HALF, HALF)
+    return s1, s2
+
+
+@triton.jit
+def _store_turned(out, place, h1, h2, s1, s2):
+    """What turning a state by a common angle would change, given the gradient of what it becomes."""
+    if out is not None:
+        change = tl.sum(h2 * s1.to(tl.float32) - h1 * s2.to(tl.float32), 0)
+        tl.store(out + place + tl.arange(0, h1.shape[1]), change)
 
 
 @triton.jit

@@ -1,8 +1,10 @@
 """The gradients of the trapezoid on a Hopper GPU: one kernel for all that a chunk says by itself.
 
-Groups of warps share the work of a program: one moves tiles into shared memory ahead of time, four find the gradients
-of inputs, four those of keys and four those of queries. So every tile is read from memory once. Sizes and tiles are
-those of `everstate.ops.trapezoid.triton_hopper`.
+Groups of four warps share the work of a program, which takes the heads of a chunk one after the other. One moves tiles
+into shared memory ahead of time, turns keys and queries of the next head, and sums gradients of angles. One finds the
+gradients of inputs, and on the way what pairs of entries say to each other; with that one finds those of the columns
+of B and C that turn, one those of the others. So every tile is read from memory once, and keys and queries are never
+written there. Sizes and tiles are those of `everstate.ops.trapezoid.triton_hopper`.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from everstate.ops.trapezoid.triton import _InputGradients
+from everstate.ops.trapezoid.triton import _InputGradients, _KeyGradients
 from everstate.ops.trapezoid.triton_hopper import (
     NUMBERS,
     REGISTERS,
@@ -31,69 +34,198 @@ from everstate.ops.trapezoid.triton_hopper import (
     rows,
     sizes_of,
 )
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, vectors_of
+from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of, vectors_of
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import _Call
 
 
 def gradients(
-    call: _Call, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor, splits: int
-) -> tuple[_InputGradients, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Those of inputs, of B and C by split of the heads, of biases by chunk, of angles as keys and queries see them."""
+    call: _Call, dy: Tensor, entering: Tensor, leaving: Tensor, later: Tensor, splits: int
+) -> tuple[_InputGradients, _KeyGradients]:
+    """Those of inputs; those of B, C and omega, by part of the heads, and of dt, given what later chunks say of angles.
+
+    Those of biases are sums over the heads of a part up to each, by chunk.
+    """
     count, total, steps = len(call.plan.chunks), call.batch * call.length, call.steps
     by_head = lambda *sizes: steps.new_empty(count, call.heads, *sizes)
     inputs = _InputGradients(
         call.x.new_empty(total, call.heads, call.headdim), by_head(call.tokens), by_head(call.tokens),
         by_head(call.tokens), None, None if call.D is None else by_head(),
     )  # fmt: skip
-    dtype = torch.float32 if splits > 1 else call.B.dtype
-    dB, dC = call.B.new_empty(2, splits, *call.given.B.shape[:-1], call.width, dtype=dtype).unbind(0)
+    dtype = call.x.dtype
+    dB, dC = call.B.new_empty(2, splits, *call.given.B.shape, dtype=torch.float32 if splits > 1 else dtype).unbind(0)
     dB_bias, dC_bias = (None if t is None else steps.new_empty(count, *t.shape) for t in (call.B_bias, call.C_bias))
-    dangles = by_head(call.tokens, 2, call.pairs)
+    domega, ddt = steps.new_empty(call.groups * splits, total, call.pairs), by_head(call.tokens)
     gradients_kernel[(count * call.groups * splits,)](
-        rows(call, call.x), rows(call, dy.squeeze(1)), vectors_of(steps), halves_of(k), halves_of(q),
-        halves_of(entering), halves_of(leaving), angles_of(call.cos), angles_of(call.sin), rows(call, inputs.x),
-        call.D, inputs.decays, inputs.scales, inputs.owns, inputs.D, dB, dC, dB_bias, dC_bias, dangles,
-        call.plan.chunks, total, call.length,
-        **sizes_of(call), SPLITS=splits, STAGES=2, num_warps=4, maxnreg=REGISTERS,
+        rows(call, call.x), rows(call, dy.squeeze(1)), vectors_of(steps), halves_of(call.B), halves_of(call.C),
+        halves_of(entering), halves_of(leaving), angles_of(call.cos.view(dtype)), angles_of(call.sin.view(dtype)),
+        _rows_of(call.B_bias), _rows_of(call.C_bias), call.D, call.omega, later,
+        inputs.x, inputs.decays, inputs.scales, inputs.owns, inputs.D, dB, dC,
+        dB_bias, dC_bias, domega, ddt, call.plan.chunks, total, call.length, call.omega.stride(0),
+        **sizes_of(call), SPLITS=splits, INTERLEAVED=call.order["INTERLEAVED"], STAGES=2,
+        num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
-    return inputs, dB, dC, dB_bias, dC_bias, dangles
+    return inputs, _KeyGradients(dB, dC, dB_bias, dC_bias, domega, ddt)
+
+
+def _rows_of(bias: Tensor | None) -> TensorDescriptor | None:
+    """The bias of a head."""
+    return None if bias is None else TensorDescriptor(bias, [bias.numel()], [1], [bias.shape[-1]], VECTOR)
 
 
 @gluon.jit
-def _move(
-    tensors, tiles, vectors, barriers, chunk, sequence, start, head,
-    HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
+def _ask(
+    tensors, tiles, vectors, bar, at, place, sequence, start, head, P: gl.constexpr, HALF: gl.constexpr,
+    BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """One warp: what belongs to each head, as soon as there is room."""
-    x, dy, steps, k, q, entering, leaving, cos, sin = tensors
-    us, dus, ks, qs, hs, dhs = tiles
-    sums, weighted, owns, cs, ss = vectors
-    full, empty = barriers
-    for step in range(EACH):
-        at = step % STAGES
-        mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
-        bar = full.index(at)
-        mbarrier.expect(
-            bar,
-            2 * x.block_type.nbytes + 4 * k.block_type.nbytes + 4 * entering.block_type.nbytes
-            + 3 * steps.block_type.nbytes + 2 * cos.block_type.nbytes,
-        )  # fmt: skip
-        place = chunk * HEADS + head + step
-        tma.async_copy_global_to_shared(steps, [place * (NUMBERS * BLOCK)], bar, sums.index(at))
-        tma.async_copy_global_to_shared(steps, [place * (NUMBERS * BLOCK) + BLOCK], bar, weighted.index(at))
-        tma.async_copy_global_to_shared(steps, [place * (NUMBERS * BLOCK) + 3 * BLOCK], bar, owns.index(at))
-        tma.async_copy_global_to_shared(x, [sequence, start, (head + step) * P], bar, us.index(at))
-        tma.async_copy_global_to_shared(dy, [sequence, start, (head + step) * P], bar, dus.index(at))
-        for part in gl.static_range(2):
-            tma.async_copy_global_to_shared(k, [place * BLOCK, part * 2 * HALF], bar, ks.index(2 * at + part))
-            tma.async_copy_global_to_shared(leaving, [place * P, part * 2 * HALF], bar, dhs.index(2 * at + part))
-            tma.async_copy_global_to_shared(q, [place * BLOCK, part * 2 * HALF], bar, qs.index(2 * at + part))
-            tma.async_copy_global_to_shared(entering, [place * P, part * 2 * HALF], bar, hs.index(2 * at + part))
-        tma.async_copy_global_to_shared(cos, [place * BLOCK, 0], bar, cs.index(at))
-        tma.async_copy_global_to_shared(sin, [place * BLOCK, 0], bar, ss.index(at))
+    """Inputs, their gradients, states and numbers per token of a head, into their places."""
+    x, dy, steps, _, _, entering, leaving = tensors[:7]
+    us, dus, _, _, hs, dhs = tiles
+    sums, weighted, owns = vectors[:3]
+    mbarrier.expect(bar, 2 * x.block_type.nbytes + 4 * entering.block_type.nbytes + 3 * steps.block_type.nbytes)
+    numbers = place * (NUMBERS * BLOCK)
+    tma.async_copy_global_to_shared(steps, [numbers], bar, sums.index(at))
+    tma.async_copy_global_to_shared(steps, [numbers + BLOCK], bar, weighted.index(at))
+    tma.async_copy_global_to_shared(steps, [numbers + 3 * BLOCK], bar, owns.index(at))
+    tma.async_copy_global_to_shared(x, [sequence, start, head * P], bar, us.index(at))
+    tma.async_copy_global_to_shared(dy, [sequence, start, head * P], bar, dus.index(at))
+    for part in gl.static_range(2):
+        tma.async_copy_global_to_shared(leaving, [place * P, part * 2 * HALF], bar, dhs.index(2 * at + part))
+        tma.async_copy_global_to_shared(entering, [place * P, part * 2 * HALF], bar, hs.index(2 * at + part))
+
+
+@gluon.jit
+def _ask_angles(tensors, vectors, bar, at, place, head, HALF: gl.constexpr, BLOCK: gl.constexpr):
+    """What keys and queries of a head are made of, and dt."""
+    steps, cos, sin, B_bias, C_bias = tensors[2], tensors[7], tensors[8], tensors[9], tensors[10]
+    dts, cs, ss, bs, bs2 = vectors[3:]
+    biases: gl.constexpr = (0 if B_bias is None else 16 * HALF) + (0 if C_bias is None else 16 * HALF)
+    mbarrier.expect(bar, 2 * cos.block_type.nbytes + steps.block_type.nbytes + biases)
+    tma.async_copy_global_to_shared(cos, [place * BLOCK, 0], bar, cs.index(at))
+    tma.async_copy_global_to_shared(sin, [place * BLOCK, 0], bar, ss.index(at))
+    tma.async_copy_global_to_shared(steps, [place * (NUMBERS * BLOCK) + 4 * BLOCK], bar, dts.index(at))
+    if B_bias is not None:
+        tma.async_copy_global_to_shared(B_bias, [head * (4 * HALF)], bar, bs[0].index(at))
+    if C_bias is not None:
+        tma.async_copy_global_to_shared(C_bias, [head * (4 * HALF)], bar, bs2[0].index(at))
+
+
+@gluon.jit
+def _halves(t, HALF: gl.constexpr, narrow: gl.constexpr):
+    """First and second members of the pairs."""
+    first, second = gl.split(t.reshape([t.shape[0], 2, HALF]).permute((0, 2, 1)))
+    return gl.convert_layout(first, narrow), gl.convert_layout(second, narrow)
+
+
+@gluon.jit
+def _turn(bases, which, bias, cs, ss, out, at, HALF: gl.constexpr, half: gl.constexpr):
+    """The keys of a head from B, or queries from C, by 32 rows; `bias` is that of the head, if there is one."""
+    dtype: gl.constexpr = out.dtype
+    side: gl.constexpr = gl.SliceLayout(0, half)
+    for part in gl.static_range(2):
+        c, s = _trig(cs.slice(32 * part, 32), half), _trig(ss.slice(32 * part, 32), half)
+        a, b = _halves(bases.index(which).slice(32 * part, 32).load(half), HALF, half)
+        a, b = a.to(gl.float32), b.to(gl.float32)
+        if bias is not None:
+            a += bias[0].index(4 * at).load(side)[None, :]
+            b += bias[0].index(4 * at + 1).load(side)[None, :]
+        turned = gl.join((a * c - b * s).to(dtype), (a * s + b * c).to(dtype))
+        out.index(2 * at).slice(32 * part, 32).store(turned.permute((0, 2, 1)).reshape([32, 2 * HALF]))
+        still = bases.index(which + 1).slice(32 * part, 32).load(half)
+        if bias is not None:
+            still = (still.to(gl.float32) + bias[1].index(2 * at + 1).load(side)[None, :]).to(dtype)
+        out.index(2 * at + 1).slice(32 * part, 32).store(still)
+
+
+@gluon.jit
+def _trig(bits, layout: gl.constexpr):
+    """Cosines or sines, which are float16 in tiles of the other numbers of 16 bits."""
+    return gl.cast(bits.load(layout), gl.float16, bitcast=True).to(gl.float32)
+
+
+@gluon.jit
+def _make_next(
+    bases, tiles, vectors, barriers, B_bias, C_bias, step, HALF: gl.constexpr, half: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Keys and queries of a head, once what they are made of is there."""
+    angled, made = barriers
+    _, _, ks, qs, _, _ = tiles
+    _, _, _, _, cs, ss, bs, bs2 = vectors
+    at = step % STAGES
+    mbarrier.wait(angled.index(at), step // STAGES & 1)
+    _turn(bases, 0, None if B_bias is None else bs[1:], cs.index(at), ss.index(at), ks, at, HALF, half)
+    _turn(bases, 2, None if C_bias is None else bs2[1:], cs.index(at), ss.index(at), qs, at, HALF, half)
+    fence_async_shared()
+    mbarrier.arrive(made.index(at), count=1)
+
+
+@gluon.jit
+def _add_turns(
+    angles, dts, rate, drate, barrier, later, ddt, place, at, phase, HALF: gl.constexpr, BLOCK: gl.constexpr,
+    narrow: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    """Gradients of the rates and of dt: a turn moves all angles from its token on, so they are sums from the right,
+    products with ones."""
+    cs, ss = angles
+    t, n = gl.arange(0, BLOCK, gl.SliceLayout(1, narrow)), gl.arange(0, HALF, gl.SliceLayout(0, narrow))
+    dturn = gl.zeros((BLOCK, HALF), gl.float32, narrow) + gl.load(later + place * HALF + n)[None, :]
+    first: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
+    row, column = gl.arange(0, BLOCK, gl.SliceLayout(1, first)), gl.arange(0, BLOCK, gl.SliceLayout(0, first))
+    ones = gl.where(row[:, None] <= column[None, :], 1.0, 0.0).to(dtype)
+    mbarrier.wait(barrier, phase)
+    dturn = warpgroup_mma(ones, cs.index(at), dturn, is_async=True)
+    dturn = warpgroup_mma(ones, ss.index(at), dturn, is_async=True)
+    step = dts.index(at).load(gl.SliceLayout(1, narrow))
+    dturn = warpgroup_mma_wait(0, (dturn,))
+    gl.store(ddt + place * BLOCK + t, gl.sum(dturn * rate, 1))
+    return drate + dturn * step[:, None]
+
+
+@gluon.jit
+def _make(
+    tensors, tiles, vectors, barriers, bases, omega, later, domega, ddt,
+    chunk, sequence, first, start, end, total, head, group, part, omega_token,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Four warps: what belongs to each head, as soon as there is room; its keys and queries; the gradient of omega."""
+    full, angled, empty, made, told, ready = barriers
+    half: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    ks, dts, cs, ss = tiles[2], vectors[3], vectors[4], vectors[5]
+    B, C, B_bias, C_bias = tensors[3], tensors[4], tensors[9], tensors[10]
+    row = (chunk * GROUPS + group) * BLOCK
+    mbarrier.expect(ready.index(0), 4 * B.block_type.nbytes)
+    for own in gl.static_range(2):
+        tma.async_copy_global_to_shared(B, [row, own * 2 * HALF], ready.index(0), bases.index(own))
+        tma.async_copy_global_to_shared(C, [row, own * 2 * HALF], ready.index(0), bases.index(2 + own))
+    for step in gl.static_range(STAGES if EACH > 1 else 1):
+        _ask_angles(tensors, vectors, angled.index(step), step, chunk * HEADS + head + step, head + step, HALF, BLOCK)
+        _ask(tensors, tiles, vectors, full.index(step), step, chunk * HEADS + head + step, sequence, first, head + step,
+             P, HALF, BLOCK)  # fmt: skip
+    t, n = gl.arange(0, BLOCK, gl.SliceLayout(1, narrow)), gl.arange(0, HALF, gl.SliceLayout(0, narrow))
+    there = (start + t < end)[:, None] & (n < HALF)[None, :]
+    rates = omega + start.to(gl.int64) * omega_token + (t[:, None] * omega_token + n[None, :])
+    rate = gl.load(rates, mask=there, other=0.0).to(gl.float32)
+    drate = gl.zeros((BLOCK, HALF), gl.float32, narrow)
+    mbarrier.wait(ready.index(0), 0)
+    _make_next(bases, tiles, vectors, (angled, made), B_bias, C_bias, 0, HALF, half, STAGES)
+    for step in range(1, EACH):
+        _make_next(bases, tiles, vectors, (angled, made), B_bias, C_bias, step, HALF, half, STAGES)
+        before, phase, place = (step - 1) % STAGES, (step - 1) // STAGES & 1, chunk * HEADS + head + step
+        mbarrier.wait(empty.index(before), phase)
+        if step + 1 < EACH:
+            _ask(tensors, tiles, vectors, full.index(before), before, place + 1, sequence, first, head + step + 1,
+                 P, HALF, BLOCK)  # fmt: skip
+        drate = _add_turns((cs, ss), dts, rate, drate, told.index(before), later, ddt, place - 1, before, phase,
+                           HALF, BLOCK, narrow, ks.dtype)  # fmt: skip
+        if step + 1 < EACH:
+            _ask_angles(tensors, vectors, angled.index(before), before, place + 1, head + step + 1, HALF, BLOCK)
+    drate = _add_turns((cs, ss), dts, rate, drate, told.index((EACH - 1) % STAGES), later, ddt,
+                       chunk * HEADS + head + EACH - 1,
+                       (EACH - 1) % STAGES, (EACH - 1) // STAGES & 1, HALF, BLOCK, narrow, ks.dtype)  # fmt: skip
+    _store_rows(domega + (part.to(gl.int64) * total + start) * HALF, drate, start, end, HALF, narrow)
 
 
 @gluon.jit
@@ -110,108 +242,6 @@ def _trace(products):
 
 
 @gluon.jit
-def _write(out, dx, place, dinput):
-    """Gradients of inputs, once those before them are on their way."""
-    tma.store_wait(0)
-    out.reshape([out.shape[1], out.shape[2]]).store(dinput)
-    fence_async_shared()
-    tma.async_copy_shared_to_global(dx, place, out)
-
-
-@gluon.jit
-def _receive(u, du, weights, hs, dhs, at, none):
-    """What entries receive from each other, and states from their gradients, by row."""
-    received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
-    products = across(hs, dhs, at, none)
-    received = warpgroup_mma_wait(2, (received,))
-    # Both sides with the same rounded weights: then two entries of the same decay cancel, as they must.
-    gained = gl.sum(received * weights.to(gl.float32), 0)
-    products = warpgroup_mma_wait(0, (products,))
-    return gl.convert_layout(gained, ROW), _trace(products)
-
-
-@gluon.jit
-def _inputs(
-    tiles, vectors, barriers, out, dx, D, ddecays, dscales, downs, dD, chunk, sequence, start, head,
-    HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Four warps: the gradients of x, the decays, scales, own weights and D. Pairs are `[j, i]`: i receives from j."""
-    us, dus, ks, qs, hs, dhs = tiles
-    sums, weighted, owns, _, _ = vectors
-    full, empty = barriers
-    j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
-    none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
-    for step in range(EACH):
-        at = step % STAGES
-        place = (chunk * HEADS + head + step).to(gl.int64)
-        u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
-        mbarrier.wait(full.index(at), step // STAGES & 1)
-        answers = across(qs, hs, at, none)
-        product = across(ks, qs, at, none)
-        later, earlier = sums.index(at).load(COLUMN), weighted.index(at).load(ROW)
-        last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
-        both = _inner(u.load(SQUARE), du)
-        answers = warpgroup_mma_wait(2, (answers,))
-        ddecay = _inner(answers, du) * gl.exp2(sums.index(at).load(ROW))
-        dinput = across(ks, dhs, at, none)
-        decay = gl.exp2(later[None, :] - earlier[:, None])
-        product = warpgroup_mma_wait(2, (product,))
-        weights = gl.where(i[None, :] > j[:, None], product * decay, 0.0).to(out.dtype)
-        mine = _trace(product)
-        # What went through the state.
-        dinput = warpgroup_mma_wait(0, (dinput,)) * gl.exp2(last - earlier)[:, None]
-        dlast = _inner(dinput, u)
-        dinput = warpgroup_mma(gl.convert_layout(weights, gl.DotOperandLayout(0, SQUARE, 2)), du, dinput, is_async=True)
-        down, mine = mine * both, mine * owns.index(at).load(ROW)
-        if D is not None:
-            mine += gl.load(D + head + step).to(gl.float32)
-            gl.store(dD + place, gl.sum(both, 0))
-        dinput = warpgroup_mma_wait(0, (dinput,))
-        gave = _inner(dinput, u)
-        dinput += mine[:, None] * du.load(SQUARE).to(gl.float32)
-        _write(out, dx, [sequence, start, (head + step) * P], dinput.to(out.dtype))
-        gained, kept = _receive(u, du, weights, hs, dhs, at, none)
-        dlast = gl.sum(dlast + gl.exp2(last) * kept, 0)
-        ddecay += gained - gave + gl.where(j == BLOCK - 1, dlast, 0.0)
-        gl.store(ddecays + place * BLOCK + j, ddecay)
-        gl.store(dscales + place * BLOCK + j, gave * gl.exp2(earlier - sums.index(at).load(ROW)))
-        mbarrier.arrive(empty.index(at), count=1)
-        gl.store(downs + place * BLOCK + j, down)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _halves(t, HALF: gl.constexpr, narrow: gl.constexpr):
-    """First and second members of the pairs."""
-    first, second = gl.split(t.reshape([t.shape[0], 2, HALF]).permute((0, 2, 1)))
-    return gl.convert_layout(first, narrow), gl.convert_layout(second, narrow)
-
-
-@gluon.jit
-def _weigh(u, du, sums, weighted, owns, none, QUERIES: gl.constexpr, first: gl.constexpr):
-    """What entries say to each other, and what they say through the state: rows are keys, or QUERIES."""
-    BLOCK: gl.constexpr = u.shape[0]
-    dtype: gl.constexpr = u.dtype
-    side: gl.constexpr = gl.SliceLayout(1, first)
-    mine, other = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
-    weights = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
-    if QUERIES:
-        decay = gl.exp2(sums.load(ROW)[:, None] - weighted.load(COLUMN)[None, :])
-        decay = gl.where(mine[:, None] > other[None, :], decay, 0.0)
-        weight = gl.exp2(sums.load(side))
-    else:
-        later = sums.load(COLUMN)
-        decay = gl.exp2(later[None, :] - weighted.load(ROW)[:, None])
-        decay = gl.where(mine[:, None] < other[None, :], decay, 0.0)
-        last = gl.sum(gl.where(other == BLOCK - 1, later, 0.0), 0)
-        weight = gl.exp2(last - weighted.load(side))
-    decay = gl.where(mine[:, None] == other[None, :], owns.load(ROW)[:, None], decay)
-    through = (u.load(first).to(gl.float32) * weight[:, None]).to(dtype)
-    weights = (warpgroup_mma_wait(0, (weights,)) * decay).to(dtype)
-    return gl.convert_layout(weights, first), through
-
-
-@gluon.jit
 def _store_rows(out, value, start, end, stride, layout: gl.constexpr):
     """Rows of a chunk, those that exist."""
     t = gl.arange(0, value.shape[0], gl.SliceLayout(1, layout))
@@ -220,68 +250,254 @@ def _store_rows(out, value, start, end, stride, layout: gl.constexpr):
 
 
 @gluon.jit
-def _gather(weights, through, q, dh, none):
-    """The gradient of one half of the keys."""
-    out = warpgroup_mma(through, dh, none, use_acc=False, is_async=True)
-    out = warpgroup_mma(weights, q, out, is_async=True)
-    return warpgroup_mma_wait(0, (out,))
+def _own_weights(mine, direct, own, D, head, dD, place):
+    """How much of its own input a token gives, through D too, whose gradient is stored."""
+    mine *= own.load(ROW)
+    if D is not None:
+        mine += gl.load(D + head).to(gl.float32)
+        gl.store(dD + place, gl.sum(direct, 0))
+    return mine
 
 
 @gluon.jit
-def _keys(
-    tiles, vectors, barriers, dB, dB_bias, dangles, start, end, total, chunk, head, group, split,
-    QUERIES: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr,
-    HALF: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+def _inputs(
+    tiles, vectors, pairs, both, barriers, dx, D, ddecays, dscales, downs, dD, chunk, start, end, head,
+    HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: the gradients of B, summed over the heads, its biases and angles; of C with the tiles of C."""
-    us, dus, ks, qs, _, dhs = tiles
-    sums, weighted, owns, cs, ss = vectors
-    full, empty = barriers
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    first: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
-    n = gl.arange(0, HALF, gl.SliceLayout(0, narrow))
-    m = gl.arange(0, 2 * HALF, gl.SliceLayout(0, wide))
+    """Four warps: the gradients of x, the decays, scales, own weights and D. Pairs are `[j, i]`: i receives from j."""
+    us, dus, ks, qs, hs, dhs = tiles
+    sums, weighted, owns = vectors[:3]
+    full, empty, made, weighed, free = barriers
+    dtype: gl.constexpr = pairs.dtype
+    j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
     none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
-    nothing = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
-    db1, db2 = gl.zeros((BLOCK, HALF), gl.float32, narrow), gl.zeros((BLOCK, HALF), gl.float32, narrow)
-    db3 = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
     for step in range(EACH):
         at = step % STAGES
-        place = chunk * HEADS + head + step
+        place = (chunk * HEADS + head + step).to(gl.int64)
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
-        weights, through = _weigh(u, du, sums.index(at), weighted.index(at), owns.index(at), none, QUERIES, first)
-        dk = _gather(weights, through, qs.index(2 * at + 1), dhs.index(2 * at + 1), nothing)
-        db3 += dk
-        if dB_bias is not None:
-            gl.store(dB_bias + place * (4 * HALF) + 2 * HALF + m, gl.sum(dk, 0))
-        dk = _gather(weights, through, qs.index(2 * at), dhs.index(2 * at), nothing)
-        dk1, dk2 = _halves(dk, HALF, narrow)
-        k1, k2 = _halves(ks.index(2 * at).load(wide), HALF, narrow)
-        # With keys and queries as the products had them, rounded, what two entries say to each other cancels.
-        dangle = dk2 * k1.to(gl.float32) - dk1 * k2.to(gl.float32)
-        _store_rows(dangles + place * (2 * BLOCK * HALF) + (HALF if QUERIES else 0), dangle, 0, BLOCK, 2 * HALF, narrow)
-        c, s = cs.index(at).load(narrow).to(gl.float32), ss.index(at).load(narrow).to(gl.float32)
+        mbarrier.wait(made.index(at), step // STAGES & 1)
+        product = across(ks, qs, at, none)
+        later, earlier = sums.index(at).load(COLUMN), weighted.index(at).load(ROW)
+        last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
+        after = i[None, :] > j[:, None]
+        product = warpgroup_mma_wait(0, (product,))
+        weights = (product * gl.where(after, gl.exp2(later[None, :] - earlier[:, None]), 0.0)).to(dtype)
+        mine = _trace(product)
+        mbarrier.wait(weighed.index(0), step & 1)
+        # Both sides with the same rounded weights: then two entries of the same decay cancel, as they must.
+        passed = gl.where(after, product * pairs.load(SQUARE).to(gl.float32), 0.0)
+        direct = both.load(ROW)
+        mbarrier.arrive(free.index(0), count=1)
+        gave, gained = gl.sum(passed, 1), gl.convert_layout(gl.sum(passed, 0), ROW)
+        gl.store(downs + place * BLOCK + j, mine * direct)
+        mine = _own_weights(mine, direct, owns.index(at), D, head + step, dD, place)
+        # What went through the state.
+        state = across(ks, dhs, at, none)
+        state = warpgroup_mma_wait(0, (state,)) * gl.exp2(last - earlier)[:, None]
+        dlast = _inner(state, u)
+        gave += dlast
+        dinput = warpgroup_mma(gl.convert_layout(weights, gl.DotOperandLayout(0, SQUARE, 2)), du, state, is_async=True)
+        gl.store(dscales + place * BLOCK + j, gave * gl.exp2(earlier - sums.index(at).load(ROW)))
+        dinput = warpgroup_mma_wait(0, (dinput,)) + mine[:, None] * du.load(SQUARE).to(gl.float32)
+        answers = across(qs, hs, at, none)
+        row = start.to(gl.int64) * (HEADS * P) + (head + step) * P
+        _store_rows(dx + row, dinput, start, end, HEADS * P, SQUARE)
+        answers = warpgroup_mma_wait(0, (answers,))
+        kept = across(hs, dhs, at, none)
+        ddecay = _inner(answers, du) * gl.exp2(sums.index(at).load(ROW)) + gained - gave
+        kept = _trace(warpgroup_mma_wait(0, (kept,)))
         mbarrier.arrive(empty.index(at), count=1)
-        dk1, dk2 = dk1 * c + dk2 * s, dk2 * c - dk1 * s
-        db1 += dk1
-        db2 += dk2
+        dlast = gl.sum(dlast + gl.exp2(last) * kept, 0)
+        gl.store(ddecays + place * BLOCK + j, ddecay + gl.where(j == BLOCK - 1, dlast, 0.0))
+
+
+@gluon.jit
+def _turned_back(dk, ks, cs, ss, db1, db2, HALF: gl.constexpr, wide: gl.constexpr, narrow: gl.constexpr):
+    """Gradients of angles, and sums over the heads of those of keys before they were turned.
+
+    With keys and queries as the products had them, rounded, what two entries say to each other cancels.
+    """
+    dk1, dk2 = _halves(dk, HALF, narrow)
+    k1, k2 = _halves(ks.load(wide), HALF, narrow)
+    dphi = dk2 * k1.to(gl.float32) - dk1 * k2.to(gl.float32)
+    c, s = _trig(cs, narrow), _trig(ss, narrow)
+    return dphi, db1 + dk1 * c + dk2 * s, db2 + dk2 * c - dk1 * s
+
+
+@gluon.jit
+def _store_sums(out, place, first, second):
+    """Sums over the tokens of the two halves of the columns that turn."""
+    if out is not None:
+        gl.store(out + place, gl.sum(first, 0))
+        gl.store(out + first.shape[1] + place, gl.sum(second, 0))
+
+
+@gluon.jit
+def _turning(
+    tiles, vectors, pairs, barriers, dB, dC, dB_bias, dC_bias, chunk, start, end, total, head, group, split,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
+    BLOCK: gl.constexpr, INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Four warps: the gradients of the columns of B and C that turn, summed over the heads, and of angles."""
+    us, dus, ks, qs, hs, dhs = tiles
+    sums, weighted, _, _, cs, ss, _, _ = vectors
+    full, angled, empty, made, weighed, free, told = barriers
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    side: gl.constexpr = gl.SliceLayout(1, wide)
+    n, i = gl.arange(0, HALF, gl.SliceLayout(0, narrow)), gl.arange(0, BLOCK, COLUMN)
+    nothing = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
+    db1, db2 = gl.zeros((BLOCK, HALF), gl.float32, narrow), gl.zeros((BLOCK, HALF), gl.float32, narrow)
+    dc1, dc2 = gl.zeros((BLOCK, HALF), gl.float32, narrow), gl.zeros((BLOCK, HALF), gl.float32, narrow)
+    for step in range(EACH):
+        at = step % STAGES
+        bias = (chunk * HEADS + head + step) * (4 * HALF) + n
+        u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
+        mbarrier.wait(full.index(at), step // STAGES & 1)
+        dk = warpgroup_mma(u, dhs.index(2 * at), nothing, use_acc=False, is_async=True)
+        last = gl.sum(gl.where(i == BLOCK - 1, sums.index(at).load(COLUMN), 0.0), 0)
+        weight = gl.exp2(last - weighted.index(at).load(side))
+        dk = warpgroup_mma_wait(0, (dk,)) * weight[:, None]
+        mbarrier.wait(angled.index(at), step // STAGES & 1)
+        mbarrier.wait(made.index(at), step // STAGES & 1)
+        mbarrier.wait(weighed.index(0), step & 1)
+        dk = warpgroup_mma(pairs, qs.index(2 * at), dk, is_async=True)
+        dk = warpgroup_mma_wait(0, (dk,))
+        dphi, db1, db2 = _turned_back(dk, ks.index(2 * at), cs.index(at), ss.index(at), db1, db2, HALF, wide, narrow)
+        dq = warpgroup_mma(du, hs.index(2 * at), nothing, use_acc=False, is_async=True)
+        dq = warpgroup_mma_wait(0, (dq,)) * gl.exp2(sums.index(at).load(side))[:, None]
+        dq = warpgroup_mma(pairs.permute((1, 0)), ks.index(2 * at), dq, is_async=True)
+        dq = warpgroup_mma_wait(0, (dq,))
+        mbarrier.arrive(free.index(0), count=1)
+        dphi2, dc1, dc2 = _turned_back(dq, qs.index(2 * at), cs.index(at), ss.index(at), dc1, dc2, HALF, wide, narrow)
+        # In two parts of 16 bits, in the place of cosines and sines, which nobody needs any more.
+        dphi += dphi2
+        coarse = dphi.to(pairs.dtype)
+        cs.index(at).store(coarse)
+        ss.index(at).store((dphi - coarse.to(gl.float32)).to(pairs.dtype))
+        fence_async_shared()
+        mbarrier.arrive(told.index(at), count=1)
+        mbarrier.arrive(empty.index(at), count=1)
+        _store_sums(dB_bias, bias, db1, db2)
+        _store_sums(dC_bias, bias, dc1, dc2)
+    row = ((split.to(gl.int64) * total + start) * GROUPS + group) * (4 * HALF)
+    _store_halves(dB + row, db1, db2, start, end, GROUPS, HALF, INTERLEAVED, narrow)
+    _store_halves(dC + row, dc1, dc2, start, end, GROUPS, HALF, INTERLEAVED, narrow)
+
+
+@gluon.jit
+def _store_halves(
+    out, first, second, start, end, GROUPS: gl.constexpr, HALF: gl.constexpr, INTERLEAVED: gl.constexpr,
+    narrow: gl.constexpr,
+):  # fmt: skip
+    """Columns that turn, in the order of the caller."""
+    t, n = gl.arange(0, first.shape[0], gl.SliceLayout(1, narrow)), gl.arange(0, HALF, gl.SliceLayout(0, narrow))
+    place, there = t[:, None] * (GROUPS * 4 * HALF) + n[None, :], (start + t < end)[:, None]
+    dtype: gl.constexpr = out.dtype.element_ty
+    if INTERLEAVED:
+        place += n[None, :]
+    gl.store(out + place, first.to(dtype), mask=there)
+    gl.store(out + (1 if INTERLEAVED else 2 * HALF) + place, second.to(dtype), mask=there)
+
+
+@gluon.jit
+def _numbers(steps, STAGES: gl.constexpr, BLOCK: gl.constexpr):
+    """Room for numbers per token: sums of log decays, those less log scales, own weights, dt."""
+    sums = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
+    weighted = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
+    owns = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
+    return sums, weighted, owns, gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
+
+
+@gluon.jit
+def _biases(steps, HALF: gl.constexpr, STAGES: gl.constexpr):
+    """Room for biases of heads, by head, by pieces of HALF, and of twice as many."""
+    all = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * HALF], steps.layout)
+    fine = all._reinterpret(gl.float32, [4 * STAGES, HALF], steps.layout)
+    return all, fine, all._reinterpret(gl.float32, [2 * STAGES, 2 * HALF], steps.layout)
+
+
+@gluon.jit
+def _weigh(received, pairs, both, at, step, vectors, barriers):
+    """What pairs `[j, i]` say to each other through keys and queries, i receives from j; and the diagonal before."""
+    sums, weighted, owns = vectors[:3]
+    weighed, free = barriers
+    j, i = gl.arange(0, received.shape[0], ROW), gl.arange(0, received.shape[1], COLUMN)
+    later, earlier, own = sums.index(at).load(COLUMN), weighted.index(at).load(ROW), owns.index(at).load(ROW)
+    weight = gl.where(i[None, :] > j[:, None], gl.exp2(later[None, :] - earlier[:, None]), 0.0)
+    weight = gl.where(i[None, :] == j[:, None], own[:, None], weight)
+    given, diagonal = (received * weight).to(pairs.dtype), _trace(received)
+    mbarrier.wait(free.index(0), (step & 1) ^ 1)
+    pairs.store(given)
+    both.store(diagonal)
+    fence_async_shared()
+    mbarrier.arrive(weighed.index(0), count=1)
+
+
+@gluon.jit
+def _standing(
+    tiles, vectors, pairs, both, barriers, dB, dC, dB_bias, dC_bias, chunk, start, end, total, head, group, split,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
+    BLOCK: gl.constexpr, INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Four warps: what pairs of entries say to each other; the gradients of the columns of B and C that stand still,
+    summed over the heads."""
+    us, dus, ks, qs, hs, dhs = tiles
+    sums, weighted = vectors[:2]
+    full, empty, made, weighed, free = barriers
+    dtype: gl.constexpr = pairs.dtype
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
+    first: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    side: gl.constexpr = gl.SliceLayout(1, first)
+    m, i = gl.arange(0, 2 * HALF, gl.SliceLayout(0, wide)), gl.arange(0, BLOCK, COLUMN)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
+    db, dc = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide), gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
+    for step in range(EACH):
+        at = step % STAGES
+        bias = (chunk * HEADS + head + step) * (4 * HALF) + 2 * HALF + m
+        u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
+        mbarrier.wait(full.index(at), step // STAGES & 1)
+        received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
+        _weigh(warpgroup_mma_wait(0, (received,)), pairs, both, at, step, vectors, (weighed, free))
+        last = gl.sum(gl.where(i == BLOCK - 1, sums.index(at).load(COLUMN), 0.0), 0)
+        weight = gl.exp2(last - weighted.index(at).load(side))
+        through = (u.load(first).to(gl.float32) * weight[:, None]).to(dtype)
+        db = warpgroup_mma(through, dhs.index(2 * at + 1), db, is_async=True)
+        weight = gl.exp2(sums.index(at).load(side))
+        through = (du.load(first).to(gl.float32) * weight[:, None]).to(dtype)
+        dc = warpgroup_mma(through, hs.index(2 * at + 1), dc, is_async=True)
+        mbarrier.wait(made.index(at), step // STAGES & 1)
+        db = warpgroup_mma(pairs, qs.index(2 * at + 1), db, is_async=True)
+        dc = warpgroup_mma(pairs.permute((1, 0)), ks.index(2 * at + 1), dc, is_async=True)
+        db, dc = warpgroup_mma_wait(0, (db, dc))
+        mbarrier.arrive(empty.index(at), count=1)
         if dB_bias is not None:
-            gl.store(dB_bias + place * (4 * HALF) + n, gl.sum(dk1, 0))
-            gl.store(dB_bias + place * (4 * HALF) + HALF + n, gl.sum(dk2, 0))
-    row = (split.to(gl.int64) * total + start) * GROUPS + group
-    _store_rows(dB + row * (4 * HALF), db1, start, end, GROUPS * 4 * HALF, narrow)
-    _store_rows(dB + row * (4 * HALF) + HALF, db2, start, end, GROUPS * 4 * HALF, narrow)
-    _store_rows(dB + row * (4 * HALF) + 2 * HALF, db3, start, end, GROUPS * 4 * HALF, wide)
+            gl.store(dB_bias + bias, gl.sum(db, 0))
+        if dC_bias is not None:
+            gl.store(dC_bias + bias, gl.sum(dc, 0))
+    row = ((split.to(gl.int64) * total + start) * GROUPS + group) * (4 * HALF)
+    _store_still(dB + row, db, start, end, GROUPS, HALF, INTERLEAVED, wide)
+    _store_still(dC + row, dc, start, end, GROUPS, HALF, INTERLEAVED, wide)
+
+
+@gluon.jit
+def _store_still(
+    out, value, start, end, GROUPS: gl.constexpr, HALF: gl.constexpr, INTERLEAVED: gl.constexpr, wide: gl.constexpr
+):  # fmt: skip
+    """Columns that stand still, in the order of the caller."""
+    t, n = gl.arange(0, value.shape[0], gl.SliceLayout(1, wide)), gl.arange(0, 2 * HALF, gl.SliceLayout(0, wide))
+    column = n + 2 * HALF if INTERLEAVED else n + HALF + n // HALF * HALF
+    place = t[:, None] * (GROUPS * 4 * HALF) + column[None, :]
+    gl.store(out + place, value.to(out.dtype.element_ty), mask=(start + t < end)[:, None])
 
 
 @gluon.jit
 def gradients_kernel(
-    x, dy, steps, k, q, entering, leaving, cos, sin, dx, D, ddecays, dscales, downs, dD, dB, dC, dB_bias, dC_bias,
-    dangles, chunks, total, length,
+    x, dy, steps, B, C, entering, leaving, cos, sin, B_bias, C_bias, D, omega, later, dx, ddecays, dscales, downs, dD,
+    dB, dC, dB_bias, dC_bias, domega, ddt, chunks, total, length, omega_token,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
-    SPLITS: gl.constexpr, STAGES: gl.constexpr,
+    SPLITS: gl.constexpr, INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program per chunk, group and part of its heads."""
     EACH: gl.constexpr = HEADS // GROUPS // SPLITS
@@ -292,31 +508,37 @@ def gradients_kernel(
     sequence, first = start // length, start % length
     us = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, P], x.layout)
     dus = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, P], dy.layout)
-    ks = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BLOCK, 2 * HALF], k.layout)
-    qs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BLOCK, 2 * HALF], q.layout)
+    ks = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BLOCK, 2 * HALF], B.layout)
+    qs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BLOCK, 2 * HALF], C.layout)
     hs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, P, 2 * HALF], entering.layout)
     dhs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, P, 2 * HALF], leaving.layout)
-    sums = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
-    weighted = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
-    owns = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
+    bases = gl.allocate_shared_memory(x.dtype, [4, BLOCK, 2 * HALF], B.layout)
+    pairs = gl.allocate_shared_memory(x.dtype, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
+    both = gl.allocate_shared_memory(gl.float32, [BLOCK], steps.layout)
+    sums, weighted, owns, dts = _numbers(steps, STAGES, BLOCK)
+    bs, bs2 = _biases(steps, HALF, STAGES), _biases(steps, HALF, STAGES)
     cs = gl.allocate_shared_memory(cos.dtype, [STAGES, BLOCK, HALF], cos.layout)
     ss = gl.allocate_shared_memory(cos.dtype, [STAGES, BLOCK, HALF], cos.layout)
-    out = gl.allocate_shared_memory(x.dtype, [1, BLOCK, P], dx.layout)
-    full, empty = barriers_of(STAGES, 1), barriers_of(STAGES, 3)
+    full, angled, empty = barriers_of(STAGES, 1), barriers_of(STAGES, 1), barriers_of(STAGES, 3)
+    made, told = barriers_of(STAGES, 1), barriers_of(STAGES, 1)
+    weighed, free, ready = barriers_of(1, 1), barriers_of(1, 2), barriers_of(1, 1)
     fence_async_shared()
-    tiles, turned, vectors = (us, dus, ks, qs, hs, dhs), (dus, us, qs, ks, dhs, hs), (sums, weighted, owns, cs, ss)
-    barriers = (full, empty)
+    tiles, vectors = (us, dus, ks, qs, hs, dhs), (sums, weighted, owns, dts, cs, ss, bs, bs2)
+    tensors = (x, dy, steps, B, C, entering, leaving, cos, sin, B_bias, C_bias)
     gl.warp_specialize(
         [
-            (_inputs, (tiles, vectors, barriers, out, dx, D, ddecays, dscales, downs, dD,
-                       chunk, sequence, first, head, HEADS, EACH, P, BLOCK, STAGES)),
-            (_keys, (tiles, vectors, barriers, dB, dB_bias, dangles, start, end, total, chunk, head,
-                     group, split, False, HEADS, GROUPS, EACH, P, HALF, BLOCK, STAGES)),
-            (_keys, (turned, vectors, barriers, dC, dC_bias, dangles, start, end, total, chunk, head,
-                     group, split, True, HEADS, GROUPS, EACH, P, HALF, BLOCK, STAGES)),
-            (_move, ((x, dy, steps, k, q, entering, leaving, cos, sin), tiles, vectors, barriers,
-                     chunk, sequence, first, head, HEADS, EACH, P, HALF, BLOCK, STAGES)),
+            (_inputs, (tiles, vectors, pairs, both, (full, empty, made, weighed, free), dx, D, ddecays, dscales, downs,
+                       dD, chunk, start, end, head, HEADS, EACH, P, BLOCK, STAGES)),
+            (_turning, (tiles, vectors, pairs, (full, angled, empty, made, weighed, free, told), dB, dC,
+                        dB_bias, dC_bias, chunk, start, end, total, head, group, split,
+                        HEADS, GROUPS, EACH, P, HALF, BLOCK, INTERLEAVED, STAGES)),
+            (_standing, (tiles, vectors, pairs, both, (full, empty, made, weighed, free), dB, dC,
+                         dB_bias, dC_bias, chunk, start, end, total, head, group, split,
+                         HEADS, GROUPS, EACH, P, HALF, BLOCK, INTERLEAVED, STAGES)),
+            (_make, (tensors, tiles, vectors, (full, angled, empty, made, told, ready), bases, omega, later, domega,
+                     ddt, chunk, sequence, first, start, end, total, head, group, part, omega_token,
+                     HEADS, GROUPS, EACH, P, HALF, BLOCK, STAGES)),
         ],
-        [4, 4, 1],
-        [160, 160, 24],
+        [4, 4, 4],
+        [128, 128, 72],
     )  # fmt: skip

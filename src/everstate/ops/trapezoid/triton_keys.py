@@ -145,6 +145,17 @@ def source_of(at, N: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTE
 
 
 @triton.jit
+def place_of(column, N: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The column of the parts for a column outside, the reverse of `source_of`."""
+    if INTERLEAVED:
+        pair, second, still = column // 2, column % 2, column - 2 * PAIRS
+    else:
+        second = tl.where(column < N // 2, 0, 1)
+        pair, still = column - second * (N // 2), column - PAIRS - second * PAIRS
+    return tl.where(pair < PAIRS, second * HALF + pair, 2 * HALF + still)
+
+
+@triton.jit
 def load_part(base, rows, GIVEN: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
     """SIZE columns from FIRST on of rows that are WIDTH numbers long, of which GIVEN are there."""
     at = rows[:, None] * WIDTH + (tl.arange(0, SIZE) + FIRST)[None, :]

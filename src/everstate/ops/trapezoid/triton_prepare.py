@@ -18,6 +18,7 @@ from everstate.ops.trapezoid.triton_keys import (
     load_rates,
     load_step,
     phase_of,
+    place_of,
     sine,
     source_of,
     where_given,
@@ -164,24 +165,38 @@ def phases_kernel(
 
 @triton.jit
 def angle_gradients_kernel(
-    dturns, dfinal, dangle, spans,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    turned, ended, dended, dleaving, dangle, later, spans,
+    HEADS: tl.constexpr, P: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The reverse of `phases_kernel`: from what each chunk says of angles to what all later ones say, in place."""
+    """One program per sequence and head: what all that comes after a chunk says of angles, and of the one that enters.
+
+    Turning all that comes after a boundary is turning back the state that enters there, and turning the state at the
+    end: so the sum of all later gradients is known at each boundary from two states, and the rounding errors of
+    thousands of tokens do not add up. `dleaving` is that of the angle at the end.
+    """
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     first, count = tl.load(spans + 2 * sequence).to(tl.int64), tl.load(spans + 2 * sequence + 1)
-    at, pairs = tl.arange(0, BLOCK), tl.arange(0, BLOCK_PAIRS)
-    home = (sequence * HEADS + head) * PAIRS + pairs
-    later = tl.load(dfinal + home, mask=pairs < PAIRS, other=0.0)
+    pairs, home, p = tl.arange(0, HALF), sequence * HEADS + head, tl.arange(0, BLOCK_P)
+    leaving = tl.load(dleaving + home * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
+    place = home * (P * WIDTH) + (p[:, None] * WIDTH + pairs[None, :])
+    mask = (p < P)[:, None] & (pairs < PAIRS)[None, :]
+    h1, h2 = tl.load(ended + place, mask=mask, other=0.0), tl.load(ended + HALF + place, mask=mask, other=0.0)
+    dh1, dh2 = tl.load(dended + place, mask=mask, other=0.0), tl.load(dended + HALF + place, mask=mask, other=0.0)
+    total = leaving + tl.sum(dh2 * h1 - dh1 * h2, 0)
+    at, tiles = tl.arange(0, BLOCK), tl.arange(0, TILES)
+    entering = turned + (first * HEADS + head) * (TILES * HALF) + (tiles[:, None] * HALF + pairs[None, :])
+    tl.store(dangle + home * PAIRS + pairs, total - tl.sum(tl.load(entering), 0), mask=pairs < PAIRS)
     for block in range(0, count, BLOCK):
-        back = count - 1 - block - at
-        place = dturns + ((first + back[:, None]) * HEADS + head) * PAIRS + pairs[None, :]
-        mask = where_given(back >= 0, pairs, PAIRS)
-        here = tl.load(place, mask=mask, other=0.0)
-        sums = tl.cumsum(here, 0)
-        tl.store(place, sums - here + later[None, :], mask=mask)
-        later += tl.sum(here, 0)
-    tl.store(dangle + home, later, mask=pairs < PAIRS)
+        chunk = first + block + at[:, None]
+        follows = (block + at + 1 < count)[:, None]
+        after = tl.zeros((BLOCK, HALF), tl.float32)
+        for tile in tl.static_range(TILES):
+            own = (((chunk + 1) * HEADS + head) * TILES + tile) * HALF + pairs[None, :]
+            after += tl.load(turned + own, mask=follows, other=0.0)
+        value = tl.where(follows, total[None, :] - after, leaving[None, :])
+        inside = (block + at < count)[:, None] & (pairs < PAIRS)[None, :]
+        tl.store(later + (chunk * HEADS + head) * PAIRS + pairs[None, :], value, mask=inside)
 
 
 @triton.jit
@@ -222,18 +237,18 @@ def enter_gradients_kernel(
     """The reverse of `enter_kernel`, given the gradient of the state; `dowed` is that of dt (1 - lam)."""
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    column, exists = source_of(n, N, PAIRS, HALF, INTERLEAVED)
-    exists, home = exists & (n < WIDTH), sequence * HEADS + head
+    exists, home = n < N, sequence * HEADS + head
     token = tl.load(chunks + 2 * tl.load(spans + 2 * sequence)).to(tl.int64)
     owed = 1.0 - tl.load(lam + token * lam_token + head * lam_head).to(tl.float32)
     owed *= tl.load(dt + token * dt_token + head * dt_head).to(tl.float32)
     mask = (p < P)[:, None] & exists[None, :]
-    dh = tl.load(dentered + home * (P * WIDTH) + (p[:, None] * WIDTH + n[None, :]), mask=mask, other=0.0)
-    tl.store(dssm + home * (P * N) + (p[:, None] * N + column[None, :]), dh, mask=mask)
+    column = place_of(n, N, PAIRS, HALF, INTERLEAVED)
+    dh = tl.load(dentered + home * (P * WIDTH) + (p[:, None] * WIDTH + column[None, :]), mask=mask, other=0.0)
+    tl.store(dssm + home * (P * N) + (p[:, None] * N + n[None, :]), dh, mask=mask)
     u = tl.load(x + home * P + p, mask=p < P, other=0.0)
     total, du = 0.0, tl.zeros((BLOCK_P,), tl.float32)
     for rank in tl.static_range(RANK):
-        at = ((sequence * RANK + rank) * HEADS + head) * N + column
+        at = ((sequence * RANK + rank) * HEADS + head) * N + n
         key = tl.load(k + at, mask=exists, other=0.0)
         mine, factor = u, u * 0.0 + 1.0
         if mimo_x is not None:
@@ -321,11 +336,11 @@ def leave_gradients_kernel(
 
 @triton.jit
 def steps_gradients_kernel(
-    dt, A, lam, omega, ddecays, dscales, downs, dsteps, dturns, dowed, ddt, dA, dlam, chunks, homes,
-    dt_token, dt_head, A_token, A_head, lam_token, lam_head, omega_token,
-    HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
+    dt, A, lam, ddecays, dscales, downs, dsteps, dowed, ddt, dA, dlam, chunks, homes,
+    dt_token, dt_head, A_token, A_head, lam_token, lam_head,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The reverse of `steps_kernel` and of the angles, given what chunks say of sums, scales, own weights and dt.
+    """The reverse of `steps_kernel`, given what chunks say of sums, scales and own weights, and the angles of dt.
 
     A token hears of its scale in two places: its own weight `lam dt` is in its own, its look-ahead `dt (1 - lam)` in
     that of the token before, or in the state that entered the sequence.
@@ -348,33 +363,7 @@ def steps_gradients_kernel(
     dahead += tl.where(start + at == first, 1.0, 0.0)[:, None] * entering[None, :]
     dweight = dscale + tl.load(downs + own, mask=real[None, :], other=0.0)
     dstep = tl.load(dsteps + own, mask=real[None, :], other=0.0) + decay * dsum + part * dweight + (1.0 - part) * dahead
-    # What later chunks say of the angle holds for all tokens of this one.
-    here = start + at < tl.load(chunks + 2 * chunk + 1)
-    for pair in range(PAIRS):
-        rate = tl.load(omega + (start + at).to(tl.int64) * omega_token + pair, mask=here, other=0.0).to(tl.float32)
-        later = tl.load(dturns + (chunk * HEADS + heads) * PAIRS + pair, mask=real, other=0.0)
-        dstep += rate[:, None] * later[None, :]
     out = rows * HEADS + heads[None, :]
     tl.store(ddt + out, dstep, mask=exists)
     tl.store(dA + out, step * dsum, mask=exists)
     tl.store(dlam + out, step * (dweight - dahead), mask=exists)
-
-
-@triton.jit
-def omega_gradients_kernel(
-    steps, parts, dturns, domega, chunks, total,
-    HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """One program per chunk: the gradient of omega, from the heads in parts and from what later chunks say."""
-    chunk, at, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS), tl.arange(0, BLOCK_PAIRS)
-    tokens = tl.load(chunks + 2 * chunk) + at
-    mask = where_given(tokens < tl.load(chunks + 2 * chunk + 1), pairs, PAIRS)
-    place = tokens.to(tl.int64)[:, None] * PAIRS + pairs[None, :]
-    rate = tl.zeros((TOKENS, BLOCK_PAIRS), tl.float32)
-    for part in range(PARTS):
-        rate += tl.load(parts + part * total * PAIRS + place, mask=mask, other=0.0)
-    for head in range(HEADS):
-        home = chunk * HEADS + head
-        later = tl.load(dturns + home * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
-        rate += load_step(steps, home, at, TOKENS, DT)[:, None] * later[None, :]
-    tl.store(domega + place, rate, mask=mask)
