@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pytest
 import torch
 
 from everstate.bench import kernels
+from everstate.bench.report import Row
 from everstate.bench.shapes import SHAPES, STEPS
+from everstate.bench.timing import Gate
 from everstate.core.errors import ConfigError
 from everstate.core.state import tensors
 from everstate.ops import OPS
@@ -37,6 +41,20 @@ def test_the_gate_sees_a_step(name: str, dtype: torch.dtype, kernel_device: torc
 def test_an_op_without_kernels_is_not_measured() -> None:
     with pytest.raises(ConfigError, match="lti_conv is not measured on a GPU; give some of ssd_scan, "):
         kernels.run(quick=True, output=None, now=datetime.now(UTC), device="cpu", only=["lti_conv"])
+
+
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scans(*arguments: object) -> Iterator[Row]:
+        yield Row("one", 1, Gate(0.0, 1.0), None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "scans", scans)
+    output = tmp_path / "kernels.json"
+    with pytest.raises(KeyboardInterrupt):
+        kernels.run(quick=True, output=output, now=datetime.now(UTC), device="cpu", only=["ssd_scan", "linear_scan"])
+    kept = json.loads(output.read_text())
+    assert [row["name"] for row in kept["rows"]] == ["one"]
+    assert kept["stopped_by"] == "KeyboardInterrupt"
 
 
 def test_tokens_are_cut_into_sequences() -> None:

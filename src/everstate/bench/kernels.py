@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from everstate.bench.report import Row, machine, publish
+from everstate.bench.report import Row, machine, publishing
 from everstate.bench.shapes import GPU_SHAPES, STEPS
 from everstate.bench.timing import Gate, Timing, interleave
 from everstate.core.errors import ConfigError
@@ -54,15 +54,18 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
     d_inner, total = (QUICK_D_INNER, QUICK_TOKENS) if quick else (D_INNER, TOKENS)
     first_call_s: dict[str, float] = {}
     rows: list[Row] = []
-    with Console(stderr=True).status("starting") as status:
+    facts = {"quick": quick, "machine": machine(torch.device(device)), "d_inner": d_inner, "first_call_s": first_call_s}
+    with (
+        publishing("kernels", rows, facts, now, output) as result,
+        Console(stderr=True).status("starting") as status,
+    ):
         for name in only or known:
             status.update(name)
             if name in STEPS:
                 rows += steps(name, d_inner, STEP_BATCHES[:2] if quick else STEP_BATCHES, device)
             else:
                 rows += scans(name, d_inner, total, device, first_call_s)
-    facts = {"quick": quick, "machine": machine(torch.device(device)), "d_inner": d_inner}
-    return publish("kernels", rows, {**facts, "first_call_s": first_call_s}, now, output)
+    return result
 
 
 def scans(op: str, d_inner: int, total: int, device: str, first_call_s: dict[str, float]) -> Iterator[Row]:

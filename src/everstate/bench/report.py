@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -114,6 +115,25 @@ def publish(
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result), flush=True)
     return result
+
+
+@contextmanager
+def publishing(
+    benchmark: str, rows: Sequence[Row], facts: dict[str, Any], now: datetime, output: Path | None
+) -> Iterator[dict[str, Any]]:
+    """`publish` what `rows` and `facts` hold in the end, into what is given: also after an error or an interruption.
+
+    A benchmark of many minutes then loses nothing that it has measured; `stopped_by` says what ended it.
+    """
+    result: dict[str, Any] = {}
+    try:
+        yield result
+    except BaseException as stop:
+        facts["stopped_by"] = type(stop).__name__
+        raise
+    finally:
+        if rows or "stopped_by" not in facts:
+            result |= publish(benchmark, rows, facts, now, output)
 
 
 def _table(title: str, rows: Iterable[Row]) -> Table:

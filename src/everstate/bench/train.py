@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from everstate.bench.build import build, preferred
 from everstate.bench.kernels import norm_error
 from everstate.bench.peer_train import peers_of
-from everstate.bench.report import Row, machine, publish
+from everstate.bench.report import Row, machine, publishing
 from everstate.bench.timing import Gate, Timing, interleave, with_threads
 from everstate.core.env import cpu_threads
 from everstate.core.errors import ConfigError
@@ -93,14 +93,18 @@ def run(
         raise ConfigError(f"bench train: {unknown[0]!r} is not one of {', '.join(MODELS)}")
     rows: list[Row] = []
     left_out: list[str] = []
-    with with_threads(cpu_threads()), Console(stderr=True).status("starting") as status:
+    facts = {"quick": quick, "machine": machine(torch.device(device)), "peak_flops": PEAK, "left_out": left_out}
+    facts["parameters"] = {kind: cost(config_of(kind, quick)).parameters for kind in models}
+    with (
+        publishing("train", rows, facts, now, output) as result,
+        with_threads(cpu_threads()),
+        Console(stderr=True).status("starting") as status,
+    ):
         for kind in models:
             plan = Plan(kind, config_of(kind, quick), QUICK_SHAPES if quick else SHAPES, device, compiled)
             status.update(kind)
             rows += steps(plan, left_out)
-    facts = {"quick": quick, "machine": machine(torch.device(device)), "peak_flops": PEAK, "left_out": left_out}
-    facts["parameters"] = {kind: cost(config_of(kind, quick)).parameters for kind in models}
-    return publish("train", rows, facts, now, output)
+    return result
 
 
 def config_of(kind: str, quick: bool) -> ModelConfig:
