@@ -226,7 +226,10 @@ class LM(nn.Module):
 
     def _finish(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
         """What the head reads after the last block gave `y`; the multiplier of the logits is in it, for every loss."""
-        h = self.norm(x) if y is None else self.norm.add(x, y)[1]
+        if y is not None and isinstance(self.norm, Norm):
+            h = self.norm.add(x, y)[1]
+        else:  # another module in place of the norm, as in examples/parity.py, has one argument
+            h = self.norm(x if y is None else x + y)
         return scaled(h, self.config.logit_multiplier).to(self.dtype)
 
     def _check(self, tokens: Tensor, state: State, packing: Packing | None) -> None:
