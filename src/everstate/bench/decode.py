@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from everstate.bench.peer_decode import peer_steps
-from everstate.bench.report import Row, machine, publish
+from everstate.bench.report import Row, machine, publishing
 from everstate.bench.timing import Gate, Timing, relative_error, with_threads
 from everstate.core.env import cpu_threads
 from everstate.core.errors import ConfigError, RequestError
@@ -65,11 +65,17 @@ def run(
         raise ConfigError(f"bench decode: {model!r} is not one of {', '.join(KINDS)}, a dash, and {', '.join(WIDTHS)}")
     width, layers = TINY if quick else WIDTHS[size]
     plan = Plan(kind, width, layers, batches, 32 if quick else 128, 512 if quick else 131_072, device)
-    with with_threads(cpu_threads()), Console(stderr=True).status(f"making {model}") as status:
+    rows: list[Row] = []
+    left_out: list[str] = []
+    facts: dict[str, Any] = {"model": model, "quick": quick, "machine": machine(torch.device(device))}
+    facts["left_out"] = left_out
+    with (
+        publishing("decode", rows, facts, now, output) as result,
+        with_threads(cpu_threads()),
+        Console(stderr=True).status(f"making {model}") as status,
+    ):
         lm = build(plan)
-        weights = weight_bytes(lm)
-        rows: list[Row] = []
-        left_out: list[str] = []
+        facts["weight_bytes"] = weight_bytes(lm)
         for batch in batches:
             status.update(f"{batch} sequences")
             for state_dtype in (None, torch.bfloat16) if device != "cpu" else (None,):
@@ -82,9 +88,7 @@ def run(
             for batch in batches:
                 status.update(f"{batch} sequences, int8 weights")
                 rows += speed(lm, plan, batch, torch.bfloat16)
-    facts = {"model": model, "quick": quick, "machine": machine(torch.device(device)), "weight_bytes": weights}
-    facts["left_out"] = left_out
-    return publish("decode", rows, facts, now, output)
+    return result
 
 
 def build(plan: Plan) -> LM:

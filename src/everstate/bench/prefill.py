@@ -21,7 +21,7 @@ from everstate.bench.decode import KINDS, TINY, VOCABULARY, WIDTHS
 from everstate.bench.kernels import norm_error
 from everstate.bench.peer import PEER_NAME, Peer, available
 from everstate.bench.peer_ssm import SSMPeer, name_of, unavailable
-from everstate.bench.report import Row, machine, publish
+from everstate.bench.report import Row, machine, publishing
 from everstate.bench.timing import Gate, Timing, interleave, with_threads
 from everstate.core.env import cpu_threads
 from everstate.core.errors import ConfigError
@@ -52,12 +52,16 @@ def run(*, models: tuple[str, ...], quick: bool, device: str, output: Path | Non
             raise ConfigError(f"bench prefill: {model!r} is not one of {known}")
     rows: list[Row] = []
     left_out: list[str] = []
-    with with_threads(cpu_threads()), Console(stderr=True).status("starting") as status:
+    facts = {"quick": quick, "machine": machine(torch.device(device)), "left_out": left_out}
+    with (
+        publishing("prefill", rows, facts, now, output) as result,
+        with_threads(cpu_threads()),
+        Console(stderr=True).status("starting") as status,
+    ):
         for model in models:
             status.update(model)
             rows += prefills(model, quick, device, left_out)
-    facts = {"quick": quick, "machine": machine(torch.device(device)), "left_out": left_out}
-    return publish("prefill", rows, facts, now, output)
+    return result
 
 
 def prefills(name: str, quick: bool, device: str, left_out: list[str]) -> Iterator[Row]:

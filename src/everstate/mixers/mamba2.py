@@ -41,7 +41,7 @@ from everstate.ops import (
     mamba2_step_,
     rms_norm,
 )
-from everstate.ops.mamba2.ends import leave, parts
+from everstate.ops.mamba2.ends import inputs, leave, parts
 
 
 class Mamba2Config(TimeSteps):
@@ -152,7 +152,8 @@ class Mamba2(Mixer):
     ) -> Float[Tensor, "b d"]:
         config = self.config
         z, xBC, dt = self._project_step_(x, state.conv, slots)
-        u, B, C = self._split(xBC)
+        layer = self._layer()
+        u, B, C = inputs(xBC, layer, state)
         # The gate may come behind the norm, and then it belongs to that.
         gate = None if config.norm_before_gate else z.unflatten(-1, (self.nheads, config.headdim))
         y = mamba2_step_(
@@ -160,7 +161,7 @@ class Mamba2(Mixer):
             dt_bias=self.dt_bias, D=self.D, z=gate, dt_limit=config.dt_limit, delta_t=delta_t,
         )  # fmt: skip
         if gate is None:
-            return scaled(self.out_proj(leave(y, z, self._layer(), gated, gated_rms_norm)), config.out_multiplier)
+            return scaled(self.out_proj(leave(y, z, layer, gated, gated_rms_norm)), config.out_multiplier)
         y = y.flatten(-2)
         if self.norm is None or config.ngroups == 1:
             return scaled(self.out_proj(y, self.norm), config.out_multiplier)
@@ -191,14 +192,6 @@ class Mamba2(Mixer):
             self.conv_weight, self.conv_bias, conv, slots,
             start=self.d_inner, activation="silu", scale=self.in_proj.scale,
         )  # fmt: skip
-
-    def _split(self, xBC: Float[Tensor, "b channels"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Cut the output of the convolution into x per head and B, C per group."""
-        config = self.config
-        width = config.ngroups * config.d_state
-        x, B, C = xBC.split([self.d_inner, width, width], -1)
-        B, C = (m.unflatten(-1, (config.ngroups, config.d_state)) for m in (B, C))
-        return x.unflatten(-1, (self.nheads, config.headdim)), B, C
 
     def _layer(self) -> Mamba2Layer:
         """What the ops need to know of this layer."""
