@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+TRIED = triton.__version__.startswith("3.6.")
+"""Whether this is the version of Triton whose experimental and inner parts have been tried; others do without them."""
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 """exp(x) = exp2(x * LOG2E), and exp2 is one instruction."""
 

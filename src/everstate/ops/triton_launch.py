@@ -8,17 +8,16 @@ multiples of 16, constants. A finer key than Triton's costs an entry and is neve
 from functools import cache
 from typing import Any, NamedTuple
 
-import triton
 from torch import Tensor, nn
 from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from everstate.ops.triton_common import INTERPRETED
+from everstate.ops.triton_common import INTERPRETED, TRIED
 
 # How a compiled kernel is run is no interface of Triton: other versions are asked in the ordinary way.
-_KNOWN = triton.__version__.startswith("3.6.") and not INTERPRETED.value
+_KNOWN = TRIED and not INTERPRETED.value
 
 _compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 

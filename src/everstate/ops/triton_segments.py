@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from everstate.core.kernels import capability, processors, shared_memory
-from everstate.ops.triton_common import INTERPRETED, LOG2E
+from everstate.ops.triton_common import INTERPRETED, LOG2E, TRIED
 from everstate.ops.triton_launch import cdiv
 
 CHUNK = 64
@@ -106,8 +106,7 @@ def hopper_kernels(name: str, x: Tensor) -> ModuleType | None:
     """The module `name` of kernels that are written for Hopper GPUs, where they serve such numbers on this device."""
     if x.dtype.itemsize != 2 or INTERPRETED or capability(x.device)[0] != 9 or shared_memory(x.device) < DEEP:
         return None
-    # Their language is experimental: what another version makes of them nobody has tried.
-    return import_module(name) if triton.__version__.startswith("3.6.") else None
+    return import_module(name) if TRIED else None  # their language is experimental
 
 
 def rows_of(t: Tensor) -> Tensor:
