@@ -12,7 +12,7 @@ but for a Hopper GPU; and from both states, what all later chunks say of the ang
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,11 +25,13 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
+from everstate.ops.rotary.halves import deinterleave, interleave
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel, turn_gradients_kernel
 from everstate.ops.trapezoid.triton_forward import scan_kernel, sweep_kernel
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_prepare import (
+    VECTORS,
     angle_gradients_kernel,
     angles_kernel,
     arrange_kernel,
@@ -38,6 +40,8 @@ from everstate.ops.trapezoid.triton_prepare import (
     enter_kernel,
     leave_gradients_kernel,
     leave_kernel,
+    numbers_kernel,
+    pass_turning_kernel,
     phases_kernel,
     steps_gradients_kernel,
     steps_kernel,
@@ -46,6 +50,7 @@ from everstate.ops.trapezoid.triton_prepare import (
 from everstate.ops.triton_segments import (
     CHUNK,
     can_copy,
+    copyable,
     fill,
     hopper_kernels,
     joined,
@@ -120,8 +125,8 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
     call = _Call(given, interleaved, ends)
-    (y, final), (final_k, final_x) = call.scan(), call.leave()
-    return y, final, final_k, final_x, call.final_angle
+    y, final, final_angle = call.scan()
+    return y, final, *call.leave(final_angle), final_angle
 
 
 @_scan.register_fake
@@ -232,6 +237,26 @@ def _homes(ends: tuple[int, ...], chunk: int, device: torch.device) -> _Homes:
     return _Homes(table(chunks), table(sequences), table([end - 1 for end in ends[1:]], torch.int64))
 
 
+@lru_cache(maxsize=64)
+def _pieces(ends: tuple[int, ...], segments: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Segments of `plan` but the last ones of sequences, each in up to so many parts, in a table as that of segments;
+    and for each segment its first part and their number."""
+    pieces: list[tuple[int, int, int, int, int]] = []
+    of_segments: list[tuple[int, int]] = []
+    at = 0
+    for sequence, (start, end) in enumerate(pairwise(ends)):
+        count = triton.cdiv(end - start, CHUNK)
+        each = triton.cdiv(count, segments)
+        part = triton.cdiv(each, parts)
+        for cut in range(0, count, each):
+            firsts = range(cut, cut + each, part) if cut + each < count else ()
+            of_segments.append((len(pieces), len(firsts)))
+            pieces += [(at + first, min(part, cut + each - first), sequence, 0, 0) for first in firsts]
+        at += count
+    table = lambda rows: torch.tensor(rows, dtype=torch.int32, device=device)
+    return table(pieces), table(of_segments)
+
+
 def _rows(t: Tensor) -> Tensor:
     """`t` with b and l as one dimension, the last one dense: a view where it can be one."""
     t = t.flatten(0, 1)
@@ -279,6 +304,7 @@ class _Call:
         self.hopper = _hopper(self, bounds) if not ends or all(end % CHUNK == 0 for end in ends) else None
         programs = (len(bounds) - 1) * self.heads * triton.cdiv(self.headdim, TILE_P)
         pieces = pieces_for(programs, x.device) if self.hopper is None else fill(programs // 2, x.device)
+        self.bounds, self.pieces = bounds, pieces
         self.plan = plan(bounds, self.tokens, pieces, x.device)
         self.homes = _homes(bounds, self.tokens, x.device)
         half, still = filled(self.pairs), filled(still) if still else 0
@@ -289,12 +315,49 @@ class _Call:
             "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
         }  # fmt: skip
         self.order = {"N": self.d_state, "PAIRS": self.pairs, "HALF": half, "INTERLEAVED": interleaved}
-        self.B, self.C = (self._by_chunk(t.flatten(0, 1)) for t in (given.B, given.C))
-        self.B_bias, self.C_bias = (
-            None if t is None else self._arranged(t.unsqueeze(2), torch.float32) for t in (given.B_bias, given.C_bias)
-        )
-        self.steps, self.phases, self.final_angle = self._prepare()
-        self.cos, self.sin = self._angles()
+        self.interleaved = interleaved
+
+    # What only some kernels ask for is made when they do.
+
+    @cached_property
+    def B(self) -> Float[Tensor, "rows w"]:
+        return self._by_chunk(self.given.B.flatten(0, 1))
+
+    @cached_property
+    def C(self) -> Float[Tensor, "rows w"]:
+        return self._by_chunk(self.given.C.flatten(0, 1))
+
+    @cached_property
+    def B_bias(self) -> Float[Tensor, "h r 1 w"] | None:
+        return None if self.given.B_bias is None else self._arranged(self.given.B_bias.unsqueeze(2), torch.float32)
+
+    @cached_property
+    def C_bias(self) -> Float[Tensor, "h r 1 w"] | None:
+        return None if self.given.C_bias is None else self._arranged(self.given.C_bias.unsqueeze(2), torch.float32)
+
+    @cached_property
+    def trig(self) -> tuple[Tensor, Tensor]:
+        return self._angles()
+
+    @property
+    def cos(self) -> Float[Tensor, "chunks h t s"]:
+        return self.trig[0]
+
+    @property
+    def sin(self) -> Float[Tensor, "chunks h t s"]:
+        return self.trig[1]
+
+    # What the kernels for Hopper read instead: as the caller has it, the two members of a pair side by side.
+
+    @cached_property
+    def sources(self) -> list[Float[Tensor, "t g n"]]:
+        given = ((t if self.interleaved else interleave(t)) for t in (self.given.B, self.given.C))
+        return [copyable(t.flatten(0, 1).squeeze(1)) for t in given]
+
+    @cached_property
+    def biases(self) -> list[Float[Tensor, "h r n"] | None]:
+        given = (self.given.B_bias, self.given.C_bias)
+        return [None if t is None else (t if self.interleaved else interleave(t)).float().contiguous() for t in given]
 
     def _by_chunk(self, t: Float[Tensor, "t r g n"]) -> Float[Tensor, "rows w"]:
         """B or C by chunk, group and entry, with the columns in parts."""
@@ -330,27 +393,63 @@ class _Call:
             BLOCK=block, BLOCK_N=block_n,
         )  # fmt: skip
 
-    def _prepare(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers per token, the phase at the start of each chunk, and the angle at the end of each sequence."""
-        count, blocks, dt = len(self.plan.chunks), triton.cdiv(self.heads, BLOCK_H), self.dt
+    @cached_property
+    def steps(self) -> Float[Tensor, "chunks h 5 t"]:
+        """Numbers per token."""
+        count, dt = len(self.plan.chunks), self.dt
         steps = self.x.new_empty(count, self.heads, NUMBERS.value, self.tokens, dtype=torch.float32)
-        steps_kernel[(count, blocks)](
+        steps_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
             dt, self.A, self.lam, steps, self.plan.chunks, self.homes.chunks,
             *dt.stride(), *self.A.stride(), *self.lam.stride(),
             HEADS=self.heads, TOKENS=self.tokens, BLOCK_H=BLOCK_H,
         )  # fmt: skip
-        phases = self.x.new_empty(count, self.heads, self.pairs, dtype=torch.int32)
+        return steps
+
+    @cached_property
+    def numbers_and_rates(self) -> tuple[Tensor, Tensor]:
+        """What the kernels for Hopper want instead to find outputs, and omega, by chunk."""
+        count, (B, C), block = len(self.plan.chunks), self.sources, 16
+        numbers = self.x.new_empty(count, self.heads, VECTORS.value, self.tokens, dtype=torch.float32)
+        rates = numbers.new_empty(count, self.tokens, self.pairs)
+        numbers_kernel[(count, self.groups * triton.cdiv(self.heads // self.groups, block))](
+            self.dt, self.A, self.lam, self.omega, B, C, *self.biases, self.D, numbers, rates,
+            self.plan.chunks, self.homes.chunks, *self.dt.stride(), *self.A.stride(), *self.lam.stride(),
+            self.omega.stride(0), B.stride(0), C.stride(0), HEADS=self.heads, GROUPS=self.groups, TOKENS=self.tokens,
+            N=self.d_state, PAIRS=self.pairs, BLOCK_H=block,
+        )  # fmt: skip
+        return numbers, rates
+
+    @property
+    def numbers(self) -> Float[Tensor, "chunks h 7 t"]:
+        return self.numbers_and_rates[0]
+
+    @property
+    def rates(self) -> Float[Tensor, "chunks t s"]:
+        return self.numbers_and_rates[1]
+
+    @cached_property
+    def phases_and_angle(self) -> tuple[Tensor, Tensor]:
+        """The phase at the start of each chunk, and the angle at the end of each sequence."""
+        phases = self.x.new_empty(len(self.plan.chunks), self.heads, self.pairs, dtype=torch.int32)
         final = torch.empty_like(self.given.angle, memory_format=torch.contiguous_format)
         pairs = triton.next_power_of_2(self.pairs)
-        turns_kernel[(count, blocks)](
-            steps, self.omega, phases, self.plan.chunks, self.omega.stride(0),
+        turns_kernel[(len(self.plan.chunks), triton.cdiv(self.heads, BLOCK_H))](
+            self.steps, self.omega, phases, self.plan.chunks, self.omega.stride(0),
             HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_PAIRS=pairs, BLOCK_H=BLOCK_H,
         )  # fmt: skip
         phases_kernel[(len(self.homes.sequences) * self.heads,)](
             phases, self.given.angle.contiguous(), final, self.homes.sequences,
             HEADS=self.heads, PAIRS=self.pairs, BLOCK_PAIRS=pairs, BLOCK=64,
         )  # fmt: skip
-        return steps, phases, final
+        return phases, final
+
+    @property
+    def phases(self) -> Int[Tensor, "chunks h s"]:
+        return self.phases_and_angle[0]
+
+    @property
+    def final_angle(self) -> Float[Tensor, "seqs h s"]:
+        return self.phases_and_angle[1]
 
     def _angles(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines of each token, head and pair, by chunk."""
@@ -379,42 +478,47 @@ class _Call:
         """Rows of a state at the boundary of a chunk: whole tiles."""
         return triton.cdiv(self.headdim, self.block) * self.block
 
-    def _edges(self) -> dict[str, int]:
-        """Sizes for the kernels of the ends of sequences."""
+    def _edges(self, *, parts: bool = True) -> dict[str, int]:
+        """Sizes for the kernels of the ends of sequences, whose columns lie in parts or as the caller has them."""
+        half = self.d_state // 2
+        kept = {"N": self.d_state, "PAIRS": half, "HALF": half, "INTERLEAVED": False}
+        width = self.width if parts else self.d_state
         return {
-            "HEADS": self.heads, "P": self.headdim, "RANK": self.rank, **self.order, "WIDTH": self.width,
-            "BLOCK_P": triton.next_power_of_2(self.headdim), "BLOCK_N": triton.next_power_of_2(self.width),
+            "HEADS": self.heads, "P": self.headdim, "RANK": self.rank, **(self.order if parts else kept),
+            "WIDTH": width, "BLOCK_P": triton.next_power_of_2(self.headdim), "BLOCK_N": triton.next_power_of_2(width),
         }  # fmt: skip
 
-    def enter(self) -> Float[Tensor, "seqs h p w"]:
+    def enter(self, *, parts: bool = True) -> Float[Tensor, "seqs h p w"]:
         """The states that enter the sequences, with what the tokens before them owe."""
-        given = self.given
-        entered = given.ssm.new_empty(*given.ssm.shape[:-1], self.width)
+        given, sizes = self.given, self._edges(parts=parts)
+        entered = given.ssm.new_empty(*given.ssm.shape[:-1], sizes["WIDTH"])
         enter_kernel[(len(self.homes.sequences) * self.heads,)](
             self.dt, self.lam, given.ssm.contiguous(), given.k.contiguous(), given.last.contiguous(), self.mimo_x,
-            entered, self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(), **self._edges(),
+            entered, self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(), **sizes,
         )  # fmt: skip
         return entered
 
-    def leave(self) -> tuple[Float[Tensor, "seqs r h n"], Float[Tensor, "seqs h p"]]:
-        """The rotated keys and the inputs of the last tokens."""
+    def leave(
+        self, angle: Float[Tensor, "seqs h s"] | None = None
+    ) -> tuple[Float[Tensor, "seqs r h n"], Float[Tensor, "seqs h p"]]:
+        """The rotated keys and the inputs of the last tokens; the angles there are found unless given."""
         given = self.given
         k, x = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (given.k, given.last))
+        B, angle = _rows(given.B), self.final_angle if angle is None else angle
         leave_kernel[(len(self.homes.sequences) * self.heads,)](
-            self.x, self.B, self.B_bias, self.final_angle, k, x, self.homes.sequences, self.plan.chunks,
-            self.homes.chunks, *self.x.stride()[:2], GROUPS=self.groups, RANKS=self.ranks, TOKENS=self.tokens,
-            **self._edges(),
+            self.x, B, _dense(given.B_bias), angle, k, x, self.homes.chunks, self.homes.sequences,
+            *self.x.stride()[:2], *B.stride()[:3], GROUPS=self.groups, **self._edges(),
         )  # fmt: skip
         return k, x
 
-    def scan(self) -> tuple[Float[Tensor, "b l r h p"], Float[Tensor, "seqs h p n"]]:
-        """Outputs, and the state after each sequence."""
-        entering = self._entering(self.enter(), None, None)
+    def scan(self) -> tuple[Float[Tensor, "b l r h p"], Float[Tensor, "seqs h p n"], Float[Tensor, "seqs h s"]]:
+        """Outputs, and the state and the angle after each sequence."""
         final = torch.empty_like(self.given.ssm, memory_format=torch.contiguous_format)
         y = self.x.new_empty(self.batch, self.length, self.rank, self.heads, self.headdim)
         if self.hopper is not None:
-            self.hopper.scan(self, entering, y, final)
-            return y, final
+            final, angle = self._scan_on_hopper(self.hopper, y, final)
+            return y, final, angle
+        entering = self._entering(self.enter(), None, None)
         grid = (len(self.plan.segments) * self.heads * triton.cdiv(self.headdim, TILE_P),)
         scan_kernel[grid](
             self.x, self.mimo_x, self.steps, self.cos, self.sin, self.B, self.C,
@@ -422,7 +526,41 @@ class _Call:
             *self.x.stride()[:2], **{**self.sizes, **self.order}, BLOCK_P=self.block, num_warps=self.warps,
             num_stages=stages_for(self.x, 2),
         )  # fmt: skip
-        return y, final
+        return y, final, self.final_angle
+
+    def _scan_on_hopper(self, hopper: ModuleType, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
+        side_by_side = lambda t: (t if self.interleaved else interleave(t)).contiguous()
+        given = self.given
+        entering, owed = side_by_side(given.ssm), (side_by_side(given.k), given.last.contiguous())
+        angle = torch.empty_like(given.angle, memory_format=torch.contiguous_format)
+        segments = len(self.plan.segments)
+        if segments == len(self.plan.sequences):
+            hopper.scan(self, entering, owed, None, y, final, angle)
+        else:
+            pieces, of_segments = _pieces(self.bounds, self.pieces, self._parts(), self.x.device)
+            ends, kept = final.new_empty(len(pieces), *final.shape[1:]), final.new_empty(len(pieces), self.heads)
+            entering, turns, starts = (
+                t.new_empty(count, *t.shape[1:], dtype=dtype)
+                for t, count, dtype in (
+                    (final, segments, None), (angle, len(pieces), torch.int32), (angle, segments, torch.int32)
+                )
+            )  # fmt: skip
+            hopper.sweep(self, pieces, ends, kept, turns)
+            pass_turning_kernel[(len(self.plan.sequences) * self.heads, self.headdim // 16)](
+                ends, kept, turns, side_by_side(self.enter(parts=False)), given.angle.contiguous(), entering, starts,
+                self.plan.sequences, of_segments, HEADS=self.heads, P=self.headdim, PAIRS=self.pairs,
+                STILL=2 * self.pairs, BLOCK_P=16,
+            )  # fmt: skip
+            hopper.scan(self, entering, None, starts, y, final, angle)
+        return final if self.interleaved else deinterleave(final), angle
+
+    def _parts(self) -> int:
+        """Parts of a segment that are swept by themselves: such that programs fill whole rounds of the GPU, and with
+        the time for two chunks until one is under way."""
+        available, count = processors(self.x.device), len(self.plan.segments) - len(self.plan.sequences)
+        longest = triton.cdiv(max(b - a for a, b in pairwise(self.bounds)), self.tokens * self.pieces)
+        rounds = lambda parts: triton.cdiv(count * parts * self.heads // 2, available)
+        return min(range(1, 9), key=lambda parts: rounds(parts) * (triton.cdiv(longest, parts) + 2))
 
     def _entering(self, state: Tensor, dy: Tensor | None, made: Tensor | None) -> Float[Tensor, "segments h p w"]:
         """The state that enters each segment; given dy, the gradient of the state that leaves it."""
