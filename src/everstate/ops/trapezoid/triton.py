@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -47,6 +46,7 @@ from everstate.ops.trapezoid.triton_prepare import (
     steps_kernel,
     turns_kernel,
 )
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_segments import (
     CHUNK,
     can_copy,
@@ -230,7 +230,7 @@ def _homes(ends: tuple[int, ...], chunk: int, device: torch.device) -> _Homes:
     chunks: list[tuple[int, int, int]] = []
     sequences: list[tuple[int, int]] = []
     for sequence, (start, end) in enumerate(pairwise(ends)):
-        count = triton.cdiv(end - start, chunk)
+        count = cdiv(end - start, chunk)
         sequences.append((len(chunks), count))
         chunks += [(sequence, start, end)] * count
     table = lambda rows, dtype=torch.int32: torch.tensor(rows, dtype=dtype, device=device)
@@ -245,9 +245,9 @@ def _pieces(ends: tuple[int, ...], segments: int, parts: int, device: torch.devi
     of_segments: list[tuple[int, int]] = []
     at = 0
     for sequence, (start, end) in enumerate(pairwise(ends)):
-        count = triton.cdiv(end - start, CHUNK)
-        each = triton.cdiv(count, segments)
-        part = triton.cdiv(each, parts)
+        count = cdiv(end - start, CHUNK)
+        each = cdiv(count, segments)
+        part = cdiv(each, parts)
         for cut in range(0, count, each):
             firsts = range(cut, cut + each, part) if cut + each < count else ()
             of_segments.append((len(pieces), len(firsts)))
@@ -272,7 +272,7 @@ def _hopper(call: "_Call", bounds: Sequence[int]) -> ModuleType | None:
     sizes = call.headdim == 64 and call.d_state in (64, 128) and 4 * call.pairs == call.d_state
     if not sizes or call.rank > 1 or call.mimo_x is not None or call.heads // call.groups % 2 or not can_copy(call.x):
         return None
-    tokens = sum(triton.cdiv(b - a, CHUNK) for a, b in pairwise(bounds)) * CHUNK
+    tokens = sum(cdiv(b - a, CHUNK) for a, b in pairwise(bounds)) * CHUNK
     if tokens * call.heads * call.headdim >= 2**31:
         return None
     return hopper_kernels("everstate.ops.trapezoid.triton_hopper", call.x)
@@ -291,7 +291,7 @@ class _Call:
         x, B, self.given = given.x, given.B, given
         self.batch, self.length, self.heads, self.headdim = x.shape
         self.rank, self.groups, self.d_state = B.shape[2:]
-        self.pairs, self.ranks = given.omega.shape[-1], triton.next_power_of_2(B.shape[2])
+        self.pairs, self.ranks = given.omega.shape[-1], power_of_2(B.shape[2])
         self.tokens = CHUNK // self.ranks
         self.x, self.omega = _rows(x), _rows(given.omega)
         self.dt, self.A, self.lam = given.dt.flatten(0, 1), given.A.flatten(0, 1), given.lam.flatten(0, 1)
@@ -299,17 +299,17 @@ class _Call:
         bounds = tuple(ends) or tuple(range(0, (self.batch + 1) * self.length, self.length))
         # Triton 3.6 reads beyond its shared memory where a product of float32 has a side of 16.
         smallest = 32 if x.dtype == torch.float32 else 16
-        filled = lambda size: max(triton.next_power_of_2(size), smallest)
+        filled = lambda size: max(power_of_2(size), smallest)
         self.block_p, still = filled(self.headdim), self.d_state - 2 * self.pairs
         self.hopper = _hopper(self, bounds) if not ends or all(end % CHUNK == 0 for end in ends) else None
-        programs = (len(bounds) - 1) * self.heads * triton.cdiv(self.headdim, TILE_P)
+        programs = (len(bounds) - 1) * self.heads * cdiv(self.headdim, TILE_P)
         pieces = pieces_for(programs, x.device) if self.hopper is None else fill(programs // 2, x.device)
         self.bounds, self.pieces = bounds, pieces
         self.plan = plan(bounds, self.tokens, pieces, x.device)
         self.homes = _homes(bounds, self.tokens, x.device)
         half, still = filled(self.pairs), filled(still) if still else 0
         self.width = 2 * half + still
-        self.sizes = {
+        self.sizes: dict[str, Any] = {
             "HEADS": self.heads, "GROUPS": self.groups, "P": self.headdim, "RANK": self.rank, "RANKS": self.ranks,
             "TOKENS": self.tokens, "HALF": half, "STILL": still,
             "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
@@ -364,9 +364,10 @@ class _Call:
         t = t if t.stride(-1) == 1 else t.contiguous()
         count = len(self.plan.chunks) * self.groups
         out = t.new_empty(count * self.tokens * self.ranks, self.width)
-        chunks_kernel[(count,)](
+        launch(
+            chunks_kernel, (count,),
             t, out, self.plan.chunks, *t.stride()[:3], RANK=self.rank, RANKS=self.ranks, TOKENS=self.tokens,
-            GROUPS=self.groups, **self.order, WIDTH=self.width, BLOCK_N=triton.next_power_of_2(self.width),
+            GROUPS=self.groups, **self.order, WIDTH=self.width, BLOCK_N=power_of_2(self.width),
         )  # fmt: skip
         return out
 
@@ -386,9 +387,10 @@ class _Call:
     def _arrange(
         self, t: Tensor, out: Tensor, strides: tuple[int, ...], middle: tuple[int, ...], *, back: bool
     ) -> None:
-        rows, block_n = math.prod(t.shape[:-1]), triton.next_power_of_2(self.width)
+        rows, block_n = math.prod(t.shape[:-1]), power_of_2(self.width)
         block = max(4096 // block_n, 1)
-        arrange_kernel[(triton.cdiv(rows, block),)](
+        launch(
+            arrange_kernel, (cdiv(rows, block),),
             t, out, rows, *strides, RANK=middle[0], GROUPS=middle[1], **self.order, WIDTH=self.width, BACK=back,
             BLOCK=block, BLOCK_N=block_n,
         )  # fmt: skip
@@ -398,7 +400,8 @@ class _Call:
         """Numbers per token."""
         count, dt = len(self.plan.chunks), self.dt
         steps = self.x.new_empty(count, self.heads, NUMBERS.value, self.tokens, dtype=torch.float32)
-        steps_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
+        launch(
+            steps_kernel, (count, cdiv(self.heads, BLOCK_H)),
             dt, self.A, self.lam, steps, self.plan.chunks, self.homes.chunks,
             *dt.stride(), *self.A.stride(), *self.lam.stride(),
             HEADS=self.heads, TOKENS=self.tokens, BLOCK_H=BLOCK_H,
@@ -411,7 +414,8 @@ class _Call:
         count, (B, C), block = len(self.plan.chunks), self.sources, 16
         numbers = self.x.new_empty(count, self.heads, VECTORS.value, self.tokens, dtype=torch.float32)
         rates = numbers.new_empty(count, self.tokens, self.pairs)
-        numbers_kernel[(count, self.groups * triton.cdiv(self.heads // self.groups, block))](
+        launch(
+            numbers_kernel, (count, self.groups * cdiv(self.heads // self.groups, block)),
             self.dt, self.A, self.lam, self.omega, B, C, *self.biases, self.D, numbers, rates,
             self.plan.chunks, self.homes.chunks, *self.dt.stride(), *self.A.stride(), *self.lam.stride(),
             self.omega.stride(0), B.stride(0), C.stride(0), HEADS=self.heads, GROUPS=self.groups, TOKENS=self.tokens,
@@ -432,12 +436,14 @@ class _Call:
         """The phase at the start of each chunk, and the angle at the end of each sequence."""
         phases = self.x.new_empty(len(self.plan.chunks), self.heads, self.pairs, dtype=torch.int32)
         final = torch.empty_like(self.given.angle, memory_format=torch.contiguous_format)
-        pairs = triton.next_power_of_2(self.pairs)
-        turns_kernel[(len(self.plan.chunks), triton.cdiv(self.heads, BLOCK_H))](
+        pairs = power_of_2(self.pairs)
+        launch(
+            turns_kernel, (len(self.plan.chunks), cdiv(self.heads, BLOCK_H)),
             self.steps, self.omega, phases, self.plan.chunks, self.omega.stride(0),
             HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_PAIRS=pairs, BLOCK_H=BLOCK_H,
         )  # fmt: skip
-        phases_kernel[(len(self.homes.sequences) * self.heads,)](
+        launch(
+            phases_kernel, (len(self.homes.sequences) * self.heads,),
             phases, self.given.angle.contiguous(), final, self.homes.sequences,
             HEADS=self.heads, PAIRS=self.pairs, BLOCK_PAIRS=pairs, BLOCK=64,
         )  # fmt: skip
@@ -456,8 +462,9 @@ class _Call:
         count, half = len(self.plan.chunks), self.sizes["HALF"]
         dtype = torch.float32 if self.x.dtype == torch.float32 else torch.float16
         cos, sin = self.x.new_empty(2, count, self.heads, self.tokens, half, dtype=dtype).unbind(0)
-        block = max(min(triton.next_power_of_2(self.heads), 512 // half), 1)
-        angles_kernel[(count, triton.cdiv(self.heads, block))](
+        block = max(min(power_of_2(self.heads), 512 // half), 1)
+        launch(
+            angles_kernel, (count, cdiv(self.heads, block)),
             self.steps, self.omega, self.phases, cos, sin, self.plan.chunks, self.omega.stride(0),
             HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, HALF=half, BLOCK_H=block,
         )  # fmt: skip
@@ -476,7 +483,7 @@ class _Call:
     @property
     def rows(self) -> int:
         """Rows of a state at the boundary of a chunk: whole tiles."""
-        return triton.cdiv(self.headdim, self.block) * self.block
+        return cdiv(self.headdim, self.block) * self.block
 
     def _edges(self, *, parts: bool = True) -> dict[str, int]:
         """Sizes for the kernels of the ends of sequences, whose columns lie in parts or as the caller has them."""
@@ -485,14 +492,15 @@ class _Call:
         width = self.width if parts else self.d_state
         return {
             "HEADS": self.heads, "P": self.headdim, "RANK": self.rank, **(self.order if parts else kept),
-            "WIDTH": width, "BLOCK_P": triton.next_power_of_2(self.headdim), "BLOCK_N": triton.next_power_of_2(width),
+            "WIDTH": width, "BLOCK_P": power_of_2(self.headdim), "BLOCK_N": power_of_2(width),
         }  # fmt: skip
 
     def enter(self, *, parts: bool = True) -> Float[Tensor, "seqs h p w"]:
         """The states that enter the sequences, with what the tokens before them owe."""
         given, sizes = self.given, self._edges(parts=parts)
         entered = given.ssm.new_empty(*given.ssm.shape[:-1], sizes["WIDTH"])
-        enter_kernel[(len(self.homes.sequences) * self.heads,)](
+        launch(
+            enter_kernel, (len(self.homes.sequences) * self.heads,),
             self.dt, self.lam, given.ssm.contiguous(), given.k.contiguous(), given.last.contiguous(), self.mimo_x,
             entered, self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(), **sizes,
         )  # fmt: skip
@@ -505,7 +513,8 @@ class _Call:
         given = self.given
         k, x = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (given.k, given.last))
         B, angle = _rows(given.B), self.final_angle if angle is None else angle
-        leave_kernel[(len(self.homes.sequences) * self.heads,)](
+        launch(
+            leave_kernel, (len(self.homes.sequences) * self.heads,),
             self.x, B, _dense(given.B_bias), angle, k, x, self.homes.chunks, self.homes.sequences,
             *self.x.stride()[:2], *B.stride()[:3], GROUPS=self.groups, **self._edges(),
         )  # fmt: skip
@@ -519,8 +528,9 @@ class _Call:
             final, angle = self._scan_on_hopper(self.hopper, y, final)
             return y, final, angle
         entering = self._entering(self.enter(), None, None)
-        grid = (len(self.plan.segments) * self.heads * triton.cdiv(self.headdim, TILE_P),)
-        scan_kernel[grid](
+        grid = (len(self.plan.segments) * self.heads * cdiv(self.headdim, TILE_P),)
+        launch(
+            scan_kernel, grid,
             self.x, self.mimo_x, self.steps, self.cos, self.sin, self.B, self.C,
             self.B_bias, self.C_bias, self.D, entering, y, final, self.plan.chunks, self.plan.segments,
             *self.x.stride()[:2], **{**self.sizes, **self.order}, BLOCK_P=self.block, num_warps=self.warps,
@@ -546,7 +556,8 @@ class _Call:
                 )
             )  # fmt: skip
             hopper.sweep(self, pieces, ends, kept, turns)
-            pass_turning_kernel[(len(self.plan.sequences) * self.heads, self.headdim // 16)](
+            launch(
+                pass_turning_kernel, (len(self.plan.sequences) * self.heads, self.headdim // 16),
                 ends, kept, turns, side_by_side(self.enter(parts=False)), given.angle.contiguous(), entering, starts,
                 self.plan.sequences, of_segments, HEADS=self.heads, P=self.headdim, PAIRS=self.pairs,
                 STILL=2 * self.pairs, BLOCK_P=16,
@@ -558,9 +569,9 @@ class _Call:
         """Parts of a segment that are swept by themselves: such that programs fill whole rounds of the GPU, and with
         the time for two chunks until one is under way."""
         available, count = processors(self.x.device), len(self.plan.segments) - len(self.plan.sequences)
-        longest = triton.cdiv(max(b - a for a, b in pairwise(self.bounds)), self.tokens * self.pieces)
-        rounds = lambda parts: triton.cdiv(count * parts * self.heads // 2, available)
-        return min(range(1, 9), key=lambda parts: rounds(parts) * (triton.cdiv(longest, parts) + 2))
+        longest = cdiv(max(b - a for a, b in pairwise(self.bounds)), self.tokens * self.pieces)
+        rounds = lambda parts: cdiv(count * parts * self.heads // 2, available)
+        return min(range(1, 9), key=lambda parts: rounds(parts) * (cdiv(longest, parts) + 2))
 
     def _entering(self, state: Tensor, dy: Tensor | None, made: Tensor | None) -> Float[Tensor, "segments h p w"]:
         """The state that enters each segment; given dy, the gradient of the state that leaves it."""
@@ -571,9 +582,10 @@ class _Call:
         kept = state.new_empty(len(segments), self.heads)
         self._sweep(dy, made, None, None, ends, kept, make=True)
         size = self.headdim * self.width
-        pass_kernel[(len(sequences) * self.heads, triton.cdiv(size, 1024))](
-            ends, kept, state, sequences, HEADS=self.heads, SIZE=size, REVERSE=dy is not None, BLOCK=1024
-        )
+        launch(
+            pass_kernel, (len(sequences) * self.heads, cdiv(size, 1024)),
+            ends, kept, state, sequences, HEADS=self.heads, SIZE=size, REVERSE=dy is not None, BLOCK=1024,
+        )  # fmt: skip
         return ends
 
     def _boundaries(
@@ -594,10 +606,11 @@ class _Call:
         self, dy: Tensor | None, made: Tensor | None, entering: Tensor | None, chunks: Tensor | None, ends: Tensor,
         kept: Tensor | None, entered: Tensor | None = None, turned: Tensor | None = None, *, make: bool,
     ) -> None:  # fmt: skip
-        grid = (len(self.plan.segments) * self.heads * triton.cdiv(self.headdim, TILE_P),)
+        grid = (len(self.plan.segments) * self.heads * cdiv(self.headdim, TILE_P),)
         x, keys, bias = (self.x, self.B, self.B_bias) if dy is None else (dy, self.C, self.C_bias)
         token, head = x.stride(0), x.stride(-2)
-        sweep_kernel[grid](
+        launch(
+            sweep_kernel, grid,
             x, None if dy is not None else self.mimo_x, self.steps, self.cos, self.sin,
             keys if make or made is None else made, bias, made, entering, chunks,
             ends, kept, entered, turned, self.plan.chunks, self.plan.segments,
@@ -660,7 +673,8 @@ class _Call:
         decays, scales, owns = steps.new_empty(3, count, self.heads, self.tokens).unbind(0)
         dmimo_x = None if self.mimo_x is None else steps.new_empty(count, self.heads, self.rank, self.headdim)
         dD = None if self.D is None else steps.new_empty(count, self.heads)
-        inputs_kernel[(count * self.heads,)](
+        launch(
+            inputs_kernel, (count * self.heads,),
             self.x, self.mimo_x, dy, steps, k, q, self.D, entering, leaving,
             dx, decays, scales, owns, dmimo_x, dD, self.plan.chunks, *self.x.stride()[:2], *dy.stride()[:3],
             **only(self.sizes, inputs_kernel), BLOCK_P=self.block_p,
@@ -682,7 +696,8 @@ class _Call:
         dB_bias, dC_bias = (None if t is None else steps.new_empty(count, *t.shape) for t in (self.B_bias, self.C_bias))
         dangles = steps.new_empty(count, self.heads, CHUNK, half)
         for turn in (True, False) if self.sizes["STILL"] else (True,):
-            keys_kernel[(count * self.groups * splits,)](
+            launch(
+                keys_kernel, (count * self.groups * splits,),
                 self.x, self.mimo_x, dy, steps, self.cos, self.sin, k, q, entering, leaving,
                 dB, dC, dB_bias, dC_bias, dangles, self.plan.chunks, *self.x.stride()[:2], *dy.stride()[:3],
                 total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, TURN=turn,
@@ -702,7 +717,8 @@ class _Call:
         omega = steps.new_empty(splits, self.batch * self.length, self.pairs)
         dt = steps.new_empty(count, self.heads, self.tokens)
         exact = self.x.dtype == torch.float32
-        turn_gradients_kernel[(count * splits,)](
+        launch(
+            turn_gradients_kernel, (count * splits,),
             dangles, steps, self.omega, later, dt, omega, self.plan.chunks, self.omega.stride(0),
             self.batch * self.length, HEADS=self.heads, RANKS=self.ranks, TOKENS=self.tokens, PAIRS=self.pairs,
             HALF=self.sizes["HALF"], BLOCK=max(self.tokens, 32), SPLITS=splits, PRECISION=self.sizes["PRECISION"],
@@ -716,7 +732,8 @@ class _Call:
         owed, dssm = dentered.new_empty(sequences, self.heads), torch.empty_like(given.ssm)
         dk, dx = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (given.k, given.last))
         dmimo_x = None if self.mimo_x is None else owed.new_empty(sequences, *self.mimo_x.shape)
-        enter_gradients_kernel[(sequences * self.heads,)](
+        launch(
+            enter_gradients_kernel, (sequences * self.heads,),
             self.dt, self.lam, dentered, given.k.contiguous(), given.last.contiguous(), self.mimo_x,
             dssm, owed, dk, dx, dmimo_x, self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(),
             **self._edges(),
@@ -727,7 +744,8 @@ class _Call:
         """What the keys of the last tokens say of B, for each head, and of the angles at the end, with `dangle`."""
         k, _ = self.leave()
         dB, leaving = torch.empty_like(dk), torch.empty_like(dangle)
-        leave_gradients_kernel[(len(self.homes.sequences) * self.heads,)](
+        launch(
+            leave_gradients_kernel, (len(self.homes.sequences) * self.heads,),
             k, self.final_angle, dk, dangle, dB, leaving, **only(self._edges(), leave_gradients_kernel),
         )  # fmt: skip
         return dB, leaving
@@ -737,10 +755,11 @@ class _Call:
     ) -> tuple[Float[Tensor, "chunks h s"], Float[Tensor, "seqs h s"]]:
         """What all that comes after each chunk says of angles, and the gradient of the angle that enters."""
         later, dangle = turned.new_empty(*turned.shape[:2], self.pairs), torch.empty_like(dleaving)
-        angle_gradients_kernel[(len(self.homes.sequences) * self.heads,)](
+        launch(
+            angle_gradients_kernel, (len(self.homes.sequences) * self.heads,),
             turned, ended, dended, dleaving, dangle, later, self.homes.sequences, HEADS=self.heads, P=self.headdim,
             PAIRS=self.pairs, HALF=self.sizes["HALF"], WIDTH=self.width, TILES=turned.shape[2],
-            BLOCK_P=triton.next_power_of_2(self.headdim), BLOCK=64,
+            BLOCK_P=power_of_2(self.headdim), BLOCK=64,
         )  # fmt: skip
         return later, dangle
 
@@ -748,7 +767,8 @@ class _Call:
         """Gradients of dt, A and lam, given what the angles say of dt."""
         count, given = len(self.plan.chunks), self.given
         ddt, dA, dlam = (self.steps.new_empty(given.dt.shape) for _ in range(3))
-        steps_gradients_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
+        launch(
+            steps_gradients_kernel, (count, cdiv(self.heads, BLOCK_H)),
             self.dt, self.A, self.lam, inputs.decays, inputs.scales, inputs.owns, dsteps, owed,
             ddt, dA, dlam, self.plan.chunks, self.homes.chunks,
             *self.dt.stride(), *self.A.stride(), *self.lam.stride(),

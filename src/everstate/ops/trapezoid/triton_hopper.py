@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
+from jaxtyping import Float
 from torch import Tensor
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -22,17 +23,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from everstate.core.kernels import processors
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, place_of, rows_of, vectors_of
+from everstate.ops.triton_launch import Form, Tiles, launch
+from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import _Call
 
-PARTS, TILES = ({columns: gl.NVMMASharedLayout(2 * columns, 16, rank) for columns in (16, 32, 64)} for rank in (2, 3))
-
-RATES = {pairs: gl.NVMMASharedLayout(4 * pairs, 32, 2) for pairs in (16, 32)}
+_KEYS = {width: Form(1, CHUNK, width, layout=gl.NVMMASharedLayout(2 * width, 16, 3)) for width in (32, 64)}
+_PARTS = {width: Form(CHUNK, width, layout=gl.NVMMASharedLayout(2 * width, 16, 2)) for width in (16, 32, 64)}
+_RATES = {pairs: Form(CHUNK, pairs, layout=gl.NVMMASharedLayout(4 * pairs, 32, 2)) for pairs in (16, 32)}
+"""How half of the columns of B and C, of arranged keys and states, and rates lie in shared memory."""
 
 NUMBERS = gl.constexpr(5)
 """Numbers per token and head, as in `triton_keys`: sums of log decays, those less log scales, scales, own weights."""
@@ -101,7 +104,8 @@ def scan(
     phases at the start of each segment, where these are not the angles of the caller.
     """
     items = len(call.plan.segments) * call.heads // 2
-    scan_kernel[(min(items, processors(call.x.device)),)](
+    launch(
+        scan_kernel, (min(items, processors(call.x.device)),),
         rows(call, call.x), vectors_of(call.numbers), *(_keys_of(call, t) for t in call.sources),
         *call.biases, _rates_of(call.rates), starts, call.given.angle.contiguous(), final_angle,
         entering, *(owed or (None, None)), call.dt, call.lam, rows(call, y.flatten(0, 2)), final,
@@ -116,24 +120,12 @@ def sweep(call: _Call, pieces: Tensor, ends: Tensor, kept: Tensor, turns: Tensor
     of an older state it keeps; and the phases by which it turns. `pieces` is made as `Plan.segments`.
     """
     items = len(pieces) * call.heads // 2
-    sweep_kernel[(min(items, processors(call.x.device)),)](
+    launch(
+        sweep_kernel, (min(items, processors(call.x.device)),),
         rows(call, call.x), vectors_of(call.numbers), _keys_of(call, call.sources[0]), call.biases[0],
         _rates_of(call.rates), ends, kept, turns, call.plan.chunks, pieces, call.length, items,
         **sizes_of(call), STAGES=3, ROOMS=4, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
-
-
-def _keys_of(call: _Call, t: Tensor) -> TensorDescriptor:
-    """Tiles of half of the columns of B or C."""
-    half, step = t.shape[-1] // 2, t.stride(0)
-    shape, strides = [call.batch, call.length, t.shape[1] * t.shape[2]], [call.length * step, step, 1]
-    return TensorDescriptor(t, shape, strides, [1, 64, half], TILES[half])
-
-
-def _rates_of(t: Tensor) -> TensorDescriptor:
-    """How fast the pairs turn at the tokens of a chunk."""
-    pairs = t.shape[-1]
-    return TensorDescriptor(t, [t.shape[0] * t.shape[1], pairs], [pairs, 1], [64, pairs], RATES[pairs])
 
 
 def sizes_of(call: _Call) -> dict[str, int]:
@@ -142,21 +134,33 @@ def sizes_of(call: _Call) -> dict[str, int]:
     }  # fmt: skip
 
 
-def rows(call: _Call, t: Tensor) -> TensorDescriptor:
+def rows(call: _Call, t: Float[Tensor, "*b h p"]) -> Tiles:
     return rows_of(t, call.batch, call.length)
 
 
-def halves_of(t: Tensor) -> TensorDescriptor:
+def _keys_of(call: _Call, t: Float[Tensor, "t g n"]) -> Tiles:
+    """Tiles of half of the columns of B or C."""
+    step = t.stride(0)
+    shape, strides = (call.batch, call.length, t.shape[1] * t.shape[2]), (call.length * step, step, 1)
+    return Tiles(t, shape, strides, _KEYS[t.shape[2] // 2])
+
+
+def _rates_of(t: Float[Tensor, "chunks t s"]) -> Tiles:
+    """How fast the pairs turn at the tokens of a chunk."""
+    chunks, tokens, pairs = t.shape
+    return Tiles(t, (chunks * tokens, pairs), (pairs, 1), _RATES[pairs])
+
+
+def halves_of(t: Float[Tensor, "*rows w"]) -> Tiles:
     """The halves of keys or states: 64 rows of the columns that turn, or of the others."""
-    flat = t.flatten(0, -2)
-    half = t.shape[-1] // 2
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [64, half], PARTS[half])
+    width = t.shape[-1]
+    return Tiles(t, (t.numel() // width, width), (width, 1), _PARTS[width // 2])
 
 
-def angles_of(t: Tensor) -> TensorDescriptor:
+def angles_of(t: Float[Tensor, "chunks h t s"]) -> Tiles:
     """Cosines or sines of a chunk and head."""
-    flat = t.flatten(0, 2)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [64, t.shape[3]], PARTS[t.shape[3]])
+    pairs = t.shape[-1]
+    return Tiles(t, (t.numel() // pairs, pairs), (pairs, 1), _PARTS[pairs])
 
 
 @gluon.jit
