@@ -38,7 +38,7 @@ class Shared:
     """A piece of shared memory."""
 
     def __init__(self, data: Tensor) -> None:
-        self.data, self.dtype, self.shape = data, data.dtype, data.shape
+        self.data, self.dtype, self.shape, self.layout = data, data.dtype, data.shape, None
 
     def index(self, at: int) -> Shared:
         return Shared(self.data[at])

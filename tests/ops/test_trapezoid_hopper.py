@@ -12,7 +12,7 @@ from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.ops import trapezoid_scan, triton_segments, use
 from everstate.ops.example import Example
-from tests.ops.test_trapezoid_triton import draw, errors, outcome
+from tests.ops.test_trapezoid_triton import agree_on_parts, draw, errors, outcome
 
 
 def call(example: Example, packing: Packing | None = None) -> Any:
@@ -81,11 +81,11 @@ def test_programs_that_walk_several_times(
 
 
 def test_parts_of_segments_cover_all_but_the_last() -> None:
-    from everstate.ops.trapezoid.triton import _pieces
+    from everstate.ops.trapezoid.triton_tables import pieces
 
-    pieces, of_segments = _pieces((0, 200, 264, 1100), 2, 3, torch.device("cpu"))
+    rows, of_segments = pieces((0, 200, 264, 1100), 2, 3, torch.device("cpu"))
     # Sequences of 4, 1 and 14 chunks: segments of 2 + 2, of 1 and of 7 + 7.
-    assert [row[:3] for row in pieces.tolist()] == [[0, 1, 0], [1, 1, 0], [5, 3, 2], [8, 3, 2], [11, 1, 2]]
+    assert [row[:3] for row in rows.tolist()] == [[0, 1, 0], [1, 1, 0], [5, 3, 2], [8, 3, 2], [11, 1, 2]]
     assert of_segments.tolist() == [[0, 2], [2, 0], [2, 0], [2, 3], [5, 0]]
 
 
@@ -110,6 +110,11 @@ def test_angles_of_long_sequences_are_right(hopper: torch.device) -> None:
         _, after = trapezoid_scan(**example.timed, state=example.state, **example.fixed)
     turned = (dt.unsqueeze(-1) * omega.unsqueeze(2)).double().sum(1) + example.state.angle.double()
     assert (torch.polar(torch.ones_like(turned), turned - after.angle.double()) - 1).abs().max() < 1e-5
+
+
+def test_outputs_without_gradients(hopper: torch.device, fill: Callable[[int], None]) -> None:
+    fill(2)
+    agree_on_parts(draw(hopper, 1, 130, 2, 64, 1, 64, dtype=torch.bfloat16))
 
 
 def test_packed_sequences_of_whole_chunks(hopper: torch.device, fill: Callable[[int], None]) -> None:

@@ -162,7 +162,9 @@ def pass_kernel(
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     first, count = tl.load(sequences + 2 * sequence), tl.load(sequences + 2 * sequence + 1)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    h = tl.load(state + (sequence * HEADS + head) * SIZE + at, mask=at < SIZE, other=0.0)
+    h = tl.zeros((BLOCK,), tl.float32)
+    if state is not None:
+        h = tl.load(state + (sequence * HEADS + head) * SIZE + at, mask=at < SIZE, other=0.0)
     for step in range(count):
         segment = (first + (count - 1 - step if REVERSE else step)).to(tl.int64)
         own = ends + (segment * HEADS + head) * SIZE + at

@@ -12,7 +12,7 @@ but for a Hopper GPU; and from both states, what all later chunks say of the ang
 
 import math
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -42,10 +42,12 @@ from everstate.ops.trapezoid.triton_prepare import (
     numbers_kernel,
     pass_turning_kernel,
     phases_kernel,
+    sources_kernel,
     steps_gradients_kernel,
     steps_kernel,
     turns_kernel,
 )
+from everstate.ops.trapezoid.triton_tables import homes, pieces
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_segments import (
     CHUNK,
@@ -90,7 +92,7 @@ def trapezoid_scan(
     """See `everstate.ops.trapezoid_scan`. `chunk_size` is the business of other implementations."""
     ssm, k, last, angle = (t.to(torch.float32) for t in state)
     ends = [] if packing is None else list(packing.cu_seqlens)
-    y, ssm, k, last, angle = _scan(
+    y, ssm, k, last, angle, _ = _scan(
         x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D, interleaved, ends
     )
     return y, TrapezoidState(ssm, k, last, angle)
@@ -122,11 +124,12 @@ def _scan(
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Outputs, the state at the end, and the phases of `_Call.phases`, which backward asks for."""
     given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
     call = _Call(given, interleaved, ends)
     y, final, final_angle = call.scan()
-    return y, final, *call.leave(final_angle), final_angle
+    return y, final, *call.leave(final_angle), final_angle, call.phases
 
 
 @_scan.register_fake
@@ -135,15 +138,19 @@ def _(
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty(*x.shape[:2], B.shape[2], *x.shape[2:])
     empty = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)
-    return y, empty(ssm), empty(k), empty(last), empty(angle)
+    tokens = CHUNK // power_of_2(B.shape[2])
+    lengths = [b - a for a, b in pairwise(ends)] if ends else [x.shape[1]] * x.shape[0]
+    chunks = sum(cdiv(length, tokens) for length in lengths)
+    phases = x.new_empty(chunks + len(lengths), *angle.shape[1:], dtype=torch.int32)
+    return y, empty(ssm), empty(k), empty(last), empty(angle), phases
 
 
 @kernel_op("trapezoid_scan_backward")
 def _backward(
-    dy: Tensor, dssm: Tensor, dk: Tensor, dlast: Tensor, dangle: Tensor,
+    dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None, phases: Tensor,
     x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
@@ -151,13 +158,13 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of all arguments that are given, in their order."""
     given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
-    grads = _Call(given, interleaved, ends).gradients(dy, dssm, dk, dlast, dangle)
+    grads = _Call(given, interleaved, ends, phases).gradients(dy, dssm, dk, dlast, dangle)
     return [grad.to(t.dtype) for grad, t in zip(grads, given, strict=True) if t is not None and grad is not None]
 
 
 @_backward.register_fake
 def _(
-    dy: Tensor, dssm: Tensor, dk: Tensor, dlast: Tensor, dangle: Tensor,
+    dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None, phases: Tensor,
     x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
@@ -169,27 +176,23 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.interleaved, ctx.ends = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(output[5], *tensors)
+    ctx.set_materialize_grads(False)  # final states rarely have one
 
 
-def _differentiate(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, dy: Tensor | None, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None,
+    _: None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     saved = ctx.saved_tensors
-    grads = iter(_backward(*upstream, *saved, ctx.interleaved, ctx.ends))
-    return (*(None if t is None else next(grads) for t in saved), None, None)
+    if dy is None:
+        x, B = saved[1], saved[6]
+        dy = x.new_zeros(*x.shape[:2], B.shape[2], *x.shape[2:])
+    grads = iter(_backward(dy, dssm, dk, dlast, dangle, *saved, ctx.interleaved, ctx.ends))
+    return (*(None if t is None else next(grads) for t in saved[1:]), None, None)
 
 
 _scan.register_autograd(_differentiate, setup_context=_save)
-
-
-class _Homes(NamedTuple):
-    """Which chunks belong to which sequences.
-
-    chunks: index, first token and end of the sequence. sequences: first chunk and number of chunks. last: last token.
-    """
-
-    chunks: Int[Tensor, "chunks 3"]
-    sequences: Int[Tensor, "seqs 2"]
-    last: Int[Tensor, " seqs"]
 
 
 class _InputGradients(NamedTuple):
@@ -224,39 +227,6 @@ class _EnterGradients(NamedTuple):
     mimo_x: Tensor | None
 
 
-# Cached by value, as the plan is.
-@lru_cache(maxsize=64)
-def _homes(ends: tuple[int, ...], chunk: int, device: torch.device) -> _Homes:
-    chunks: list[tuple[int, int, int]] = []
-    sequences: list[tuple[int, int]] = []
-    for sequence, (start, end) in enumerate(pairwise(ends)):
-        count = cdiv(end - start, chunk)
-        sequences.append((len(chunks), count))
-        chunks += [(sequence, start, end)] * count
-    table = lambda rows, dtype=torch.int32: torch.tensor(rows, dtype=dtype, device=device)
-    return _Homes(table(chunks), table(sequences), table([end - 1 for end in ends[1:]], torch.int64))
-
-
-@lru_cache(maxsize=64)
-def _pieces(ends: tuple[int, ...], segments: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Segments of `plan` but the last ones of sequences, each in up to so many parts, in a table as that of segments;
-    and for each segment its first part and their number."""
-    pieces: list[tuple[int, int, int, int, int]] = []
-    of_segments: list[tuple[int, int]] = []
-    at = 0
-    for sequence, (start, end) in enumerate(pairwise(ends)):
-        count = cdiv(end - start, CHUNK)
-        each = cdiv(count, segments)
-        part = cdiv(each, parts)
-        for cut in range(0, count, each):
-            firsts = range(cut, cut + each, part) if cut + each < count else ()
-            of_segments.append((len(pieces), len(firsts)))
-            pieces += [(at + first, min(part, cut + each - first), sequence, 0, 0) for first in firsts]
-        at += count
-    table = lambda rows: torch.tensor(rows, dtype=torch.int32, device=device)
-    return table(pieces), table(of_segments)
-
-
 def _rows(t: Tensor) -> Tensor:
     """`t` with b and l as one dimension, the last one dense: a view where it can be one."""
     t = t.flatten(0, 1)
@@ -287,7 +257,7 @@ def _apart(sums: Float[Tensor, "h *n"], parts: int) -> Float[Tensor, "h *n"]:
 class _Call:
     """The arguments as the kernels want them, and the launches that forward and backward share."""
 
-    def __init__(self, given: _Arguments, interleaved: bool, ends: Sequence[int]) -> None:
+    def __init__(self, given: _Arguments, interleaved: bool, ends: Sequence[int], phases: Tensor | None = None) -> None:
         x, B, self.given = given.x, given.B, given
         self.batch, self.length, self.heads, self.headdim = x.shape
         self.rank, self.groups, self.d_state = B.shape[2:]
@@ -303,10 +273,9 @@ class _Call:
         self.block_p, still = filled(self.headdim), self.d_state - 2 * self.pairs
         self.hopper = _hopper(self, bounds) if not ends or all(end % CHUNK == 0 for end in ends) else None
         programs = (len(bounds) - 1) * self.heads * cdiv(self.headdim, TILE_P)
-        pieces = pieces_for(programs, x.device) if self.hopper is None else fill(programs // 2, x.device)
-        self.bounds, self.pieces = bounds, pieces
-        self.plan = plan(bounds, self.tokens, pieces, x.device)
-        self.homes = _homes(bounds, self.tokens, x.device)
+        self.pieces = pieces_for(programs, x.device) if self.hopper is None else fill(programs // 2, x.device)
+        self.bounds, self.plan = bounds, plan(bounds, self.tokens, self.pieces, x.device)
+        self.homes = homes(bounds, self.tokens, x.device)
         half, still = filled(self.pairs), filled(still) if still else 0
         self.width = 2 * half + still
         self.sizes: dict[str, Any] = {
@@ -316,24 +285,51 @@ class _Call:
         }  # fmt: skip
         self.order = {"N": self.d_state, "PAIRS": self.pairs, "HALF": half, "INTERLEAVED": interleaved}
         self.interleaved = interleaved
+        if phases is not None:
+            self.phases = phases
 
     # What only some kernels ask for is made when they do.
 
     @cached_property
+    def arranged(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """B and C by chunk, group and entry, and their biases in float32, all with the columns in parts."""
+        given = self.given
+        if self.hopper is not None:
+            return self._arranged_on_hopper()
+        first, second = (
+            None if t is None else self._arranged(t.unsqueeze(2), torch.float32) for t in (given.B_bias, given.C_bias)
+        )
+        return self._by_chunk(_rows(given.B)), self._by_chunk(_rows(given.C)), first, second
+
+    def _arranged_on_hopper(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        (B, C), count = map(_rows, (self.given.B, self.given.C)), len(self.plan.chunks) * self.groups
+        given = [_dense(t) for t in (self.given.B_bias, self.given.C_bias)]
+        out = B.new_empty(2, count * self.tokens, self.width)
+        biases = B.new_empty(2, self.heads, 1, 1, self.width, dtype=torch.float32)
+        launch(
+            sources_kernel, (count + 1, 2),
+            B, C, *given, out, biases, self.plan.chunks, count, B.stride(0), B.stride(2), C.stride(0), C.stride(2),
+            HEADS=self.heads, GROUPS=self.groups, TOKENS=self.tokens, HALF=self.pairs,
+            INTERLEAVED=self.interleaved,
+        )  # fmt: skip
+        first, second = (None if t is None else made for t, made in zip(given, biases, strict=True))
+        return out[0], out[1], first, second
+
+    @property
     def B(self) -> Float[Tensor, "rows w"]:
-        return self._by_chunk(self.given.B.flatten(0, 1))
+        return self.arranged[0]
 
-    @cached_property
+    @property
     def C(self) -> Float[Tensor, "rows w"]:
-        return self._by_chunk(self.given.C.flatten(0, 1))
+        return self.arranged[1]
 
-    @cached_property
+    @property
     def B_bias(self) -> Float[Tensor, "h r 1 w"] | None:
-        return None if self.given.B_bias is None else self._arranged(self.given.B_bias.unsqueeze(2), torch.float32)
+        return self.arranged[2]
 
-    @cached_property
+    @property
     def C_bias(self) -> Float[Tensor, "h r 1 w"] | None:
-        return None if self.given.C_bias is None else self._arranged(self.given.C_bias.unsqueeze(2), torch.float32)
+        return self.arranged[3]
 
     @cached_property
     def trig(self) -> tuple[Tensor, Tensor]:
@@ -361,7 +357,6 @@ class _Call:
 
     def _by_chunk(self, t: Float[Tensor, "t r g n"]) -> Float[Tensor, "rows w"]:
         """B or C by chunk, group and entry, with the columns in parts."""
-        t = t if t.stride(-1) == 1 else t.contiguous()
         count = len(self.plan.chunks) * self.groups
         out = t.new_empty(count * self.tokens * self.ranks, self.width)
         launch(
@@ -432,30 +427,30 @@ class _Call:
         return self.numbers_and_rates[1]
 
     @cached_property
-    def phases_and_angle(self) -> tuple[Tensor, Tensor]:
-        """The phase at the start of each chunk, and the angle at the end of each sequence."""
-        phases = self.x.new_empty(len(self.plan.chunks), self.heads, self.pairs, dtype=torch.int32)
-        final = torch.empty_like(self.given.angle, memory_format=torch.contiguous_format)
+    def phases(self) -> Int[Tensor, "chunks_and_seqs h s"]:
+        """At the start of each chunk, and behind these at the end of each sequence."""
+        count = len(self.plan.chunks)
+        phases = self._empty_phases()
         pairs = power_of_2(self.pairs)
         launch(
-            turns_kernel, (len(self.plan.chunks), cdiv(self.heads, BLOCK_H)),
+            turns_kernel, (count, cdiv(self.heads, BLOCK_H)),
             self.steps, self.omega, phases, self.plan.chunks, self.omega.stride(0),
             HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_PAIRS=pairs, BLOCK_H=BLOCK_H,
         )  # fmt: skip
         launch(
             phases_kernel, (len(self.homes.sequences) * self.heads,),
-            phases, self.given.angle.contiguous(), final, self.homes.sequences,
+            phases, self.given.angle.contiguous(), phases[count:], self.homes.sequences,
             HEADS=self.heads, PAIRS=self.pairs, BLOCK_PAIRS=pairs, BLOCK=64,
         )  # fmt: skip
-        return phases, final
+        return phases
 
-    @property
-    def phases(self) -> Int[Tensor, "chunks h s"]:
-        return self.phases_and_angle[0]
+    def _empty_phases(self) -> Int[Tensor, "chunks_and_seqs h s"]:
+        rows = len(self.plan.chunks) + len(self.homes.sequences)
+        return self.x.new_empty(rows, self.heads, self.pairs, dtype=torch.int32)
 
-    @property
+    @cached_property
     def final_angle(self) -> Float[Tensor, "seqs h s"]:
-        return self.phases_and_angle[1]
+        return self.phases[len(self.plan.chunks) :].to(torch.float32) * (math.tau / 2**32)
 
     def _angles(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines of each token, head and pair, by chunk."""
@@ -543,26 +538,26 @@ class _Call:
         given = self.given
         entering, owed = side_by_side(given.ssm), (side_by_side(given.k), given.last.contiguous())
         angle = torch.empty_like(given.angle, memory_format=torch.contiguous_format)
-        segments = len(self.plan.segments)
+        segments, self.phases = len(self.plan.segments), self._empty_phases()
         if segments == len(self.plan.sequences):
-            hopper.scan(self, entering, owed, None, y, final, angle)
+            hopper.scan(self, entering, owed, None, y, final, angle, self.phases)
         else:
-            pieces, of_segments = _pieces(self.bounds, self.pieces, self._parts(), self.x.device)
-            ends, kept = final.new_empty(len(pieces), *final.shape[1:]), final.new_empty(len(pieces), self.heads)
+            parts, of_segments = pieces(self.bounds, self.pieces, self._parts(), self.x.device)
+            ends, kept = final.new_empty(len(parts), *final.shape[1:]), final.new_empty(len(parts), self.heads)
             entering, turns, starts = (
                 t.new_empty(count, *t.shape[1:], dtype=dtype)
                 for t, count, dtype in (
-                    (final, segments, None), (angle, len(pieces), torch.int32), (angle, segments, torch.int32)
+                    (final, segments, None), (angle, len(parts), torch.int32), (angle, segments, torch.int32)
                 )
             )  # fmt: skip
-            hopper.sweep(self, pieces, ends, kept, turns)
+            hopper.sweep(self, parts, ends, kept, turns)
             launch(
                 pass_turning_kernel, (len(self.plan.sequences) * self.heads, self.headdim // 16),
                 ends, kept, turns, side_by_side(self.enter(parts=False)), given.angle.contiguous(), entering, starts,
                 self.plan.sequences, of_segments, HEADS=self.heads, P=self.headdim, PAIRS=self.pairs,
                 STILL=2 * self.pairs, BLOCK_P=16,
             )  # fmt: skip
-            hopper.scan(self, entering, None, starts, y, final, angle)
+            hopper.scan(self, entering, None, starts, y, final, angle, self.phases)
         return final if self.interleaved else deinterleave(final), angle
 
     def _parts(self) -> int:
@@ -573,13 +568,15 @@ class _Call:
         rounds = lambda parts: cdiv(count * parts * self.heads // 2, available)
         return min(range(1, 9), key=lambda parts: rounds(parts) * (cdiv(longest, parts) + 2))
 
-    def _entering(self, state: Tensor, dy: Tensor | None, made: Tensor | None) -> Float[Tensor, "segments h p w"]:
-        """The state that enters each segment; given dy, the gradient of the state that leaves it."""
+    def _entering(
+        self, state: Tensor | None, dy: Tensor | None, made: Tensor | None
+    ) -> Float[Tensor, "segments h p w"] | None:
+        """The state that enters each segment; given dy, the gradient of the state that leaves it. None is zeros."""
         segments, sequences = self.plan.segments, self.plan.sequences
         if len(segments) == len(sequences):
             return state
-        ends = state.new_empty(len(segments), *state.shape[1:])
-        kept = state.new_empty(len(segments), self.heads)
+        ends = self._empty_states(len(segments))
+        kept = ends.new_empty(len(segments), self.heads)
         self._sweep(dy, made, None, None, ends, kept, make=True)
         size = self.headdim * self.width
         launch(
@@ -588,8 +585,15 @@ class _Call:
         )  # fmt: skip
         return ends
 
+    def _empty_states(self, count: int) -> Float[Tensor, "count h p w"]:
+        return self.given.ssm.new_empty(count, self.heads, self.headdim, self.width)
+
     def _boundaries(
-        self, state: Tensor, dy: Tensor | None = None, entered: Tensor | None = None, turned: Tensor | None = None
+        self,
+        state: Tensor | None,
+        dy: Tensor | None = None,
+        entered: Tensor | None = None,
+        turned: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The state that enters each chunk (given dy, the gradient of that which leaves it), the one at the end, and,
         but for a Hopper GPU, all keys (queries). `sweep_kernel` says what it does with `entered` and `turned`."""
@@ -597,7 +601,7 @@ class _Call:
         made = self.x.new_empty(count, self.heads, CHUNK, self.width) if self.hopper is None else None
         entering = self._entering(state, dy, made)
         chunks = self.x.new_empty(count, self.heads, self.rows, self.width)
-        last = torch.empty_like(state)
+        last = self._empty_states(len(self.plan.sequences))
         make = made is None or len(self.plan.segments) == len(self.plan.sequences)
         self._sweep(dy, made, entering, chunks, last, None, entered, turned, make=make)
         return chunks, last, made
@@ -619,24 +623,30 @@ class _Call:
             num_stages=stages_for(self.x, 2),
         )  # fmt: skip
 
-    def gradients(self, dy: Tensor, dssm: Tensor, dk: Tensor, dlast: Tensor, dangle: Tensor) -> list[Tensor | None]:
-        """Those of all arguments, in their order; None for arguments that are not given."""
+    def gradients(
+        self, dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None
+    ) -> list[Tensor | None]:
+        """Those of all arguments, in their order; None for arguments that are not given. Of what follows the last
+        tokens, None stands for zeros."""
         dy = _rows(dy)
         if self.hopper is not None and not can_copy(dy.squeeze(1)):
             dy = dy.contiguous()
         entering, ended, k = self._boundaries(self.enter())
         turned = self.steps.new_empty(len(self.plan.chunks), self.heads, self.rows // self.block, self.sizes["HALF"])
-        dended = self._arranged(dssm, torch.float32)
+        dended = None if dssm is None else self._arranged(dssm, torch.float32)
         leaving, dentered, q = self._boundaries(dended, dy, entering, turned)
-        dlast_B, dleaving = self._leave_gradients(dk.contiguous(), dangle.contiguous())
+        dlast_B, dleaving = self._leave_gradients(dk, dangle)
         later, dstart = self._angle_gradients(turned, ended, dended, dleaving)
         inputs, keys = self._chunk_gradients(dy, k, q, entering, leaving, later)
         del entering, leaving, k, q
         enter = self._enter_gradients(dentered)
-        inputs.x[self.homes.last] += dlast.to(inputs.x.dtype)
-        each = dlast_B.unflatten(2, (self.groups, -1)).sum(3)  # a group's key is that of its heads
-        keys.B.view(-1, *each.shape[1:])[self.homes.last] += each.to(keys.B.dtype)
-        dB_bias = None if keys.B_bias is None else keys.B_bias + dlast_B.sum(0).transpose(0, 1)
+        if dlast is not None:
+            inputs.x[self.homes.last] += dlast.to(inputs.x.dtype)
+        dB_bias = keys.B_bias
+        if dlast_B is not None:
+            each = dlast_B.unflatten(2, (self.groups, -1)).sum(3)  # a group's key is that of its heads
+            keys.B.view(-1, *each.shape[1:])[self.homes.last] += each.to(keys.B.dtype)
+            dB_bias = None if dB_bias is None else dB_bias + dlast_B.sum(0).transpose(0, 1)
         ddt, dA, dlam = self._step_gradients(inputs, keys.dt, enter.owed)
         dmimo_x = None
         if inputs.mimo_x is not None and enter.mimo_x is not None:
@@ -740,26 +750,31 @@ class _Call:
         )  # fmt: skip
         return _EnterGradients(dssm, owed, dk, dx, dmimo_x)
 
-    def _leave_gradients(self, dk: Tensor, dangle: Tensor) -> tuple[Tensor, Tensor]:
+    def _leave_gradients(self, dk: Tensor | None, dangle: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What the keys of the last tokens say of B, for each head, and of the angles at the end, with `dangle`."""
+        if dk is None:
+            return None, None if dangle is None else dangle.contiguous()
         k, _ = self.leave()
-        dB, leaving = torch.empty_like(dk), torch.empty_like(dangle)
+        dangle = torch.zeros_like(self.given.angle) if dangle is None else dangle
+        dB, leaving = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dk, dangle))
         launch(
             leave_gradients_kernel, (len(self.homes.sequences) * self.heads,),
-            k, self.final_angle, dk, dangle, dB, leaving, **only(self._edges(), leave_gradients_kernel),
+            k, self.final_angle, dk.contiguous(), dangle.contiguous(), dB, leaving,
+            **only(self._edges(), leave_gradients_kernel),
         )  # fmt: skip
         return dB, leaving
 
     def _angle_gradients(
-        self, turned: Tensor, ended: Tensor, dended: Tensor, dleaving: Tensor
+        self, turned: Tensor, ended: Tensor, dended: Tensor | None, dleaving: Tensor | None
     ) -> tuple[Float[Tensor, "chunks h s"], Float[Tensor, "seqs h s"]]:
         """What all that comes after each chunk says of angles, and the gradient of the angle that enters."""
-        later, dangle = turned.new_empty(*turned.shape[:2], self.pairs), torch.empty_like(dleaving)
+        later = turned.new_empty(*turned.shape[:2], self.pairs)
+        dangle = torch.empty_like(self.given.angle, memory_format=torch.contiguous_format)
         launch(
             angle_gradients_kernel, (len(self.homes.sequences) * self.heads,),
-            turned, ended, dended, dleaving, dangle, later, self.homes.sequences, HEADS=self.heads, P=self.headdim,
-            PAIRS=self.pairs, HALF=self.sizes["HALF"], WIDTH=self.width, TILES=turned.shape[2],
-            BLOCK_P=power_of_2(self.headdim), BLOCK=64,
+            turned, None if dended is None else ended, dended, dleaving, dangle, later, self.homes.sequences,
+            HEADS=self.heads, P=self.headdim, PAIRS=self.pairs, HALF=self.sizes["HALF"], WIDTH=self.width,
+            TILES=turned.shape[2], BLOCK_P=power_of_2(self.headdim), BLOCK=64,
         )  # fmt: skip
         return later, dangle
 

@@ -96,19 +96,21 @@ MASK = gl.constexpr("and.b32 $0, $1, $2;")
 
 def scan(
     call: _Call, entering: Tensor, owed: tuple[Tensor, Tensor] | None, starts: Tensor | None, y: Tensor, final: Tensor,
-    final_angle: Tensor,
+    final_angle: Tensor, phases: Tensor,
 ) -> None:  # fmt: skip
     """Outputs, and states and angles at the end. Members of a pair lie side by side in keys and states.
 
     `owed`: the key and the input of the token before, where `entering` does not have yet what they owe; `starts`: the
-    phases at the start of each segment, where these are not the angles of the caller.
+    phases at the start of each segment, where these are not the angles of the caller; `phases` gets those at the start
+    of each chunk, and behind them those at the end of each sequence.
     """
     items = len(call.plan.segments) * call.heads // 2
     launch(
         scan_kernel, (min(items, processors(call.x.device)),),
         rows(call, call.x), vectors_of(call.numbers), *(_keys_of(call, t) for t in call.sources),
         *call.biases, _rates_of(call.rates), starts, call.given.angle.contiguous(), final_angle,
-        entering, *(owed or (None, None)), call.dt, call.lam, rows(call, y.flatten(0, 2)), final,
+        phases, phases[len(call.plan.chunks) :], entering, *(owed or (None, None)), call.dt, call.lam,
+        rows(call, y.flatten(0, 2)), final,
         call.plan.chunks, call.plan.segments, call.length,
         *call.dt.stride(), *call.lam.stride(), items,
         **sizes_of(call), STAGES=2, ROOMS=3, num_warps=4, maxnreg=REGISTERS,
@@ -185,23 +187,29 @@ def _phase_of(angle):
 
 @gluon.jit
 def _angle(
-    rates, dts, starts, angle, ends, trig, barriers, segments, items,
+    rates, dts, starts, angle, ends, phases, trig, barriers, segments, items,
     OWN: gl.constexpr, HEADS: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """One warp: cosines and sines of all angles of one head, chunk by chunk; a thread has a pair and walks along time.
 
-    `ends` gets the angle at the end of a sequence, or without `angle`, by how many phases each segment turns. Cosines
-    and sines are float16: off by 1e-4, a tenth of what rounding a key to bfloat16 costs.
+    `ends` gets the angle at the end of a sequence, or without `angle`, by how many phases each segment turns; `phases`
+    those before each chunk, and those at the end of each sequence. Cosines and sines are float16: off by 1e-4, a tenth
+    of what rounding a key to bfloat16 costs.
     """
     angled, turned, timed, heard = barriers
-    trig, angled, turned = trig.index(OWN), angled.index(OWN), turned.index(OWN)
+    angled, turned = angled.index(OWN), turned.index(OWN)
     TOKENS: gl.constexpr = 512 // HALF
+    PARTS: gl.constexpr = BLOCK // TOKENS
+    # By parts, so that the loop below has one body: instructions must be fetched, too.
+    trig = trig._reinterpret(trig.dtype, [2 * PARTS, TOKENS, 2 * HALF], trig.layout)
+    rates = rates._reinterpret(rates.dtype, [2 * PARTS, TOKENS, HALF], rates.layout)
+    dts = dts._reinterpret(dts.dtype, [4 * PARTS, TOKENS], dts.layout)
     one: gl.constexpr = gl.BlockedLayout([16, 1], [32 // HALF, HALF], [1, 1], [1, 0])
     pair = gl.arange(0, HALF, gl.SliceLayout(0, one))
     done = 0  # chunks, by all walks before
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         segment, head = item // (HEADS // 2), item % (HEADS // 2) * 2 + OWN
-        count = gl.load(segments + 5 * segment + 1)
+        first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
         home = (gl.load(segments + 5 * segment + 2) * HEADS + head) * HALF + pair
         own = (segment * HEADS + head) * HALF + pair
         if starts is not None:
@@ -214,14 +222,16 @@ def _angle(
             step = done + chunk
             mbarrier.wait(timed.index(step % 2), step // 2 & 1)
             mbarrier.wait(turned, step & 1 ^ 1)
-            for part in gl.static_range(BLOCK // TOKENS):
-                dt = dts.index(step % 2 * 2 + OWN).slice(part * TOKENS, TOKENS).load(gl.SliceLayout(1, one))
-                turns = _phase_of(dt[:, None] * rates.index(step % 2).slice(part * TOKENS, TOKENS).load(one))
+            if phases is not None:
+                gl.store(phases[0] + (((first + chunk) * HEADS + head) * HALF + pair), now)
+            for part in range(PARTS):
+                dt = dts.index((step % 2 * 2 + OWN) * PARTS + part).load(gl.SliceLayout(1, one))
+                turns = _phase_of(dt[:, None] * rates.index(step % 2 * PARTS + part).load(one))
                 turned_by = (gl.associative_scan(turns, 0, _sum) + now[None, :]).to(gl.float32) * RADIANS
                 c = gl.inline_asm_elementwise(COSINE, "=f,f", [turned_by], gl.float32, is_pure=True, pack=1)
                 s = gl.inline_asm_elementwise(SINE, "=f,f", [turned_by], gl.float32, is_pure=True, pack=1)
                 both = gl.join(c, s).to(trig.dtype).reshape([TOKENS, 2 * HALF])
-                trig.slice(part * TOKENS, TOKENS).store(both)
+                trig.index(OWN * PARTS + part).store(both)
                 now += gl.sum(turns, 0)
             mbarrier.arrive(angled, count=1)
             mbarrier.arrive(heard.index(step % 2), count=1)
@@ -229,6 +239,7 @@ def _angle(
             gl.store(ends + own, now)
         elif gl.load(segments + 5 * segment + 4) == 1:
             gl.store(ends + home, now.to(gl.float32) * RADIANS)
+            gl.store(phases[1] + home, now)
         done += count
 
 
@@ -262,30 +273,24 @@ def _make(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         segment, head = item // (HEADS // 2), item % (HEADS // 2) * 2
         count = gl.load(segments + 5 * segment + 1)
-        for chunk in range(count):
-            step = done + chunk
-            for own in gl.static_range(2):
-                turn = 2 * step + own
-                room = turn % ROOMS
-                mbarrier.wait(angled.index(own), step & 1)
-                c, s = gl.split(trig.index(own).load(full).to(gl.float32).reshape([BLOCK, HALF, 2]))
-                mbarrier.arrive(turned.index(own), count=1)
-                mbarrier.wait(taken.index(room), (turn // ROOMS & 1) ^ 1)
-                if own == 0:
-                    mbarrier.wait(brought.index(0), step & 1)
-                bias = None if B_bias is None else B_bias + (head + own) * (4 * HALF)
-                _turn(bs, bias, c, s, keys, room, HALF, full)
-                if own == 1:
-                    mbarrier.arrive(read.index(0), count=1)
-                if queries is not None:
-                    if own == 0:
-                        mbarrier.wait(brought.index(1), step & 1)
-                    bias = None if C_bias is None else C_bias + (head + own) * (4 * HALF)
-                    _turn(cs, bias, c, s, queries, room, HALF, full)
-                    if own == 1:
-                        mbarrier.arrive(read.index(1), count=1)
-                fence_async_shared()
-                mbarrier.arrive(made.index(room), count=1)
+        for at in range(2 * count):
+            turn = 2 * done + at
+            own, step, room = turn % 2, turn // 2, turn % ROOMS
+            mbarrier.wait(angled.index(own), step & 1)
+            c, s = gl.split(trig.index(own).load(full).to(gl.float32).reshape([BLOCK, HALF, 2]))
+            mbarrier.arrive(turned.index(own), count=1)
+            mbarrier.wait(taken.index(room), (turn // ROOMS & 1) ^ 1)
+            mbarrier.wait(brought.index(0), step & 1)
+            bias = None if B_bias is None else B_bias + (head + own) * (4 * HALF)
+            _turn(bs, bias, c, s, keys, room, HALF, full)
+            mbarrier.arrive(read.index(0), count=1)
+            if queries is not None:
+                mbarrier.wait(brought.index(1), step & 1)
+                bias = None if C_bias is None else C_bias + (head + own) * (4 * HALF)
+                _turn(cs, bias, c, s, queries, room, HALF, full)
+                mbarrier.arrive(read.index(1), count=1)
+            fence_async_shared()
+            mbarrier.arrive(made.index(room), count=1)
         done += count
 
 
@@ -475,8 +480,8 @@ def _masked(weights, mask):
 
 @gluon.jit(do_not_specialize=["items"])
 def scan_kernel(
-    x, vectors, B, C, B_bias, C_bias, rates, starts, angle, final_angle, entering, k, last, dt, lam, y, final,
-    chunks, segments, length, dt_token, dt_head, lam_token, lam_head, items,
+    x, vectors, B, C, B_bias, C_bias, rates, starts, angle, final_angle, phases, leaving, entering, k, last,
+    dt, lam, y, final, chunks, segments, length, dt_token, dt_head, lam_token, lam_head, items,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
     STAGES: gl.constexpr, ROOMS: gl.constexpr,
 ):  # fmt: skip
@@ -506,9 +511,9 @@ def scan_kernel(
                      segments, items, HEADS, HALF, BLOCK, ROOMS)),
             (_feed, ((x, vectors, rates, B, C), us, tokens, (speeds, dts), (bs, cs), feeding,
                      segments, chunks, length, items, HEADS, GROUPS, P, HALF, BLOCK, STAGES, 0)),
-            (_angle, (speeds, dts, starts, angle, final_angle, trig, angling,
+            (_angle, (speeds, dts, starts, angle, final_angle, (phases, leaving), trig, angling,
                       segments, items, 0, HEADS, HALF, BLOCK)),
-            (_angle, (speeds, dts, starts, angle, final_angle, trig, angling,
+            (_angle, (speeds, dts, starts, angle, final_angle, (phases, leaving), trig, angling,
                       segments, items, 1, HEADS, HALF, BLOCK)),
         ],
         [4, 4, 1, 1, 1],
@@ -521,7 +526,7 @@ def _barriers(STAGES: gl.constexpr, ROOMS: gl.constexpr):
     """Those of the warps that walk, make keys, feed the others and make cosines and sines."""
     full, empty = barriers_of(STAGES, 1), barriers_of(STAGES, 2)  # inputs and numbers of both heads
     made, taken = barriers_of(ROOMS, 1), barriers_of(ROOMS, 1)  # keys and queries of one
-    brought, read = barriers_of(2, 1), barriers_of(2, 1)  # B and C
+    brought, read = barriers_of(2, 1), barriers_of(2, 2)  # B and C, read for both heads
     angled, turned = barriers_of(2, 1), barriers_of(2, 1)  # cosines and sines of each head
     timed, heard = barriers_of(2, 1), barriers_of(2, 2)  # omega, and dt of both heads
     walking, making = (full, empty, made, taken), (brought, read, angled, turned, made, taken)
@@ -600,9 +605,9 @@ def sweep_kernel(
                      segments, items, HEADS, HALF, BLOCK, ROOMS)),
             (_feed, ((x, vectors, rates, B, None), us, tokens, (speeds, dts), (bs, None), feeding,
                      segments, chunks, length, items, HEADS, GROUPS, P, HALF, BLOCK, STAGES, GIVEN)),
-            (_angle, (speeds, dts, None, None, turns, trig, angling,
+            (_angle, (speeds, dts, None, None, turns, None, trig, angling,
                       segments, items, 0, HEADS, HALF, BLOCK)),
-            (_angle, (speeds, dts, None, None, turns, trig, angling,
+            (_angle, (speeds, dts, None, None, turns, None, trig, angling,
                       segments, items, 1, HEADS, HALF, BLOCK)),
         ],
         [4, 4, 1, 1, 1],

@@ -210,6 +210,58 @@ def chunks_kernel(
 
 
 @triton.jit
+def sources_kernel(
+    B, C, B_bias, C_bias, out, bias_out, chunks, count, B_token, B_group, C_token, C_group,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """For rank 1 and half of the columns: what `chunks_kernel` makes of B and C, and `arrange_kernel` of biases.
+
+    One program per chunk and group, and for B or C; and one more for their biases.
+    """
+    at, which = tl.arange(0, TOKENS), tl.program_id(1)
+    if tl.program_id(0) < count:
+        chunk, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+        start = tl.load(chunks + 2 * chunk)
+        given, first = start + at < tl.load(chunks + 2 * chunk + 1), start.to(tl.int64)
+        out += (which.to(tl.int64) * count + tl.program_id(0)) * (TOKENS * 4 * HALF)
+        if which == 0:
+            _put_in_parts(B + first * B_token + group * B_group, B_token, given, out, at, at >= 0, HALF, INTERLEAVED)
+        else:
+            _put_in_parts(C + first * C_token + group * C_group, C_token, given, out, at, at >= 0, HALF, INTERLEAVED)
+    else:
+        for block in range(0, HEADS, TOKENS):
+            heads = block + at
+            given = heads < HEADS
+            if which == 0:
+                if B_bias is not None:
+                    _put_in_parts(B_bias, 4 * HALF, given, bias_out, heads, given, HALF, INTERLEAVED)
+            elif C_bias is not None:
+                to = bias_out + HEADS * 4 * HALF
+                _put_in_parts(C_bias, 4 * HALF, given, to, heads, given, HALF, INTERLEAVED)
+
+
+@triton.jit
+def _put_in_parts(source, stride, given, out, rows, wanted, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The wanted rows with their columns in parts, zeros for those that are not given."""
+    n, mask = tl.arange(0, HALF), given[:, None]
+    row, to = source + rows[:, None] * stride, out + (rows[:, None] * (4 * HALF) + n[None, :])
+    dtype: tl.constexpr = out.dtype.element_ty
+    if INTERLEAVED:
+        both = tl.load(row + tl.arange(0, 2 * HALF)[None, :], mask=mask, other=0.0)
+        first, second = tl.split(tl.reshape(both, (rows.shape[0], HALF, 2)))
+        third = tl.load(row + (2 * HALF + n)[None, :], mask=mask, other=0.0)
+    else:
+        first = tl.load(row + n[None, :], mask=mask, other=0.0)
+        second = tl.load(row + (2 * HALF + n)[None, :], mask=mask, other=0.0)
+        third = tl.load(row + (HALF + n)[None, :], mask=mask, other=0.0)
+    last = tl.load(row + (3 * HALF + n)[None, :], mask=mask, other=0.0)
+    tl.store(to, first.to(dtype), mask=wanted[:, None])
+    tl.store(to + HALF, second.to(dtype), mask=wanted[:, None])
+    tl.store(to + 2 * HALF, third.to(dtype), mask=wanted[:, None])
+    tl.store(to + 3 * HALF, last.to(dtype), mask=wanted[:, None])
+
+
+@triton.jit
 def arrange_kernel(
     source, out, rows, token_stride, rank_stride, group_stride,
     RANK: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
@@ -232,10 +284,10 @@ def arrange_kernel(
 
 @triton.jit
 def phases_kernel(
-    phases, angle, final_angle, spans,
+    phases, angle, ends, spans,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence and head: from how far each chunk turns to where it starts, in place."""
+    """One program per sequence and head: from how far each chunk turns to where it starts, in place, and `ends`."""
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     first, count = tl.load(spans + 2 * sequence).to(tl.int64), tl.load(spans + 2 * sequence + 1)
     at, pairs = tl.arange(0, BLOCK), tl.arange(0, BLOCK_PAIRS)
@@ -247,7 +299,7 @@ def phases_kernel(
         turns = tl.load(place, mask=mask, other=0)
         tl.store(place, tl.cumsum(turns, 0) - turns + now[None, :], mask=mask)
         now += tl.sum(turns, 0)
-    tl.store(final_angle + home, angle_of(now), mask=pairs < PAIRS)
+    tl.store(ends + home, now, mask=pairs < PAIRS)
 
 
 @triton.jit
@@ -294,17 +346,21 @@ def angle_gradients_kernel(
 
     Turning all that comes after a boundary is turning back the state that enters there, and turning the state at the
     end: so the sum of all later gradients is known at each boundary from two states, and the rounding errors of
-    thousands of tokens do not add up. `dleaving` is that of the angle at the end.
+    thousands of tokens do not add up. `dleaving` is that of the angle at the end; without it and `dended`, zeros.
     """
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     first, count = tl.load(spans + 2 * sequence).to(tl.int64), tl.load(spans + 2 * sequence + 1)
     pairs, home, p = tl.arange(0, HALF), sequence * HEADS + head, tl.arange(0, BLOCK_P)
-    leaving = tl.load(dleaving + home * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
-    place = home * (P * WIDTH) + (p[:, None] * WIDTH + pairs[None, :])
-    mask = (p < P)[:, None] & (pairs < PAIRS)[None, :]
-    h1, h2 = tl.load(ended + place, mask=mask, other=0.0), tl.load(ended + HALF + place, mask=mask, other=0.0)
-    dh1, dh2 = tl.load(dended + place, mask=mask, other=0.0), tl.load(dended + HALF + place, mask=mask, other=0.0)
-    total = leaving + tl.sum(dh2 * h1 - dh1 * h2, 0)
+    leaving = tl.zeros((HALF,), tl.float32)
+    if dleaving is not None:
+        leaving = tl.load(dleaving + home * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
+    total = leaving
+    if dended is not None:
+        place = home * (P * WIDTH) + (p[:, None] * WIDTH + pairs[None, :])
+        mask = (p < P)[:, None] & (pairs < PAIRS)[None, :]
+        h1, h2 = tl.load(ended + place, mask=mask, other=0.0), tl.load(ended + HALF + place, mask=mask, other=0.0)
+        dh1, dh2 = tl.load(dended + place, mask=mask, other=0.0), tl.load(dended + HALF + place, mask=mask, other=0.0)
+        total += tl.sum(dh2 * h1 - dh1 * h2, 0)
     at, tiles = tl.arange(0, BLOCK), tl.arange(0, TILES)
     entering = turned + (first * HEADS + head) * (TILES * HALF) + (tiles[:, None] * HALF + pairs[None, :])
     tl.store(dangle + home * PAIRS + pairs, total - tl.sum(tl.load(entering), 0), mask=pairs < PAIRS)
