@@ -129,7 +129,9 @@ def test_a_call_whose_launches_are_known_gives_the_same_bits(name: str, monkeypa
     given = arguments(name, torch.bfloat16, length=453)
     rolled = lambda t, by: t.roll(by, -1) if t.is_floating_point() else t
     for by in range(4):
-        other = {k: map_state(partial(rolled, by=by), v) if isinstance(v, Tensor | tuple) else v for k, v in given.items()}
+        other = {
+            k: map_state(partial(rolled, by=by), v) if isinstance(v, Tensor | tuple) else v for k, v in given.items()
+        }
         got = outcome(name, other)
         with monkeypatch.context() as patched:
             patched.setattr(triton_replay, "launches_are_known", lambda: False)

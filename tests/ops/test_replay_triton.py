@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+triton = pytest.importorskip("triton")
 NUMBERS = 24
 
 
@@ -22,6 +23,7 @@ class Adding:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def ask(x: Any, out: Any, n: float, *, SIZE: int) -> Any:
+            triton.knobs.runtime.launch_enter_hook(None)
             described = isinstance(x, Described)
             add((x.base if described else x).data_ptr(), out.data_ptr(), n)
             sizes = {"global_scratch_size": 0, "profile_scratch_size": 0}
@@ -72,7 +74,6 @@ def wrapped(launcher: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.fixture(autouse=True)
 def imitation(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
     from everstate.ops import triton_launch, triton_replay
 
     utils = SimpleNamespace(fill_tma_descriptor=lambda address, *rest: address)
@@ -149,11 +150,12 @@ def test_operations_of_pytorch() -> None:
 
 
 def test_a_table_stays_where_it_is() -> None:
-    table = torch.arange(NUMBERS, dtype=torch.int32)
+    table, places = torch.arange(NUMBERS, dtype=torch.int32), torch.tensor([3, 1])
 
     def function(x: Tensor, y: Tensor) -> Tensor:
         out = torch.empty_like(x)
         plus(table, out, 0.0)
+        out[places] += x[:2]
         return out
 
     Counted(function).check(inputs, runs=2)
@@ -178,13 +180,23 @@ def computes_with_what_may_change(x: Tensor, y: Tensor) -> Tensor:
     return x + WEIGHT
 
 
+def launches_in_tritons_way(x: Tensor, y: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    Adding_of_all[(3,)](x, out, 1.5, SIZE=8)
+    return out
+
+
 def gives_an_argument(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
 @pytest.mark.parametrize(
-    "function", [reads_a_number, reads_what_may_change, computes_with_what_may_change, gives_an_argument]
-)
+    "function",
+    [
+        reads_a_number, reads_what_may_change, computes_with_what_may_change, launches_in_tritons_way,
+        gives_an_argument,
+    ],
+)  # fmt: skip
 def test_what_a_list_cannot_say_runs_as_it_is(function: Callable[..., Any]) -> None:
     Counted(function).check(inputs, runs=5)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -58,7 +58,9 @@ def _read(model: LM, blocks: dict[int, list[int]], state: State) -> Float[Tensor
     # Where all rows read, nothing is picked out: that would be two launches for each tensor of the state.
     slots = None if len(blocks) == batch_size(state) else torch.tensor(list(blocks), device=model.device)
     # Of a list, PyTorch looks at each number's type, which takes a millisecond for a prompt of 8,192 tokens.
-    numbers = array("q", chain.from_iterable(blocks.values()))
+    numbers = array("q")
+    for block in blocks.values():
+        numbers.fromlist(block)
     tokens = torch.frombuffer(numbers, dtype=torch.int64).unsqueeze(0).to(model.device)
     packing = Packing.of_lengths([len(block) for block in blocks.values()])
     # A single sequence needs no packing, and then nothing is laid out anew.

@@ -5,7 +5,8 @@ GPU. Here the answer of the first launch is kept under what it depends on: dtype
 multiples of 16, constants. A finer key than Triton's costs an entry and is never wrong.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from threading import local
 from typing import Any, NamedTuple, Protocol
@@ -82,19 +83,35 @@ _ready: dict[tuple[Any, ...], Ready] = {}
 
 
 def launches_are_known() -> bool:
-    """Whether kernels are launched without asking Triton, which nobody watches."""
+    """Whether kernels are launched without asking Triton, and nobody watches who would be told by Triton."""
     return _KNOWN and not knobs.runtime.launch_enter_hook.calls
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher` of all launches of this thread inside the `with` block, those that do not go through `launch` too.
+
+    It stands in the chain of Triton's hooks meanwhile; other threads then launch in Triton's way.
+    """
+    triton_way = lambda metadata: watcher.launched(None, (), ())
+    here.watcher = watcher
+    knobs.runtime.launch_enter_hook.add(triton_way)
+    try:
+        yield
+    finally:
+        here.watcher = None
+        knobs.runtime.launch_enter_hook.remove(triton_way)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
     """`kernel[grid](*args, **settings)`. Constants of the kernel are given by name, behind all other arguments."""
-    if not _KNOWN or knobs.runtime.launch_enter_hook.calls:
-        kernel[grid](*(a.checked if type(a) is Tiles else a for a in args), **settings)
-        ready = None
+    watcher = here.watcher
+    if watcher is not None:
+        watcher.launched(_launch(kernel, grid, args, settings), grid, args)
+    elif launches_are_known():
+        _launch(kernel, grid, args, settings)
     else:
-        ready = _launch(kernel, grid, args, settings)
-    if here.watcher is not None:
-        here.watcher.launched(ready, grid, args)
+        kernel[grid](*(a.checked if type(a) is Tiles else a for a in args), **settings)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> Ready:

@@ -10,8 +10,8 @@ What a list cannot say, such as a number read from the device, makes a function 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,12 +21,12 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
 from everstate.core.kernels import is_overlapping
-from everstate.ops.triton_launch import Ready, Tiles, current_device, here, launches_are_known, stream_of
+from everstate.ops.triton_launch import Ready, Tiles, current_device, here, launches_are_known, stream_of, watching
 
 R = TypeVar("R")
 
-MOST = 512
-"""Lists that are kept of a function."""
+MOST, ADDRESSES = 512, 64
+"""Lists that are kept of a function, and descriptions of a tensor."""
 
 _NEW, _PLAIN = object(), object()
 """What has been called once, and what runs as it is."""
@@ -86,12 +86,8 @@ def replayed(function: Callable[..., R]) -> Callable[..., R]:
 def _record(function: Callable[..., R], args: tuple[Any, ...], inputs: list[Tensor]) -> tuple[R, Replay | None]:
     """Call the function, and write down what it does if that can be."""
     recorder = _Recorder(inputs)
-    here.watcher = recorder
-    try:
-        with recorder:
-            result = function(*args)
-    finally:
-        here.watcher = None
+    with watching(recorder), recorder:
+        result = function(*args)
     return result, recorder.finish(result)
 
 
@@ -114,11 +110,11 @@ class _Memory:
     """New memory."""
 
     def __init__(self, like: Tensor) -> None:
-        self.size, self.stride = tuple(like.shape), like.stride()
-        self.dtype, self.device = like.dtype, like.device
+        size, stride = tuple(like.shape), like.stride()
+        self._make = partial(torch.empty_strided, size, stride, dtype=like.dtype, device=like.device)
 
     def do(self, held: list[Any], addresses: list[int], stream: int) -> None:
-        made = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+        made = self._make()
         held.append(made)
         addresses.append(made.data_ptr())
 
@@ -140,19 +136,21 @@ class _Operation:
                 addresses.append(made.data_ptr())
 
 
-class _Tile(NamedTuple):
-    """Where the description of a tensor for the copy engine belongs, its source and offset in bytes, and the rest."""
+class _Tile:
+    """What the copy engine wants to know of a tensor: it follows from the address, so what has been made is kept."""
 
-    at: int
-    source: int
-    offset: int
-    swizzle: int
-    itemsize: int
-    kind: int
-    block: Sequence[int]
-    shape: Sequence[int]
-    strides: Sequence[int]
-    padding: int
+    def __init__(self, at: int, source: int, offset: int, rest: tuple[Any, ...]) -> None:
+        self.at, self.source, self.offset, self._rest = at, source, offset, rest
+        self._known: dict[int, Any] = {}
+
+    def described(self, address: int) -> Any:
+        """The description of a tensor that is there."""
+        found = self._known.get(address)
+        if found is None:
+            if len(self._known) >= ADDRESSES:
+                self._known.clear()
+            found = self._known[address] = driver.active.utils.fill_tma_descriptor(address, *self._rest)
+        return found
 
 
 class _Launch:
@@ -169,8 +167,8 @@ class _Launch:
         given = self.given.copy()
         for at, source, offset in self.pointers:
             given[at] = addresses[source] + offset
-        for at, source, offset, *rest in self.tiles:
-            given[at] = _describe(addresses[source] + offset, *rest)
+        for tile in self.tiles:
+            given[tile.at] = tile.described(addresses[tile.source] + tile.offset)
         self.run(*self.grid, stream, *self.first, *given)
 
 
@@ -282,7 +280,7 @@ class _Recorder(TorchDispatchMode):
             return value
         source = self._find(value)
         if source is None:
-            self._can = False
+            self._keep(value)
             return value
         base, size, stride = self._kept[source], tuple(value.shape), value.stride()
         self._can = self._can and base.dtype == value.dtype
@@ -294,9 +292,13 @@ class _Recorder(TorchDispatchMode):
         source = self._find(t)
         if source is not None:
             return source, t.data_ptr() - self._kept[source].data_ptr()
+        self._keep(t)
+        return None
+
+    def _keep(self, t: Tensor) -> None:
+        """Memory of somebody else, which may only be a table: its address stays what it is."""
         self._can = self._can and not (t.is_floating_point() or t.is_complex())
         self._tables.append(t)
-        return None
 
     def _add_pointer(self, step: _Launch, t: Tensor) -> None:
         place = self._place(t) if t.numel() else None
@@ -311,12 +313,8 @@ class _Recorder(TorchDispatchMode):
             return
         sizes = list(tiles.shape), list(tiles.strides)
         kind = nvidia.TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
-        step.tiles.append(
-            _Tile(
-                len(step.given), *place, meta["swizzle"], meta["elem_size"], kind, meta["block_size"], *sizes,
-                int(tiles.padding == "nan"),
-            )
-        )  # fmt: skip
+        rest = meta["swizzle"], meta["elem_size"], kind, meta["block_size"], *sizes, int(tiles.padding == "nan")
+        step.tiles.append(_Tile(len(step.given), *place, rest))
         step.given += None, *tiles.shape, *tiles.strides
 
 
@@ -347,11 +345,6 @@ def _filled(value: Any, held: list[Any]) -> Any:
     if kind is list:
         return [_filled(each, held) for each in value]
     return tuple(_filled(each, held) for each in value) if kind is tuple else value
-
-
-def _describe(address: int, *rest: Any) -> Any:
-    """What the copy engine wants to know."""
-    return driver.active.utils.fill_tma_descriptor(address, *rest)
 
 
 def _bare(run: Any) -> Callable[..., None]:
