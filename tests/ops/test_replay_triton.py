@@ -149,6 +149,16 @@ def test_operations_of_pytorch() -> None:
     Counted(function).check(inputs, runs=2)
 
 
+def test_an_operation_made_of_launches_is_one_operation() -> None:
+    @torch.library.custom_op("everstate::of_a_test", mutates_args=())
+    def inner(x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        plus(x, out, 1.5)
+        return out
+
+    Counted(lambda x, y: inner(x) + inner(y[1])).check(inputs, runs=2)
+
+
 def test_a_table_stays_where_it_is() -> None:
     table, places = torch.arange(NUMBERS, dtype=torch.int32), torch.tensor([3, 1])
 

@@ -93,7 +93,11 @@ def watching(watcher: Watcher) -> Iterator[None]:
 
     It stands in the chain of Triton's hooks meanwhile; other threads then launch in Triton's way.
     """
-    triton_way = lambda metadata: watcher.launched(None, (), ())
+
+    def triton_way(metadata: Any) -> None:
+        if here.watcher is watcher:
+            watcher.launched(None, (), ())
+
     here.watcher = watcher
     knobs.runtime.launch_enter_hook.add(triton_way)
     try:

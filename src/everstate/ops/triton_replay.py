@@ -221,7 +221,8 @@ class _Recorder(TorchDispatchMode):
                 self._can = False  # a number from the device
                 return made
             new = [_storage(t) not in self._sources for t in leaves]
-            self._steps.append(_Operation(operation, values, more, new))
+            if any(new) or operation._schema.is_mutable:
+                self._steps.append(_Operation(operation, values, more, new))
             for t, is_new in zip(leaves, new, strict=True):
                 if is_new:
                     self._add(t)

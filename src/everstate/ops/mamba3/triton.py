@@ -98,8 +98,8 @@ def _backward(
         *given, rows, dt_bias, B_norm, C_norm, drest, *sums, len(rows), rows.stride(0), floor, eps,
         **_sizes(rest, dt_bias, B_norm, pairs), HEAVY=heavy,
     )  # fmt: skip
-    dbias, *dnorms = (total(s, t.dtype) for s, t in zip(sums, (dt_bias, B_norm, C_norm), strict=True))
-    return drest, dbias, *dnorms
+    dbias, dB_norm, dC_norm = (total(s, t.dtype) for s, t in zip(sums, (dt_bias, B_norm, C_norm), strict=True))
+    return drest, dbias, dB_norm, dC_norm
 
 
 @_backward.register_fake
