@@ -9,6 +9,7 @@ written there. Sizes and tiles are those of `everstate.ops.trapezoid.triton_hopp
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from everstate.ops.trapezoid.triton import _InputGradients, _KeyGradients
 from everstate.ops.trapezoid.triton_hopper import (
@@ -35,6 +35,7 @@ from everstate.ops.trapezoid.triton_hopper import (
     sizes_of,
 )
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of, vectors_of
+from everstate.ops.triton_launch import Form, Tiles, launch
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import _Call
@@ -57,7 +58,8 @@ def gradients(
     dB, dC = call.B.new_empty(2, splits, *call.given.B.shape, dtype=torch.float32 if splits > 1 else dtype).unbind(0)
     dB_bias, dC_bias = (None if t is None else steps.new_empty(count, *t.shape) for t in (call.B_bias, call.C_bias))
     domega, ddt = steps.new_empty(call.groups * splits, total, call.pairs), by_head(call.tokens)
-    gradients_kernel[(count * call.groups * splits,)](
+    launch(
+        gradients_kernel, (count * call.groups * splits,),
         rows(call, call.x), rows(call, dy.squeeze(1)), vectors_of(steps), halves_of(call.B), halves_of(call.C),
         halves_of(entering), halves_of(leaving), angles_of(call.cos.view(dtype)), angles_of(call.sin.view(dtype)),
         _rows_of(call.B_bias), _rows_of(call.C_bias), call.D, call.omega, later,
@@ -69,9 +71,14 @@ def gradients(
     return inputs, _KeyGradients(dB, dC, dB_bias, dC_bias, domega, ddt)
 
 
-def _rows_of(bias: Tensor | None) -> TensorDescriptor | None:
+@cache
+def _form_of_bias(width: int) -> Form:
+    return Form(width, layout=VECTOR)
+
+
+def _rows_of(bias: Tensor | None) -> Tiles | None:
     """The bias of a head."""
-    return None if bias is None else TensorDescriptor(bias, [bias.numel()], [1], [bias.shape[-1]], VECTOR)
+    return None if bias is None else Tiles(bias, (bias.numel(),), (1,), _form_of_bias(bias.shape[-1]))
 
 
 @gluon.jit
