@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
 from everstate.core.kernels import is_overlapping
@@ -30,6 +29,9 @@ MOST, ADDRESSES = 512, 64
 
 _NEW, _PLAIN = object(), object()
 """What has been called once, and what runs as it is."""
+
+_lists: list[dict[tuple[Any, ...], Any]] = []
+"""What each function has."""
 
 _aten = torch.ops.aten
 _EMPTY = frozenset(
@@ -47,6 +49,7 @@ def replayed(function: Callable[..., R]) -> Callable[..., R]:
     change.
     """
     known: dict[tuple[Any, ...], Any] = {}
+    _lists.append(known)
 
     @wraps(function)
     def call(*args: Any) -> R:
@@ -81,6 +84,12 @@ def replayed(function: Callable[..., R]) -> Callable[..., R]:
         return result
 
     return call
+
+
+def forget() -> None:
+    """Begin anew, as tests do that change constants on which launches depend."""
+    for known in _lists:
+        known.clear()
 
 
 def _record(function: Callable[..., R], args: tuple[Any, ...], inputs: list[Tensor]) -> tuple[R, Replay | None]:
@@ -154,7 +163,7 @@ class _Tile:
 
 
 class _Launch:
-    """A launch whose arguments are all there but addresses; `freed` is what is not read any more behind it."""
+    """A launch whose arguments are all there but addresses."""
 
     def __init__(self, ready: Ready, grid: tuple[int, ...]) -> None:
         self.run, self.first, self.grid = ready.run, ready.first, (*grid, 1, 1)[:3]
@@ -313,8 +322,8 @@ class _Recorder(TorchDispatchMode):
             self._can = False
             return
         sizes = list(tiles.shape), list(tiles.strides)
-        kind = nvidia.TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
-        rest = meta["swizzle"], meta["elem_size"], kind, meta["block_size"], *sizes, int(tiles.padding == "nan")
+        kind, padding = _kind_of(meta["elem_type"]), int(tiles.padding == "nan")
+        rest = meta["swizzle"], meta["elem_size"], kind, meta["block_size"], *sizes, padding
         step.tiles.append(_Tile(len(step.given), *place, rest))
         step.given += None, *tiles.shape, *tiles.strides
 
@@ -346,6 +355,14 @@ def _filled(value: Any, held: list[Any]) -> Any:
     if kind is list:
         return [_filled(each, held) for each in value]
     return tuple(_filled(each, held) for each in value) if kind is tuple else value
+
+
+def _kind_of(dtype: int) -> int:
+    """The name that the driver of a GPU has for what the compiler calls a dtype."""
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST  # not in a Triton for other GPUs
+
+    kind: int = TMA_DTYPE_DEVICE_TO_HOST[dtype]
+    return kind
 
 
 def _bare(run: Any) -> Callable[..., None]:
