@@ -9,7 +9,7 @@ exclude each other.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 from everstate.core.kernels import interpreting
-from everstate.ops import OPS, use
+from everstate.ops import OPS, triton_launch, use
 from everstate.ops.example import EXAMPLES, Draw
 
 LENGTH = 131
@@ -67,20 +67,27 @@ def lowering() -> Iterator[dict[str, str]]:
 
     CUDABackend.make_ttgir, JITFunction.run = staticmethod(lower_and_stop), launch_nothing
     triton.runtime.driver.set_active(Hopper())
+    known, triton_launch._KNOWN = triton_launch._KNOWN, False  # nothing is compiled that could be known
     with interpreting():
         yield found
-    CUDABackend.make_ttgir, JITFunction.run = staticmethod(lower), launch
+    CUDABackend.make_ttgir, JITFunction.run, triton_launch._KNOWN = staticmethod(lower), launch, known
 
 
 def lowered(name: str, variant: str) -> dict[str, str]:
     """The kernels of an op, forward and backward, for the arguments that the laws draw."""
     example = EXAMPLES[name][variant](Draw(dtype=torch.float32), 2, LENGTH, 2)
     leaf = lambda v: v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
-    given = {k: leaf(v) for k, v in {**example.timed, **example.fixed, "state": example.state}.items()}
+    given = {k: each(leaf, v) for k, v in {**example.timed, **example.fixed, "state": example.state}.items()}
     with lowering() as found, use("triton"):
         y, _ = OPS[name](**given)
-        torch.autograd.grad(y.sum(), [v for v in given.values() if isinstance(v, Tensor)], allow_unused=True)
+        leaves = [t for v in given.values() for t in (v if isinstance(v, tuple) else [v]) if isinstance(t, Tensor)]
+        torch.autograd.grad(y.sum(), leaves, allow_unused=True)
     return found
+
+
+def each(function: Callable[[Any], Any], value: Any) -> Any:
+    """A value, or the parts of a tuple such as the parameters of a layer, through `function`."""
+    return type(value)(*map(function, value)) if hasattr(value, "_fields") else function(value)
 
 
 if __name__ == "__main__":

@@ -352,5 +352,6 @@ def test_low_precision_agrees_with_its_reference(name: str, variant: str, backen
     close(
         (got.double() if not got.is_complex() else got, after),
         (expected.double() if not got.is_complex() else expected, final),
-        1e-4 if dtype is torch.float32 else 2e-2,
+        # The interpreter cuts where a GPU rounds to bfloat16.
+        1e-4 if dtype is torch.float32 else 3e-2 if backend == KERNELS and INTERPRETED else 2e-2,
     )

@@ -21,8 +21,11 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def ask(*args: Any, **settings: Any) -> Any:
             self.asked.append((grid, args, settings))
-            run = lambda *given: self.run.append(given)
-            return SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+            launcher = SimpleNamespace(
+                launch=lambda *given: self.run.append(given), launch_cooperative_grid=False, launch_pdl=True,
+                global_scratch_size=0, profile_scratch_size=0,
+            )  # fmt: skip
+            return SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
 
         return ask
 
@@ -34,7 +37,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     pretended = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
     monkeypatch.setattr(triton_launch, "_KNOWN", True)
     monkeypatch.setattr(triton_launch, "driver", SimpleNamespace(active=pretended))
-    monkeypatch.setattr(triton_launch, "_compiled", {})
+    monkeypatch.setattr(triton_launch, "_ready", {})
     return Kernel()
 
 
@@ -50,7 +53,8 @@ def test_triton_is_asked_once(kernel: Kernel) -> None:
     other = nn.Parameter(aligned())
     launch(kernel, (5, 2), other, 48, SIZE=8, num_warps=4)
     assert [grid for grid, _, _ in kernel.asked] == [(3,)]
-    assert kernel.run == [(5, 2, 1, 7, "function", "metadata", None, None, None, other.data_ptr(), 48, 8)]
+    first = ("function", False, True, None, None, "metadata", None, None, None)
+    assert kernel.run == [(5, 2, 1, 7, *first, other.data_ptr(), 48, 8)]
 
 
 @pytest.mark.parametrize(

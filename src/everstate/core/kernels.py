@@ -63,6 +63,11 @@ def counters(device: torch.device, count: int) -> Tensor:
     return _counters[device]
 
 
+def is_overlapping() -> bool:
+    """Whether this is inside `overlapping`."""
+    return _overlapping
+
+
 def overlaps(device: torch.device) -> bool:
     """Whether kernels on this device start before the kernel before them has ended."""
     return _overlapping and device.type == "cuda" and capability(device) >= (9, 0)
@@ -71,20 +76,37 @@ def overlaps(device: torch.device) -> bool:
 class KernelOp:
     """Launches of kernels as an operator of PyTorch, which compilers and autograd see as one; see `kernel_op`.
 
-    Where neither looks on, which is all of inference and of a backward pass, the function is called as it is: the
-    dispatcher takes longer for a call than a GPU for many kernels.
+    The dispatcher takes longer for a call than a GPU for many kernels. So where nothing else looks on, the function is
+    called as it is, and where only autograd does, as a `torch.autograd.Function`.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, mutates: Iterable[str]) -> None:
         self._function = function
         self._op = torch.library.custom_op(name, function, mutates_args=mutates)
+        self._differentiable: type[torch.autograd.Function] | None = None
         self.register_fake = self._op.register_fake
-        self.register_autograd = self._op.register_autograd
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        """As `torch.library.register_autograd`."""
+        self._op.register_autograd(backward, setup_context=setup_context)
+        returns = self._op._opoverload._schema.returns
+        if any(isinstance(each.type, torch.ListType) for each in returns):
+            return  # of a list, autograd alone does not know that it holds tensors
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = self._function(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._differentiable = type(self._op._name, (torch.autograd.Function,), parts)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(_is_plain, args)):
+        if torch.compiler.is_compiling() or _is_watched(args):
             return self._op(*args)
-        return self._function(*args)
+        if not torch.is_grad_enabled():
+            return self._function(*args)
+        return self._op(*args) if self._differentiable is None else self._differentiable.apply(*args)
 
 
 def kernel_op(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], KernelOp]:
@@ -92,9 +114,19 @@ def kernel_op(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[...,
     return lambda function: KernelOp(function, f"everstate::{name}", mutates)
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether this is no tensor that only stands for one, as those do with which a compiler traces."""
-    return type(value) in (Tensor, nn.Parameter) or not isinstance(value, Tensor)
+_PLAIN = frozenset(
+    {Tensor, nn.Parameter, type(None), bool, int, float, str, list, tuple, torch.Size, torch.dtype, torch.device}
+)
+
+
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether more than autograd wants to see a call: a mode, a transform, or a tensor that only stands for one."""
+    watched: bool = (
+        not _PLAIN.issuperset(map(type, args))
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+    return watched
 
 
 def refusal(*inputs: Tensor | None, pairs: bool = False) -> str | None:

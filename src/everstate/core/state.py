@@ -42,7 +42,7 @@ def named_tensors(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def tensors(state: Any) -> list[Tensor]:
     """The tensors of a state in order."""
-    return [tensor for _, tensor in named_tensors(state)]
+    return [state] if isinstance(state, Tensor) else [tensor for part in state for tensor in tensors(part)]
 
 
 def nbytes(state: Any) -> int:

@@ -136,12 +136,13 @@ class Mamba2(Mixer):
     ) -> tuple[Float[Tensor, "b l d"], Mamba2State]:
         if is_long(x, packing):
             return forward_by_segments(self, x, state, delta_t)
-        plain = self.out_proj.bias is None and self.out_proj.scale is None
+        config, out_proj = self.config, self.out_proj
+        plain = out_proj.bias is None and out_proj.scale is None
         y, state = mamba2_scan(
-            self._project(x), state, delta_t, layer=self._layer(), out_proj=self.out_proj.weight if plain else None,
-            packing=packing, chunk_size=self.config.chunk_size,
+            self._project(x), state, delta_t, layer=self._layer(), out_proj=out_proj.weight if plain else None,
+            packing=packing, chunk_size=config.chunk_size,
         )  # fmt: skip
-        return scaled(y if plain else self.out_proj(y), self.config.out_multiplier), state
+        return scaled(y if plain else out_proj(y), config.out_multiplier), state
 
     def step_(
         self,

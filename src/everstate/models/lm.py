@@ -183,9 +183,9 @@ class LM(nn.Module):
     ) -> tuple[Float[Tensor, "b l d"], State]:
         """`forward` without the head: what a loss or a prefill needs, at a fraction of the memory of all logits."""
         self._check(tokens, state, packing)
-        x, y, after = self._embed(tokens), None, []
+        x, y, after, dtype = self._embed(tokens), None, [], self.dtype
         for block, before in zip(self.layers, state, strict=True):
-            x, h = block.take(x, y, self.dtype)
+            x, h = block.take(x, y, dtype)
             y, new = block.mixer(h, before, packing, delta_t)
             y = block.give(y)
             after.append(new)
@@ -211,9 +211,9 @@ class LM(nn.Module):
         """
         self._check_step(tokens, state, slots)
         # Rows picked by index: what PyTorch has for an embedding of few rows takes five times as long on a GPU.
-        x, y = self._widened(self.embedding.weight[tokens]), None
+        x, y, dtype = self._widened(self.embedding.weight[tokens]), None, self.dtype
         for block, pool in zip(self.layers, state, strict=True):
-            x, h = block.take(x, y, self.dtype)
+            x, h = block.take(x, y, dtype)
             y = block.give(block.mixer.step_(h, pool, slots, delta_t))
         return self.logits(self._finish(x, y))
 

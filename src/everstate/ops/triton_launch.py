@@ -5,8 +5,11 @@ GPU. Here the answer of the first launch is kept under what it depends on: dtype
 multiples of 16, constants. A finer key than Triton's costs an entry and is never wrong.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from threading import local
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from triton import knobs
@@ -18,8 +21,6 @@ from everstate.ops.triton_common import INTERPRETED, TRIED
 
 # How a compiled kernel is run is no interface of Triton: other versions are asked in the ordinary way.
 _KNOWN = TRIED and not INTERPRETED.value
-
-_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
 class Form:
@@ -53,48 +54,123 @@ class Tiles(NamedTuple):
         return HopperDescriptor(self.base, *sizes, self.form.layout)
 
 
+class Ready(NamedTuple):
+    """A compiled kernel: it is run with a grid, a stream, `first`, the arguments, and `constants`."""
+
+    run: Callable[..., None]
+    first: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    kernel: Any
+    """Kept, so that no other gets its id."""
+    compiled: Any
+
+
+class Watcher(Protocol):
+    """Who wants to know of every launch."""
+
+    def launched(self, ready: Ready | None, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """Be told of a launch; `ready` is None for those in Triton's way."""
+
+
+class _Here(local):
+    watcher: Watcher | None = None
+
+
+here = _Here()
+"""Of each thread, who watches its launches."""
+
+_ready: dict[tuple[Any, ...], Ready] = {}
+
+
+def launches_are_known() -> bool:
+    """Whether kernels are launched without asking Triton, and nobody watches who would be told by Triton."""
+    return _KNOWN and not knobs.runtime.launch_enter_hook.calls
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher` of all launches of this thread inside the `with` block, those that do not go through `launch` too.
+
+    It stands in the chain of Triton's hooks meanwhile; other threads then launch in Triton's way.
+    """
+
+    def triton_way(metadata: Any) -> None:
+        if here.watcher is watcher:
+            watcher.launched(None, (), ())
+
+    here.watcher = watcher
+    knobs.runtime.launch_enter_hook.add(triton_way)
+    try:
+        yield
+    finally:
+        here.watcher = None
+        knobs.runtime.launch_enter_hook.remove(triton_way)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
     """`kernel[grid](*args, **settings)`. Constants of the kernel are given by name, behind all other arguments."""
-    if not _KNOWN or knobs.runtime.launch_enter_hook.calls:
+    watcher = here.watcher
+    if watcher is not None:
+        watcher.launched(_launch(kernel, grid, args, settings), grid, args)
+    elif launches_are_known():
+        _launch(kernel, grid, args, settings)
+    else:
         kernel[grid](*(a.checked if type(a) is Tiles else a for a in args), **settings)
-        return
-    device = driver.active.get_current_device()
-    key: list[Any] = [id(kernel), device, *settings.items()]
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> Ready:
+    """Launch as the first launch that was alike found out."""
+    device = current_device()
+    key: list[Any] = [id(kernel), device, tuple(settings), tuple(settings.values())]
     given: list[Any] = []
     for value in args:
         kind = type(value)
         if kind is Tensor or kind is nn.Parameter:
             # The address itself: of a tensor the launcher would ask the driver whether it is one of a GPU.
             address = value.data_ptr()
-            key.append((value.dtype, value.is_cuda, address & 15 == 0))
+            key += value.dtype, value.is_cuda, address & 15 == 0
             value = address
         elif kind is int:
             key.append(value if value < 2 else (value & 15 == 0, value >> 31))
         elif kind is Tiles:
-            key.append((value.base.dtype, value.form))
+            key += value.base.dtype, value.form
         else:
             assert value is None or kind is float, f"an argument of type {kind.__name__}"
             key.append(kind)  # a number that is not whole is never a constant
         given.append(value)
     made = tuple(key)
-    known = _compiled.get(made)
+    known = _ready.get(made)
     if known is None:
-        _compiled[made] = _compile(kernel, grid, args, settings)
-        return
-    run, function, metadata, constants, _ = known
-    columns, rows = (*grid, 1)[:2]
-    stream = driver.active.get_current_stream(device)
-    run(columns, rows, 1, stream, function, metadata, None, None, None, *given, *constants)
+        known = _ready[made] = _compile(kernel, grid, args, settings)
+        return known
+    known.run(grid[0], grid[1] if len(grid) > 1 else 1, 1, stream_of(device), *known.first, *given, *known.constants)
+    return known
 
 
-def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> tuple[Any, ...]:
+def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> Ready:
     """Launch in Triton's way, and return what the next such launch needs to know."""
     compiled = kernel[grid](*(a.checked if type(a) is Tiles else a for a in args), **settings)
     own, rest = kernel.params[: len(args)], kernel.params[len(args) :]
     assert len(grid) <= 2 and not any(parameter.is_constexpr for parameter in own)
     constants = tuple(settings[parameter.name] for parameter in rest)
-    # With the kernel, so that no other gets its id.
-    return compiled.run, compiled.function, compiled.packed_metadata, constants, kernel
+    launcher, hooks = compiled.run, (compiled.packed_metadata, None, None, None)
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        # It wants memory of its own, which the launcher gets for it.
+        return Ready(launcher, (compiled.function, *hooks), constants, kernel, compiled)
+    kinds = launcher.launch_cooperative_grid, launcher.launch_pdl
+    return Ready(launcher.launch, (compiled.function, *kinds, None, None, *hooks), constants, kernel, compiled)
+
+
+def current_device() -> int:
+    """The GPU that launches go to."""
+    device: int = driver.active.get_current_device()
+    return device
+
+
+def stream_of(device: int) -> int:
+    """The stream that launches go to."""
+    stream: int = driver.active.get_current_stream(device)
+    return stream
 
 
 def cdiv(whole: int, part: int) -> int:

@@ -20,6 +20,7 @@ from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.triton_common import LOG2E, reciprocal
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
+from everstate.ops.triton_replay import replayed
 from everstate.ops.triton_sums import total
 
 CHUNK, GROUP = 64, 8
@@ -67,7 +68,7 @@ def convolve(
     return y, final
 
 
-_conv = kernel_op("causal_conv1d")(convolve)
+_conv = kernel_op("causal_conv1d")(replayed(convolve))
 
 
 @_conv.register_fake
@@ -84,6 +85,7 @@ def _outputs(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @kernel_op("causal_conv1d_backward")
+@replayed
 def _backward(
     dy: Tensor | None, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
     ends: Sequence[int], activated: bool, wanted: bool,

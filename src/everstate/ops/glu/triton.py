@@ -11,6 +11,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.ops.activations import Activation
 from everstate.ops.triton_launch import cdiv, launch
+from everstate.ops.triton_replay import replayed
 from everstate.ops.triton_rows import dense
 
 BLOCK = 1024
@@ -28,6 +29,7 @@ def gated(y: Float[Tensor, "*b f"], z: Float[Tensor, "*b f"]) -> Float[Tensor, "
 
 
 @kernel_op("glu")
+@replayed
 def _glu(h: Tensor, silu: bool) -> Tensor:
     gate, up = dense(h.flatten(0, -2)).chunk(2, -1)
     return apply(gate, up, silu).view(*h.shape[:-1], -1)
@@ -39,6 +41,7 @@ def _(h: Tensor, silu: bool) -> Tensor:
 
 
 @kernel_op("glu_backward")
+@replayed
 def _glu_backward(dy: Tensor, h: Tensor, silu: bool) -> Tensor:
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
     gate, up = dense(h.flatten(0, -2)).chunk(2, -1)
@@ -53,6 +56,7 @@ def _(dy: Tensor, h: Tensor, silu: bool) -> Tensor:
 
 
 @kernel_op("gated")
+@replayed
 def _gated(y: Tensor, z: Tensor) -> Tensor:
     return apply(dense(z.flatten(0, -2)), dense(y.flatten(0, -2)), True).view(y.shape)
 
@@ -63,6 +67,7 @@ def _(y: Tensor, z: Tensor) -> Tensor:
 
 
 @kernel_op("gated_backward")
+@replayed
 def _gated_backward(dout: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     dy, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, z))
     gate, up = dense(z.flatten(0, -2)), dense(y.flatten(0, -2))

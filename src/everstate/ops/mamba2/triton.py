@@ -23,6 +23,7 @@ from everstate.ops.norm import triton as norm
 from everstate.ops.ssd.triton import BLOCK_H, Call
 from everstate.ops.triton_common import LOG2E, softplus
 from everstate.ops.triton_launch import cdiv, launch
+from everstate.ops.triton_replay import replayed
 from everstate.ops.triton_rows import dense
 from everstate.ops.triton_segments import CHUNK
 from everstate.ops.triton_sums import total
@@ -50,6 +51,7 @@ def mamba2_scan(
 
 
 @kernel_op("mamba2_scan")
+@replayed
 def _scan(
     projected: Tensor, conv: Tensor, ssm: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor,
     A_log: Tensor, D: Tensor, scale: Tensor | None, out_proj: Tensor | None, ngroups: int, before: bool, eps: float,
@@ -83,6 +85,7 @@ def _(
 
 
 @kernel_op("mamba2_scan_backward")
+@replayed
 def _backward(
     dout: Tensor, dlast: Tensor | None, dfinal: Tensor | None, y: Tensor, projected: Tensor, conv: Tensor, ssm: Tensor,
     conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A_log: Tensor, D: Tensor, scale: Tensor | None,

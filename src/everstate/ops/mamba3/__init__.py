@@ -11,7 +11,7 @@ from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
 from everstate.ops.glu import gated
 from everstate.ops.mamba3.ends import Mamba3Layer, enter, leave
-from everstate.ops.mamba3.limits import accepts_step
+from everstate.ops.mamba3.limits import accepts_scan, accepts_step
 from everstate.ops.norm import gated_rms_norm, rms_norm
 from everstate.ops.trapezoid import TrapezoidState, trapezoid_scan
 
@@ -64,6 +64,7 @@ def mamba3_step_(
     return y[:, 0]
 
 
+mamba3_scan.add("triton", "everstate.ops.mamba3.triton:mamba3_scan", accepts_scan)
 mamba3_scan.add("torch", "everstate.ops.mamba3.composed:mamba3_scan", anywhere)
 mamba3_step_.add("triton", "everstate.ops.mamba3.triton_step:mamba3_step_", accepts_step)
 mamba3_step_.add("torch", "everstate.ops.mamba3.composed:mamba3_step_", anywhere)

@@ -30,7 +30,7 @@ def _example(
         ),
         fixed={
             "layer": Mamba3Layer(
-                dt_bias=draw.uniform(HEADS, low=-3.0, high=1.0),
+                dt_bias=draw.uniform(HEADS, low=-4.0, high=-1.0),
                 B_norm=draw.normal(D_STATE),
                 C_norm=draw.normal(D_STATE),
                 B_bias=draw.normal(HEADS, rank, D_STATE),

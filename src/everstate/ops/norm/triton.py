@@ -14,6 +14,7 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.ops.triton_launch import launch, power_of_2
+from everstate.ops.triton_replay import replayed
 from everstate.ops.triton_sums import total
 
 PLAIN, GATE_FIRST, GATE_LAST = 0, 1, 2
@@ -55,7 +56,7 @@ def normalise(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, gr
     return y
 
 
-_norm = kernel_op("rms_norm")(normalise)
+_norm = kernel_op("rms_norm")(replayed(normalise))
 
 
 @_norm.register_fake
@@ -64,6 +65,7 @@ def _(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: in
 
 
 @kernel_op("rms_norm_backward")
+@replayed
 def _norm_backward(
     dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int, mode: int
 ) -> list[Tensor]:

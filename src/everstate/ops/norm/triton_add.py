@@ -14,6 +14,7 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
+from everstate.ops.triton_replay import replayed
 from everstate.ops.triton_rows import dense, launch_options, start_next, wait_for_last
 from everstate.ops.triton_sums import total
 
@@ -32,6 +33,7 @@ def add_rms_norm(
 
 
 @kernel_op("residual_norm")
+@replayed
 def _add(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     left, right = _rows(x), _rows(y)
     summed, normed = _results(x, y)
@@ -50,6 +52,7 @@ def _(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
 
 
 @kernel_op("residual_norm_backward")
+@replayed
 def _backward(
     dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor, eps: float, wide: torch.dtype, low: torch.dtype
 ) -> list[Tensor]:

@@ -33,7 +33,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -42,6 +41,8 @@ from everstate.core.packing import Packing
 from everstate.ops.selective_scan.triton_backward import states_kernel, writes_kernel
 from everstate.ops.selective_scan.triton_forward import ends_kernel, pass_kernel, scan_kernel
 from everstate.ops.triton_common import LOG2E
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
+from everstate.ops.triton_replay import replayed
 
 CHUNK, CHUNK_EXACT = 128, 16
 """Tokens between two states that the sweeps of the backward pass share; in float32 fewer, which lose fewer digits."""
@@ -87,6 +88,7 @@ def selective_scan(
 
 
 @kernel_op("selective_scan")
+@replayed
 def _scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],
@@ -98,8 +100,8 @@ def _scan(
     whole = _walks(len(final), x)
     entering = call.new_states(call.cuts) if whole else call.entering(state, None)
     grid, sizes = call.launch(SCAN, len(call.sequences if whole else call.segments))
-    scan_kernel[grid](
-        call.x, call.dt, call.A, call.BC, call.D, call.z, call.bias, state, entering, y, final,
+    launch(
+        scan_kernel, grid, call.x, call.dt, call.A, call.BC, call.D, call.z, call.bias, state, entering, y, final,
         call.segments, call.sequences, 1, **sizes, WHOLE=whole, KEEP=whole and call.pieces > 1,
     )  # fmt: skip
     return y, call.laid_back(final), entering if call.pieces > 1 else call.new_states(0)
@@ -111,12 +113,13 @@ def _(
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     pieces = _pieces(len(state), x)
-    filled = triton.next_power_of_2(A.shape[1])
+    filled = power_of_2(A.shape[1])
     entering = A.new_empty(len(state) * pieces if pieces > 1 else 0, filled, x.shape[2], dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state), entering
 
 
 @kernel_op("selective_scan_backward")
+@replayed
 def _backward(
     dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
     entering: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],
@@ -181,13 +184,13 @@ class _Segments(NamedTuple):
 
 def _pieces(sequences: int, x: Float[Tensor, "b l d"]) -> int:
     """Segments per sequence that fill the GPU with programs: one where half of it is full, since more are more work."""
-    programs, room = sequences * triton.cdiv(x.shape[2], CHANNELS), PROGRAMS * processors(x.device)
-    return 1 if 2 * programs > room else min(ROUNDS * room // programs, triton.cdiv(x.shape[1], _chunk(x.dtype)))
+    programs, room = sequences * cdiv(x.shape[2], CHANNELS), PROGRAMS * processors(x.device)
+    return 1 if 2 * programs > room else min(ROUNDS * room // programs, cdiv(x.shape[1], _chunk(x.dtype)))
 
 
 def _walks(sequences: int, x: Float[Tensor, "b l d"]) -> bool:
     """Whether forward, a program walks along a whole sequence: where a third of the GPU is full, as cuts are work."""
-    return 3 * sequences * triton.cdiv(x.shape[2], CHANNELS) >= PROGRAMS * processors(x.device)
+    return 3 * sequences * cdiv(x.shape[2], CHANNELS) >= PROGRAMS * processors(x.device)
 
 
 def _chunk(dtype: torch.dtype) -> int:
@@ -202,8 +205,8 @@ def _cut(ends: tuple[int, ...], chunk: int, pieces: int, device: torch.device) -
     sequences: list[tuple[int, int]] = []
     chunks = 0
     for sequence, (start, end) in enumerate(pairwise(ends)):
-        count = triton.cdiv(end - start, chunk)
-        each = triton.cdiv(count, pieces)
+        count = cdiv(end - start, chunk)
+        each = cdiv(count, pieces)
         cuts = range(0, count, each)
         sequences.append((len(segments), len(cuts)))
         for at in cuts:
@@ -255,7 +258,7 @@ class _Call:
         D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, ends: Sequence[int],
     ) -> None:  # fmt: skip
         (self.batch, self.length, self.dim), self.n = x.shape, A.shape[1]
-        filled = triton.next_power_of_2(self.n)
+        filled = power_of_2(self.n)
         self.x, self.dt, self.z = _rows(x), _rows(dt), None if z is None else _rows(z)
         self.D, self.bias = (None if t is None else t.contiguous() for t in (D, dt_bias))
         self.A = A.new_zeros(filled, self.dim, dtype=torch.float32)
@@ -272,7 +275,7 @@ class _Call:
 
     def launch(self, shape: _Shape, programs: int, x: Tensor | None = None) -> tuple[tuple[int], dict[str, Any]]:
         """The grid and the sizes of a sweep over so many segments or sequences, with `x` for that of the call."""
-        return (programs * triton.cdiv(self.dim, shape.channels),), {
+        return (programs * cdiv(self.dim, shape.channels),), {
             "DIM": self.dim, "N": len(self.A), "BLOCK_D": shape.channels, "TILE": shape.tokens,
             "X": (self.x if x is None else x).stride(0),
             "DT": self.dt.stride(0), "Z": 0 if self.z is None else self.z.stride(0),
@@ -303,11 +306,12 @@ class _Call:
         spans = self.A.new_empty(len(self.segments), self.dim)
         inputs, gate = (self.x, None) if dy is None else (dy.flatten(0, 1), self.z)
         grid, sizes = self.launch(ENDS, len(self.segments), inputs)
-        ends_kernel[grid](
-            inputs, self.dt, self.A, self.BC, gate, self.bias, ends, spans, self.segments, 1,
+        launch(
+            ends_kernel, grid, inputs, self.dt, self.A, self.BC, gate, self.bias, ends, spans, self.segments, 1,
             **sizes, REVERSE=dy is not None,
         )  # fmt: skip
-        pass_kernel[(len(self.sequences) * len(self.A), triton.cdiv(self.dim, 128))](
+        launch(
+            pass_kernel, (len(self.sequences) * len(self.A), cdiv(self.dim, 128)),
             ends, spans, self.A, state, self.sequences,
             DIM=self.dim, N=len(self.A), REVERSE=dy is not None, BLOCK=128, AHEAD=8,
         )  # fmt: skip
@@ -320,14 +324,14 @@ class _Call:
         read = _Read(self.new_states(self.chunks), new(self.chunks, self.dim), new(tokens, self.dim))
         reading = _Reading(
             A=self.new_states(segments),
-            C=new(triton.cdiv(self.dim, self.back.channels), tokens, len(self.A)),
+            C=new(cdiv(self.dim, self.back.channels), tokens, len(self.A)),
             D=None if self.D is None else new(segments, self.dim),
             z=None if self.z is None else dy.new_empty(dy.shape, dtype=self.z.dtype),
         )
         grid, sizes = self.launch(self.back, segments)
-        states_kernel[grid](
-            self.x, self.dt, self.A, self.BC, self.D, self.z, self.bias, dy, entering, leaving, *read,
-            *reading, self.segments, tokens, 1, **sizes, CHUNK=self.chunk, EXACT=self.exact,
+        launch(
+            states_kernel, grid, self.x, self.dt, self.A, self.BC, self.D, self.z, self.bias, dy, entering, leaving,
+            *read, *reading, self.segments, tokens, 1, **sizes, CHUNK=self.chunk, EXACT=self.exact,
         )  # fmt: skip
         return reading, read
 
@@ -339,13 +343,13 @@ class _Call:
             x=torch.empty_like(dy),
             dt=dy.new_empty(dy.shape, dtype=self.dt.dtype),
             A=None if self.exact else self.new_states(segments),
-            B=new(triton.cdiv(self.dim, self.back.channels), tokens, len(self.A)),
+            B=new(cdiv(self.dim, self.back.channels), tokens, len(self.A)),
             bias=None if self.bias is None else new(segments, self.dim),
             state=self.new_states(len(self.sequences)),
         )
         grid, sizes = self.launch(self.back, segments)
-        writes_kernel[grid](
-            self.x, self.dt, self.A, self.BC, self.D, self.z, self.bias, dy, leaving, *read,
+        launch(
+            writes_kernel, grid, self.x, self.dt, self.A, self.BC, self.D, self.z, self.bias, dy, leaving, *read,
             *writing, self.segments, tokens, 1, **sizes, CHUNK=self.chunk,
         )  # fmt: skip
         return writing

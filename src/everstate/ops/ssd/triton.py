@@ -30,6 +30,7 @@ from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.triton_common import LOG2E, dot
 from everstate.ops.triton_launch import Tiles, cdiv, form, launch, power_of_2
+from everstate.ops.triton_replay import replayed
 from everstate.ops.triton_segments import (
     CHUNK,
     Plan,
@@ -76,6 +77,7 @@ def ssd_scan(
 
 
 @kernel_op("ssd_scan")
+@replayed
 def _scan(
     x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor, state: Tensor,
     diagonal: Tensor | None, D: Tensor | None, ends: Sequence[int],
@@ -94,6 +96,7 @@ def _(
 
 
 @kernel_op("ssd_scan_backward")
+@replayed
 def _backward(
     dy: Tensor, dfinal: Tensor, x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor, state: Tensor,
     diagonal: Tensor | None, D: Tensor | None, ends: Sequence[int],

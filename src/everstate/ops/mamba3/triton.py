@@ -1,0 +1,265 @@
+"""What a Mamba-3 layer does before its scan, on a GPU: one pass over what `in_proj` gives, forward and backward.
+
+Made of single operations it is some twenty launches of a few microseconds and as many nodes of autograd, and more in
+the backward pass. Nothing is kept but what `in_proj` gave.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from everstate.core.kernels import kernel_op, processors
+from everstate.core.packing import Packing
+from everstate.ops.glu import gated
+from everstate.ops.mamba3.ends import Mamba3Layer, leave
+from everstate.ops.mamba3.triton_step import PI, heavy_tail, tanh
+from everstate.ops.norm import gated_rms_norm
+from everstate.ops.trapezoid import TrapezoidState, trapezoid_scan
+from everstate.ops.triton_common import softplus
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
+from everstate.ops.triton_replay import replayed
+from everstate.ops.triton_rows import dense
+from everstate.ops.triton_sums import total
+
+TOKENS = 8
+"""Of a program at a time: their numbers are few, their B and C some kilobytes."""
+
+PROGRAMS = 8
+"""Per multiprocessor, backwards."""
+
+
+def mamba3_scan(
+    projected: Float[Tensor, "b l w"],
+    state: TrapezoidState,
+    delta_t: Float[Tensor, "b l"] | None = None,
+    *,
+    layer: Mamba3Layer,
+    packing: Packing | None = None,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "b l e"], TrapezoidState]:
+    """See `everstate.ops.mamba3_scan`."""
+    (heads, rank, d_state), headdim, pairs = layer.B_bias.shape, state.x.shape[-1], state.angle.shape[-1]
+    inner = heads * headdim
+    z, x, rest = projected.split([inner, inner, projected.shape[-1] - 2 * inner], -1)
+    dt, A, lam, omega, B, C = _enter(
+        rest, layer.dt_bias, layer.B_norm, layer.C_norm, pairs, layer.A_activation == "heavy_tail", layer.A_floor,
+        layer.norm_eps,
+    )  # fmt: skip
+    if delta_t is not None:
+        dt = dt * delta_t.unsqueeze(-1)
+    B, C = (t.unflatten(-1, (rank, layer.ngroups, d_state)) for t in (B, C))
+    y, state = trapezoid_scan(
+        x.unflatten(-1, (heads, headdim)), dt, A, lam, omega, B, C, state, B_bias=layer.B_bias, C_bias=layer.C_bias,
+        mimo_x=layer.mimo_x, D=layer.D, interleaved=layer.interleaved, packing=packing, chunk_size=chunk_size,
+    )  # fmt: skip
+    return leave(y, z, layer, gated, gated_rms_norm), state
+
+
+@kernel_op("mamba3_enter")
+@replayed
+def _enter(
+    rest: Tensor, dt_bias: Tensor, B_norm: Tensor, C_norm: Tensor, pairs: int, heavy: bool, floor: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dt, A, lam, omega, B and C of `[B | C | dt | A | lam | omega]`."""
+    rows, made = _rows(rest), _made(rest, dt_bias, pairs)
+    launch(
+        _enter_kernel, (cdiv(len(rows), TOKENS),),
+        rows, dt_bias, B_norm, C_norm, *made, len(rows), rows.stride(0), floor, eps,
+        **_sizes(rest, dt_bias, B_norm, pairs), HEAVY=heavy,
+    )  # fmt: skip
+    return made
+
+
+@_enter.register_fake
+def _(
+    rest: Tensor, dt_bias: Tensor, B_norm: Tensor, C_norm: Tensor, pairs: int, heavy: bool, floor: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _made(rest, dt_bias, pairs)
+
+
+@kernel_op("mamba3_enter_backward")
+@replayed
+def _backward(
+    ddt: Tensor, dA: Tensor, dlam: Tensor, domega: Tensor, dB: Tensor, dC: Tensor,
+    rest: Tensor, dt_bias: Tensor, B_norm: Tensor, C_norm: Tensor, pairs: int, heavy: bool, floor: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of rest, dt_bias, B_norm and C_norm."""
+    rows, given = _rows(rest), [t.contiguous() for t in (ddt, dA, dlam, domega, dB, dC)]
+    drest = torch.empty_like(rest, memory_format=torch.contiguous_format)
+    programs = min(cdiv(len(rows), TOKENS), PROGRAMS * processors(rest.device))
+    heads, d_state = len(dt_bias), len(B_norm)
+    sums = [torch.empty((programs, n), dtype=torch.float32, device=rest.device) for n in (heads, d_state, d_state)]
+    launch(
+        _backward_kernel, (programs,),
+        *given, rows, dt_bias, B_norm, C_norm, drest, *sums, len(rows), rows.stride(0), floor, eps,
+        **_sizes(rest, dt_bias, B_norm, pairs), HEAVY=heavy,
+    )  # fmt: skip
+    dbias, dB_norm, dC_norm = (total(s, t.dtype) for s, t in zip(sums, (dt_bias, B_norm, C_norm), strict=True))
+    return drest, dbias, dB_norm, dC_norm
+
+
+@_backward.register_fake
+def _(
+    ddt: Tensor, dA: Tensor, dlam: Tensor, domega: Tensor, dB: Tensor, dC: Tensor,
+    rest: Tensor, dt_bias: Tensor, B_norm: Tensor, C_norm: Tensor, pairs: int, heavy: bool, floor: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    drest, dbias, dB_norm, dC_norm = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (rest, dt_bias, B_norm, C_norm)
+    )
+    return drest, dbias, dB_norm, dC_norm
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]
+
+
+def _differentiate(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(*upstream, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+_enter.register_autograd(_differentiate, setup_context=_save)
+
+
+def _made(rest: Tensor, dt_bias: Tensor, pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for the outputs."""
+    shape, heads = rest.shape[:2], len(dt_bias)
+    width = (rest.shape[2] - 3 * heads - pairs) // 2
+    numbers = lambda n: torch.empty((*shape, n), dtype=torch.float32, device=rest.device)
+    vectors = lambda: torch.empty((*shape, width), dtype=rest.dtype, device=rest.device)
+    return numbers(heads), numbers(heads), numbers(heads), numbers(pairs), vectors(), vectors()
+
+
+def _rows(rest: Float[Tensor, "b l w"]) -> Float[Tensor, "t w"]:
+    return dense(rest.flatten(0, 1))
+
+
+def _sizes(rest: Tensor, dt_bias: Tensor, B_norm: Tensor, pairs: int) -> dict[str, int]:
+    heads, d_state = len(dt_bias), len(B_norm)
+    return {
+        "HEADS": heads, "PAIRS": pairs, "N": d_state, "VECTORS": (rest.shape[2] - 3 * heads - pairs) // (2 * d_state),
+        "TOKENS": TOKENS, "BLOCK_H": power_of_2(heads), "BLOCK_S": power_of_2(pairs), "BLOCK_N": power_of_2(d_state),
+    }  # fmt: skip
+
+
+@triton.jit
+def _load(base, token, stride, column, inside):
+    return tl.load(base + token[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(base, token, width, column, value, inside):
+    tl.store(base + token[:, None] * width + column[None, :], value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _rate(a, HEAVY: tl.constexpr):
+    """-A before its floor, and its derivative."""
+    rate, slope = a, a
+    if HEAVY:
+        rate = heavy_tail(a)
+        below = 1.0 / (1.0 + tl.maximum(-a, 0.0))
+        slope = tl.where(a >= 0, 1.0, below * below)
+    else:
+        rate, slope = softplus(a), _sigmoid(a)
+    return rate, slope
+
+
+@triton.jit
+def _normalise(source, norm, out, token, stride, n, inside, eps, N: tl.constexpr, VECTORS: tl.constexpr):
+    """The norm of each vector of some tokens."""
+    scale = tl.load(norm + n, mask=n < N, other=0.0).to(tl.float32)
+    for i in tl.static_range(VECTORS):
+        u = _load(source, token, stride, i * N + n, inside)
+        rstd = tl.rsqrt(tl.sum(u * u, 1) / N + eps)
+        _store(out, token, VECTORS * N, i * N + n, u * rstd[:, None] * scale[None, :], inside)
+
+
+@triton.jit
+def _enter_kernel(
+    rows, dt_bias, B_norm, C_norm, dt, A, lam, omega, B, C, tokens, stride, floor, eps,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, N: tl.constexpr, VECTORS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, HEAVY: tl.constexpr,
+):  # fmt: skip
+    """One program per few tokens."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    h, s, n = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_N)
+    exists = (token < tokens)[:, None]
+    numbers, turns, vectors = exists & (h < HEADS)[None, :], exists & (s < PAIRS)[None, :], exists & (n < N)[None, :]
+    scalars = rows + 2 * VECTORS * N
+    bias = tl.load(dt_bias + h, mask=h < HEADS, other=0.0).to(tl.float32)
+    step = softplus(_load(scalars, token, stride, h, numbers) + bias[None, :])
+    _store(dt, token, HEADS, h, step, numbers)
+    rate, _ = _rate(_load(scalars, token, stride, HEADS + h, numbers), HEAVY)
+    _store(A, token, HEADS, h, -tl.maximum(rate, floor), numbers)
+    _store(lam, token, HEADS, h, _sigmoid(_load(scalars, token, stride, 2 * HEADS + h, numbers)), numbers)
+    _store(omega, token, PAIRS, s, tanh(_load(scalars, token, stride, 3 * HEADS + s, turns)) * PI, turns)
+    _normalise(rows, B_norm, B, token, stride, n, vectors, eps, N, VECTORS)
+    _normalise(rows + VECTORS * N, C_norm, C, token, stride, n, vectors, eps, N, VECTORS)
+
+
+@triton.jit
+def _vector_gradients(
+    d, source, norm, out, summed, token, stride, width, n, inside, eps, N: tl.constexpr, VECTORS: tl.constexpr
+):
+    """Write the gradients of each vector of some tokens, and add to that of the scale of the norm."""
+    scale = tl.load(norm + n, mask=n < N, other=0.0).to(tl.float32)
+    for i in tl.static_range(VECTORS):
+        u, upstream = _load(source, token, stride, i * N + n, inside), _load(d, token, VECTORS * N, i * N + n, inside)
+        rstd = tl.rsqrt(tl.sum(u * u, 1) / N + eps)[:, None]
+        summed += tl.sum(upstream * u * rstd, 0)
+        scaled = upstream * scale[None, :]
+        along = rstd * rstd * (tl.sum(scaled * u, 1) / N)[:, None]
+        _store(out, token, width, i * N + n, rstd * (scaled - u * along), inside)
+    return summed
+
+
+@triton.jit
+def _backward_kernel(
+    ddt, dA, dlam, domega, dB, dC, rows, dt_bias, B_norm, C_norm, drest, dbias, dB_norm, dC_norm,
+    tokens, stride, floor, eps,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, N: tl.constexpr, VECTORS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, HEAVY: tl.constexpr,
+):  # fmt: skip
+    """Every so many tokens, a few at a time."""
+    h, s, n = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_N)
+    WIDTH: tl.constexpr = 2 * VECTORS * N + 3 * HEADS + PAIRS
+    scalars, dscalars = rows + 2 * VECTORS * N, drest + 2 * VECTORS * N
+    bias = tl.load(dt_bias + h, mask=h < HEADS, other=0.0).to(tl.float32)[None, :]
+    biases = tl.zeros((BLOCK_H,), tl.float32)
+    of_B, of_C = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(tl.program_id(0) * TOKENS, tokens, tl.num_programs(0) * TOKENS):
+        token = first + tl.arange(0, TOKENS).to(tl.int64)
+        exists = (token < tokens)[:, None]
+        numbers, turns = exists & (h < HEADS)[None, :], exists & (s < PAIRS)[None, :]
+        slope = _load(ddt, token, HEADS, h, numbers) * _sigmoid(_load(scalars, token, stride, h, numbers) + bias)
+        biases += tl.sum(slope, 0)
+        _store(dscalars, token, WIDTH, h, slope, numbers)
+        rate, of_rate = _rate(_load(scalars, token, stride, HEADS + h, numbers), HEAVY)
+        slope = tl.where(rate >= floor, -of_rate, 0.0) * _load(dA, token, HEADS, h, numbers)
+        _store(dscalars, token, WIDTH, HEADS + h, slope, numbers)
+        share = _sigmoid(_load(scalars, token, stride, 2 * HEADS + h, numbers))
+        slope = share * (1.0 - share) * _load(dlam, token, HEADS, h, numbers)
+        _store(dscalars, token, WIDTH, 2 * HEADS + h, slope, numbers)
+        part = tanh(_load(scalars, token, stride, 3 * HEADS + s, turns))
+        slope = (1.0 - part * part) * PI * _load(domega, token, PAIRS, s, turns)
+        _store(dscalars, token, WIDTH, 3 * HEADS + s, slope, turns)
+        inside = exists & (n < N)[None, :]
+        of_B = _vector_gradients(
+            dB, rows, B_norm, drest, of_B, token, stride, WIDTH, n, inside, eps, N, VECTORS
+        )  # fmt: skip
+        of_C = _vector_gradients(
+            dC, rows + VECTORS * N, C_norm, drest + VECTORS * N, of_C, token, stride, WIDTH, n, inside, eps, N, VECTORS
+        )  # fmt: skip
+    tl.store(dbias + tl.program_id(0) * HEADS + h, biases, mask=h < HEADS)
+    tl.store(dB_norm + tl.program_id(0) * N + n, of_B, mask=n < N)
+    tl.store(dC_norm + tl.program_id(0) * N + n, of_C, mask=n < N)
