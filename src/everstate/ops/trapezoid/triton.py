@@ -24,10 +24,11 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
-from everstate.ops.rotary.halves import deinterleave, interleave
+from everstate.ops.rotary.halves import interleave
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel, turn_gradients_kernel
 from everstate.ops.trapezoid.triton_forward import scan_kernel, sweep_kernel
+from everstate.ops.trapezoid.triton_gradients import _EnterGradients, _InputGradients, _KeyGradients
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_prepare import (
     VECTORS,
@@ -40,14 +41,13 @@ from everstate.ops.trapezoid.triton_prepare import (
     leave_gradients_kernel,
     leave_kernel,
     numbers_kernel,
-    pass_turning_kernel,
     phases_kernel,
     sources_kernel,
     steps_gradients_kernel,
     steps_kernel,
     turns_kernel,
 )
-from everstate.ops.trapezoid.triton_tables import homes, pieces
+from everstate.ops.trapezoid.triton_tables import homes
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_segments import (
     CHUNK,
@@ -195,38 +195,6 @@ def _differentiate(
 _scan.register_autograd(_differentiate, setup_context=_save)
 
 
-class _InputGradients(NamedTuple):
-    """By chunk and head, but for x: of the sums of decays, the scales, the own weights, the factors and D."""
-
-    x: Tensor
-    decays: Tensor
-    scales: Tensor
-    owns: Tensor
-    mimo_x: Tensor | None
-    D: Tensor | None
-
-
-class _KeyGradients(NamedTuple):
-    """Of B and C; of the biases; of omega; and of dt, as the angles say, by chunk and head."""
-
-    B: Tensor
-    C: Tensor
-    B_bias: Tensor | None
-    C_bias: Tensor | None
-    omega: Tensor
-    dt: Tensor
-
-
-class _EnterGradients(NamedTuple):
-    """By sequence: of the state, of what the token before owes, its key, its input, and the factors."""
-
-    ssm: Tensor
-    owed: Tensor
-    k: Tensor
-    x: Tensor
-    mimo_x: Tensor | None
-
-
 def _rows(t: Tensor) -> Tensor:
     """`t` with b and l as one dimension, the last one dense: a view where it can be one."""
     t = t.flatten(0, 1)
@@ -352,8 +320,13 @@ class _Call:
 
     @cached_property
     def biases(self) -> list[Float[Tensor, "h r n"] | None]:
-        given = (self.given.B_bias, self.given.C_bias)
-        return [None if t is None else (t if self.interleaved else interleave(t)).float().contiguous() for t in given]
+        """Both, or none."""
+        given = [self.given.B_bias, self.given.C_bias]
+        there = [t for t in given if t is not None]
+        if len(there) == 1:
+            given = [torch.zeros_like(there[0]) if t is None else t for t in given]
+        each = (t if t is None or self.interleaved else interleave(t) for t in given)
+        return [None if t is None else t.float().contiguous() for t in each]
 
     def _by_chunk(self, t: Float[Tensor, "t r g n"]) -> Float[Tensor, "rows w"]:
         """B or C by chunk, group and entry, with the columns in parts."""
@@ -430,7 +403,7 @@ class _Call:
     def phases(self) -> Int[Tensor, "chunks_and_seqs h s"]:
         """At the start of each chunk, and behind these at the end of each sequence."""
         count = len(self.plan.chunks)
-        phases = self._empty_phases()
+        phases = self.empty_phases()
         pairs = power_of_2(self.pairs)
         launch(
             turns_kernel, (count, cdiv(self.heads, BLOCK_H)),
@@ -444,7 +417,7 @@ class _Call:
         )  # fmt: skip
         return phases
 
-    def _empty_phases(self) -> Int[Tensor, "chunks_and_seqs h s"]:
+    def empty_phases(self) -> Int[Tensor, "chunks_and_seqs h s"]:
         rows = len(self.plan.chunks) + len(self.homes.sequences)
         return self.x.new_empty(rows, self.heads, self.pairs, dtype=torch.int32)
 
@@ -520,8 +493,7 @@ class _Call:
         final = torch.empty_like(self.given.ssm, memory_format=torch.contiguous_format)
         y = self.x.new_empty(self.batch, self.length, self.rank, self.heads, self.headdim)
         if self.hopper is not None:
-            final, angle = self._scan_on_hopper(self.hopper, y, final)
-            return y, final, angle
+            return y, *self.hopper.forward(self, y, final)
         entering = self._entering(self.enter(), None, None)
         grid = (len(self.plan.segments) * self.heads * cdiv(self.headdim, TILE_P),)
         launch(
@@ -532,41 +504,6 @@ class _Call:
             num_stages=stages_for(self.x, 2),
         )  # fmt: skip
         return y, final, self.final_angle
-
-    def _scan_on_hopper(self, hopper: ModuleType, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
-        side_by_side = lambda t: (t if self.interleaved else interleave(t)).contiguous()
-        given = self.given
-        entering, owed = side_by_side(given.ssm), (side_by_side(given.k), given.last.contiguous())
-        angle = torch.empty_like(given.angle, memory_format=torch.contiguous_format)
-        segments, self.phases = len(self.plan.segments), self._empty_phases()
-        if segments == len(self.plan.sequences):
-            hopper.scan(self, entering, owed, None, y, final, angle, self.phases)
-        else:
-            parts, of_segments = pieces(self.bounds, self.pieces, self._parts(), self.x.device)
-            ends, kept = final.new_empty(len(parts), *final.shape[1:]), final.new_empty(len(parts), self.heads)
-            entering, turns, starts = (
-                t.new_empty(count, *t.shape[1:], dtype=dtype)
-                for t, count, dtype in (
-                    (final, segments, None), (angle, len(parts), torch.int32), (angle, segments, torch.int32)
-                )
-            )  # fmt: skip
-            hopper.sweep(self, parts, ends, kept, turns)
-            launch(
-                pass_turning_kernel, (len(self.plan.sequences) * self.heads, self.headdim // 16),
-                ends, kept, turns, side_by_side(self.enter(parts=False)), given.angle.contiguous(), entering, starts,
-                self.plan.sequences, of_segments, HEADS=self.heads, P=self.headdim, PAIRS=self.pairs,
-                STILL=2 * self.pairs, BLOCK_P=16,
-            )  # fmt: skip
-            hopper.scan(self, entering, None, starts, y, final, angle, self.phases)
-        return final if self.interleaved else deinterleave(final), angle
-
-    def _parts(self) -> int:
-        """Parts of a segment that are swept by themselves: such that programs fill whole rounds of the GPU, and with
-        the time for two chunks until one is under way."""
-        available, count = processors(self.x.device), len(self.plan.segments) - len(self.plan.sequences)
-        longest = cdiv(max(b - a for a, b in pairwise(self.bounds)), self.tokens * self.pieces)
-        rounds = lambda parts: cdiv(count * parts * self.heads // 2, available)
-        return min(range(1, 9), key=lambda parts: rounds(parts) * (cdiv(longest, parts) + 2))
 
     def _entering(
         self, state: Tensor | None, dy: Tensor | None, made: Tensor | None
@@ -739,8 +676,10 @@ class _Call:
     def _enter_gradients(self, dentered: Tensor) -> _EnterGradients:
         """Those of the start of a sequence, given that of the state that enters it."""
         given, sequences = self.given, len(self.homes.sequences)
-        owed, dssm = dentered.new_empty(sequences, self.heads), torch.empty_like(given.ssm)
-        dk, dx = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (given.k, given.last))
+        owed = dentered.new_empty(sequences, self.heads)
+        dssm, dk, dx = (
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (given.ssm, given.k, given.last)
+        )
         dmimo_x = None if self.mimo_x is None else owed.new_empty(sequences, *self.mimo_x.shape)
         launch(
             enter_gradients_kernel, (sequences * self.heads,),
