@@ -4,14 +4,15 @@ The formulas are those of `everstate.ops.trapezoid.lookahead`, chunks and segmen
 `everstate.ops.triton_segments`.
 
 Forward: `triton_prepare` makes numbers per token, cosines and sines; then `triton_forward` walks along time and makes
-keys and queries of B, C and these where it uses them (`triton_keys`). Backward: two sweeps along time write the state
-that enters each chunk and the gradient of that which leaves it, and on their way the keys and queries of all heads,
-but for a Hopper GPU; and from both states, what all later chunks say of the angles. Then every chunk is independent
+keys and queries of B, C and these where it uses them (`triton_keys`). It keeps for backward the phases with which
+chunks start, and for a Hopper GPU the states that enter segments. Backward: two sweeps along time write the state that
+enters each chunk and the gradient of that which leaves it, and on their way the keys and queries of all heads, but for
+a Hopper GPU; and from both states, what all later chunks say of the angles. Then every chunk is independent
 (`triton_backward`). All is summed in a fixed order: the same call gives the same bits.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from types import ModuleType
@@ -22,7 +23,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from everstate.core.kernels import kernel_op, processors
+from everstate.core.kernels import capability, kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.rotary.halves import interleave
 from everstate.ops.trapezoid import TrapezoidState
@@ -37,6 +38,8 @@ from everstate.ops.trapezoid.triton_prepare import (
     arrange_kernel,
     chunks_kernel,
     enter_gradients_kernel,
+    enter_halves_gradients_kernel,
+    enter_halves_kernel,
     enter_kernel,
     leave_gradients_kernel,
     leave_kernel,
@@ -92,7 +95,7 @@ def trapezoid_scan(
     """See `everstate.ops.trapezoid_scan`. `chunk_size` is the business of other implementations."""
     ssm, k, last, angle = (t.to(torch.float32) for t in state)
     ends = [] if packing is None else list(packing.cu_seqlens)
-    y, ssm, k, last, angle, _ = _scan(
+    y, ssm, k, last, angle, _, _ = _scan(
         x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D, interleaved, ends
     )
     return y, TrapezoidState(ssm, k, last, angle)
@@ -124,12 +127,12 @@ def _scan(
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Outputs, the state at the end, and the phases of `_Call.phases`, which backward asks for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Outputs, the state at the end, and what backward asks for: `_Call.phases` and `_Call.kept`."""
     given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
     call = _Call(given, interleaved, ends)
     y, final, final_angle = call.scan()
-    return y, final, *call.leave(final_angle), final_angle, call.phases
+    return y, final, *call.leave(final_angle), final_angle, call.phases, call.kept
 
 
 @_scan.register_fake
@@ -138,34 +141,50 @@ def _(
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty(*x.shape[:2], B.shape[2], *x.shape[2:])
     empty = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)
     tokens = CHUNK // power_of_2(B.shape[2])
     lengths = [b - a for a, b in pairwise(ends)] if ends else [x.shape[1]] * x.shape[0]
     chunks = sum(cdiv(length, tokens) for length in lengths)
     phases = x.new_empty(chunks + len(lengths), *angle.shape[1:], dtype=torch.int32)
-    return y, empty(ssm), empty(k), empty(last), empty(angle), phases
+    states = _count_kept(x.shape[2], lengths, x.device) if _suits_hopper(x, omega, B, mimo_x) else 0
+    kept = ssm.new_empty(states, *ssm.shape[2:])
+    return y, empty(ssm), empty(k), empty(last), empty(angle), phases, kept
+
+
+def _suits_hopper(x: Tensor, omega: Tensor, B: Tensor, mimo_x: Tensor | None) -> bool:
+    """Whether these sizes are those of the kernels for Hopper GPUs."""
+    (heads, headdim), (rank, groups, d_state) = x.shape[2:], B.shape[2:]
+    sizes = x.dtype.itemsize == 2 and headdim == 64 and d_state in (64, 128) and 4 * omega.shape[2] == d_state
+    return sizes and rank == 1 and mimo_x is None and heads // groups % 2 == 0 and capability(x.device)[0] == 9
+
+
+def _count_kept(heads: int, lengths: Iterable[int], device: torch.device) -> int:
+    """How many states enter segments, where sequences of these lengths are cut for kernels for Hopper GPUs."""
+    chunks = [cdiv(length, CHUNK) for length in lengths]
+    pieces = fill(len(chunks) * heads // 2, device)
+    return 0 if pieces == 1 else sum(cdiv(count, cdiv(count, pieces)) for count in chunks) * heads
 
 
 @kernel_op("trapezoid_scan_backward")
 def _backward(
     dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None, phases: Tensor,
-    x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
+    kept: Tensor, x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of all arguments that are given, in their order."""
     given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
-    grads = _Call(given, interleaved, ends, phases).gradients(dy, dssm, dk, dlast, dangle)
+    grads = _Call(given, interleaved, ends, phases, kept).gradients(dy, dssm, dk, dlast, dangle)
     return [grad.to(t.dtype) for grad, t in zip(grads, given, strict=True) if t is not None and grad is not None]
 
 
 @_backward.register_fake
 def _(
     dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None, phases: Tensor,
-    x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
+    kept: Tensor, x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
@@ -176,20 +195,20 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.interleaved, ctx.ends = inputs
-    ctx.save_for_backward(output[5], *tensors)
+    ctx.save_for_backward(*output[5:], *tensors)
     ctx.set_materialize_grads(False)  # final states rarely have one
 
 
 def _differentiate(
     ctx: Any, dy: Tensor | None, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None,
-    _: None,
+    *_: None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     saved = ctx.saved_tensors
     if dy is None:
-        x, B = saved[1], saved[6]
+        x, B = saved[2], saved[7]
         dy = x.new_zeros(*x.shape[:2], B.shape[2], *x.shape[2:])
     grads = iter(_backward(dy, dssm, dk, dlast, dangle, *saved, ctx.interleaved, ctx.ends))
-    return (*(None if t is None else next(grads) for t in saved[1:]), None, None)
+    return (*(None if t is None else next(grads) for t in saved[2:]), None, None)
 
 
 _scan.register_autograd(_differentiate, setup_context=_save)
@@ -207,8 +226,7 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 def _hopper(call: "_Call", bounds: Sequence[int]) -> ModuleType | None:
     """The kernels that are written for Hopper GPUs, where they serve."""
-    sizes = call.headdim == 64 and call.d_state in (64, 128) and 4 * call.pairs == call.d_state
-    if not sizes or call.rank > 1 or call.mimo_x is not None or call.heads // call.groups % 2 or not can_copy(call.x):
+    if not _suits_hopper(call.given.x, call.given.omega, call.given.B, call.mimo_x) or not can_copy(call.x):
         return None
     tokens = sum(cdiv(b - a, CHUNK) for a, b in pairwise(bounds)) * CHUNK
     if tokens * call.heads * call.headdim >= 2**31:
@@ -225,7 +243,10 @@ def _apart(sums: Float[Tensor, "h *n"], parts: int) -> Float[Tensor, "h *n"]:
 class _Call:
     """The arguments as the kernels want them, and the launches that forward and backward share."""
 
-    def __init__(self, given: _Arguments, interleaved: bool, ends: Sequence[int], phases: Tensor | None = None) -> None:
+    def __init__(
+        self, given: _Arguments, interleaved: bool, ends: Sequence[int], phases: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> None:  # fmt: skip
         x, B, self.given = given.x, given.B, given
         self.batch, self.length, self.heads, self.headdim = x.shape
         self.rank, self.groups, self.d_state = B.shape[2:]
@@ -255,6 +276,9 @@ class _Call:
         self.interleaved = interleaved
         if phases is not None:
             self.phases = phases
+        # The states that enter segments, where forward has found them; members of pairs lie side by side.
+        self.found = kept is not None and self.hopper is not None and len(self.plan.segments) > len(bounds) - 1
+        self.kept = self._empty_kept(bounds) if kept is None else kept
 
     # What only some kernels ask for is made when they do.
 
@@ -339,11 +363,13 @@ class _Call:
         )  # fmt: skip
         return out
 
-    def _arranged(self, t: Float[Tensor, "t r g n"], dtype: torch.dtype) -> Float[Tensor, "t r g w"]:
-        """`t` with its columns in parts."""
+    def _arranged(
+        self, t: Float[Tensor, "t r g n"], dtype: torch.dtype, *, interleaved: bool | None = None
+    ) -> Float[Tensor, "t r g w"]:
+        """`t` with its columns in parts; `interleaved` says how they lie, where not as the caller has them."""
         t = t if t.stride(-1) == 1 else t.contiguous()
         out = t.new_empty(*t.shape[:-1], self.width, dtype=dtype)
-        self._arrange(t, out, t.stride()[:3], t.shape[1:3], back=False)
+        self._arrange(t, out, t.stride()[:3], t.shape[1:3], back=False, interleaved=interleaved)
         return out
 
     def _returned(self, t: Float[Tensor, "*rows w"]) -> Float[Tensor, "*rows n"]:
@@ -353,13 +379,21 @@ class _Call:
         return out
 
     def _arrange(
-        self, t: Tensor, out: Tensor, strides: tuple[int, ...], middle: tuple[int, ...], *, back: bool
+        self,
+        t: Tensor,
+        out: Tensor,
+        strides: tuple[int, ...],
+        middle: tuple[int, ...],
+        *,
+        back: bool,
+        interleaved: bool | None = None,
     ) -> None:
+        order = self.order if interleaved is None else {**self.order, "INTERLEAVED": interleaved}
         rows, block_n = math.prod(t.shape[:-1]), power_of_2(self.width)
         block = max(4096 // block_n, 1)
         launch(
             arrange_kernel, (cdiv(rows, block),),
-            t, out, rows, *strides, RANK=middle[0], GROUPS=middle[1], **self.order, WIDTH=self.width, BACK=back,
+            t, out, rows, *strides, RANK=middle[0], GROUPS=middle[1], **order, WIDTH=self.width, BACK=back,
             BLOCK=block, BLOCK_N=block_n,
         )  # fmt: skip
 
@@ -449,6 +483,11 @@ class _Call:
         return 4 if self.block * self.width <= 64 * 128 else 8
 
     @property
+    def paired(self) -> bool:
+        """Whether half of the columns turn, of one rank, and the members of a pair lie side by side."""
+        return self.hopper is not None and self.interleaved
+
+    @property
     def rows(self) -> int:
         """Rows of a state at the boundary of a chunk: whole tiles."""
         return cdiv(self.headdim, self.block) * self.block
@@ -467,6 +506,14 @@ class _Call:
         """The states that enter the sequences, with what the tokens before them owe."""
         given, sizes = self.given, self._edges(parts=parts)
         entered = given.ssm.new_empty(*given.ssm.shape[:-1], sizes["WIDTH"])
+        if parts and self.paired:
+            launch(
+                enter_halves_kernel, (len(self.homes.sequences) * self.heads, self.headdim // 16),
+                self.dt, self.lam, given.ssm.contiguous(), given.k.contiguous(), given.last.contiguous(), entered,
+                self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(),
+                HEADS=self.heads, P=self.headdim, HALF=self.pairs, BLOCK_P=16,
+            )  # fmt: skip
+            return entered
         launch(
             enter_kernel, (len(self.homes.sequences) * self.heads,),
             self.dt, self.lam, given.ssm.contiguous(), given.k.contiguous(), given.last.contiguous(), self.mimo_x,
@@ -512,6 +559,8 @@ class _Call:
         segments, sequences = self.plan.segments, self.plan.sequences
         if len(segments) == len(sequences):
             return state
+        if dy is None and self.found:
+            return self._arranged(self.kept_states, torch.float32, interleaved=True)
         ends = self._empty_states(len(segments))
         kept = ends.new_empty(len(segments), self.heads)
         self._sweep(dy, made, None, None, ends, kept, make=True)
@@ -521,6 +570,16 @@ class _Call:
             ends, kept, state, sequences, HEADS=self.heads, SIZE=size, REVERSE=dy is not None, BLOCK=1024,
         )  # fmt: skip
         return ends
+
+    def _empty_kept(self, bounds: Sequence[int]) -> Float[Tensor, "states p n"]:
+        given, states = self.given, 0
+        if _suits_hopper(given.x, given.omega, given.B, given.mimo_x):
+            states = _count_kept(self.heads, (b - a for a, b in pairwise(bounds)), self.x.device)
+        return given.ssm.new_empty(states, *given.ssm.shape[2:])
+
+    @property
+    def kept_states(self) -> Float[Tensor, "segments h p n"]:
+        return self.kept[: len(self.plan.segments) * self.heads].unflatten(0, (-1, self.heads))
 
     def _empty_states(self, count: int) -> Float[Tensor, "count h p w"]:
         return self.given.ssm.new_empty(count, self.heads, self.headdim, self.width)
@@ -680,6 +739,14 @@ class _Call:
         dssm, dk, dx = (
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (given.ssm, given.k, given.last)
         )
+        if self.paired:
+            launch(
+                enter_halves_gradients_kernel, (sequences * self.heads,),
+                self.dt, self.lam, dentered, given.k.contiguous(), given.last.contiguous(), dssm, owed, dk, dx,
+                self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(),
+                HEADS=self.heads, P=self.headdim, HALF=self.pairs,
+            )  # fmt: skip
+            return _EnterGradients(dssm, owed, dk, dx, None)
         dmimo_x = None if self.mimo_x is None else owed.new_empty(sequences, *self.mimo_x.shape)
         launch(
             enter_gradients_kernel, (sequences * self.heads,),

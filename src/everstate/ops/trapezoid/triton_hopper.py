@@ -112,7 +112,7 @@ def forward(call: _Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
         parts, of_segments = pieces(call.bounds, call.pieces, _parts(call), call.x.device)
         ends, kept = final.new_empty(len(parts), *final.shape[1:]), final.new_empty(len(parts), call.heads)
         turns, starts = (angle.new_empty(n, *angle.shape[1:], dtype=torch.int32) for n in (len(parts), segments))
-        entering = final.new_empty(segments, *final.shape[1:])
+        entering = call.kept_states
         sweep(call, parts, ends, kept, turns)
         launch(
             triton_prepare.pass_turning_kernel, (len(call.plan.sequences) * call.heads, call.headdim // 16),
