@@ -54,6 +54,12 @@ def test_halves_that_turn_and_no_biases(hopper: torch.device) -> None:
     agree(example._replace(fixed={"interleaved": False}))
 
 
+@pytest.mark.parametrize("name", ["B_bias", "C_bias"])
+def test_one_bias(name: str, hopper: torch.device) -> None:
+    example = draw(hopper, 1, 70, 2, 64, 1, 64, dtype=torch.bfloat16)
+    agree(example._replace(fixed={name: example.fixed[name]}))
+
+
 @pytest.mark.parametrize("programs", [2, 8])
 def test_segments_and_parts_of_the_heads(programs: int, hopper: torch.device, fill: Callable[[int], None]) -> None:
     fill(programs)

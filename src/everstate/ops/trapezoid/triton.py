@@ -4,14 +4,15 @@ The formulas are those of `everstate.ops.trapezoid.lookahead`, chunks and segmen
 `everstate.ops.triton_segments`.
 
 Forward: `triton_prepare` makes numbers per token, cosines and sines; then `triton_forward` walks along time and makes
-keys and queries of B, C and these where it uses them (`triton_keys`). Backward: two sweeps along time write the state
-that enters each chunk and the gradient of that which leaves it, and on their way the keys and queries of all heads,
-but for a Hopper GPU; and from both states, what all later chunks say of the angles. Then every chunk is independent
+keys and queries of B, C and these where it uses them (`triton_keys`). It keeps for backward the phases with which
+chunks start, and for a Hopper GPU the states that enter segments. Backward: two sweeps along time write the state that
+enters each chunk and the gradient of that which leaves it, and on their way the keys and queries of all heads, but for
+a Hopper GPU; and from both states, what all later chunks say of the angles. Then every chunk is independent
 (`triton_backward`). All is summed in a fixed order: the same call gives the same bits.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from types import ModuleType
@@ -22,12 +23,13 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from everstate.core.kernels import kernel_op, processors
+from everstate.core.kernels import capability, kernel_op, processors
 from everstate.core.packing import Packing
-from everstate.ops.rotary.halves import deinterleave, interleave
+from everstate.ops.rotary.halves import interleave
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel, turn_gradients_kernel
 from everstate.ops.trapezoid.triton_forward import scan_kernel, sweep_kernel
+from everstate.ops.trapezoid.triton_gradients import _EnterGradients, _InputGradients, _KeyGradients
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_prepare import (
     VECTORS,
@@ -36,18 +38,19 @@ from everstate.ops.trapezoid.triton_prepare import (
     arrange_kernel,
     chunks_kernel,
     enter_gradients_kernel,
+    enter_halves_gradients_kernel,
+    enter_halves_kernel,
     enter_kernel,
     leave_gradients_kernel,
     leave_kernel,
     numbers_kernel,
-    pass_turning_kernel,
     phases_kernel,
     sources_kernel,
     steps_gradients_kernel,
     steps_kernel,
     turns_kernel,
 )
-from everstate.ops.trapezoid.triton_tables import homes, pieces
+from everstate.ops.trapezoid.triton_tables import homes
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_segments import (
     CHUNK,
@@ -92,7 +95,7 @@ def trapezoid_scan(
     """See `everstate.ops.trapezoid_scan`. `chunk_size` is the business of other implementations."""
     ssm, k, last, angle = (t.to(torch.float32) for t in state)
     ends = [] if packing is None else list(packing.cu_seqlens)
-    y, ssm, k, last, angle, _ = _scan(
+    y, ssm, k, last, angle, _, _ = _scan(
         x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D, interleaved, ends
     )
     return y, TrapezoidState(ssm, k, last, angle)
@@ -124,12 +127,12 @@ def _scan(
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Outputs, the state at the end, and the phases of `_Call.phases`, which backward asks for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Outputs, the state at the end, and what backward asks for: `_Call.phases` and `_Call.kept`."""
     given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
     call = _Call(given, interleaved, ends)
     y, final, final_angle = call.scan()
-    return y, final, *call.leave(final_angle), final_angle, call.phases
+    return y, final, *call.leave(final_angle), final_angle, call.phases, call.kept
 
 
 @_scan.register_fake
@@ -138,34 +141,50 @@ def _(
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty(*x.shape[:2], B.shape[2], *x.shape[2:])
     empty = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)
     tokens = CHUNK // power_of_2(B.shape[2])
     lengths = [b - a for a, b in pairwise(ends)] if ends else [x.shape[1]] * x.shape[0]
     chunks = sum(cdiv(length, tokens) for length in lengths)
     phases = x.new_empty(chunks + len(lengths), *angle.shape[1:], dtype=torch.int32)
-    return y, empty(ssm), empty(k), empty(last), empty(angle), phases
+    states = _count_kept(x.shape[2], lengths, x.device) if _suits_hopper(x, omega, B, mimo_x) else 0
+    kept = ssm.new_empty(states, *ssm.shape[2:])
+    return y, empty(ssm), empty(k), empty(last), empty(angle), phases, kept
+
+
+def _suits_hopper(x: Tensor, omega: Tensor, B: Tensor, mimo_x: Tensor | None) -> bool:
+    """Whether these sizes are those of the kernels for Hopper GPUs."""
+    (heads, headdim), (rank, groups, d_state) = x.shape[2:], B.shape[2:]
+    sizes = x.dtype.itemsize == 2 and headdim == 64 and d_state in (64, 128) and 4 * omega.shape[2] == d_state
+    return sizes and rank == 1 and mimo_x is None and heads // groups % 2 == 0 and capability(x.device)[0] == 9
+
+
+def _count_kept(heads: int, lengths: Iterable[int], device: torch.device) -> int:
+    """How many states enter segments, where sequences of these lengths are cut for kernels for Hopper GPUs."""
+    chunks = [cdiv(length, CHUNK) for length in lengths]
+    pieces = fill(len(chunks) * heads // 2, device)
+    return 0 if pieces == 1 else sum(cdiv(count, cdiv(count, pieces)) for count in chunks) * heads
 
 
 @kernel_op("trapezoid_scan_backward")
 def _backward(
     dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None, phases: Tensor,
-    x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
+    kept: Tensor, x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of all arguments that are given, in their order."""
     given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
-    grads = _Call(given, interleaved, ends, phases).gradients(dy, dssm, dk, dlast, dangle)
+    grads = _Call(given, interleaved, ends, phases, kept).gradients(dy, dssm, dk, dlast, dangle)
     return [grad.to(t.dtype) for grad, t in zip(grads, given, strict=True) if t is not None and grad is not None]
 
 
 @_backward.register_fake
 def _(
     dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None, phases: Tensor,
-    x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
+    kept: Tensor, x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
@@ -176,55 +195,23 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.interleaved, ctx.ends = inputs
-    ctx.save_for_backward(output[5], *tensors)
+    ctx.save_for_backward(*output[5:], *tensors)
     ctx.set_materialize_grads(False)  # final states rarely have one
 
 
 def _differentiate(
     ctx: Any, dy: Tensor | None, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None,
-    _: None,
+    *_: None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     saved = ctx.saved_tensors
     if dy is None:
-        x, B = saved[1], saved[6]
+        x, B = saved[2], saved[7]
         dy = x.new_zeros(*x.shape[:2], B.shape[2], *x.shape[2:])
     grads = iter(_backward(dy, dssm, dk, dlast, dangle, *saved, ctx.interleaved, ctx.ends))
-    return (*(None if t is None else next(grads) for t in saved[1:]), None, None)
+    return (*(None if t is None else next(grads) for t in saved[2:]), None, None)
 
 
 _scan.register_autograd(_differentiate, setup_context=_save)
-
-
-class _InputGradients(NamedTuple):
-    """By chunk and head, but for x: of the sums of decays, the scales, the own weights, the factors and D."""
-
-    x: Tensor
-    decays: Tensor
-    scales: Tensor
-    owns: Tensor
-    mimo_x: Tensor | None
-    D: Tensor | None
-
-
-class _KeyGradients(NamedTuple):
-    """Of B and C; of the biases; of omega; and of dt, as the angles say, by chunk and head."""
-
-    B: Tensor
-    C: Tensor
-    B_bias: Tensor | None
-    C_bias: Tensor | None
-    omega: Tensor
-    dt: Tensor
-
-
-class _EnterGradients(NamedTuple):
-    """By sequence: of the state, of what the token before owes, its key, its input, and the factors."""
-
-    ssm: Tensor
-    owed: Tensor
-    k: Tensor
-    x: Tensor
-    mimo_x: Tensor | None
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -239,8 +226,7 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 def _hopper(call: "_Call", bounds: Sequence[int]) -> ModuleType | None:
     """The kernels that are written for Hopper GPUs, where they serve."""
-    sizes = call.headdim == 64 and call.d_state in (64, 128) and 4 * call.pairs == call.d_state
-    if not sizes or call.rank > 1 or call.mimo_x is not None or call.heads // call.groups % 2 or not can_copy(call.x):
+    if not _suits_hopper(call.given.x, call.given.omega, call.given.B, call.mimo_x) or not can_copy(call.x):
         return None
     tokens = sum(cdiv(b - a, CHUNK) for a, b in pairwise(bounds)) * CHUNK
     if tokens * call.heads * call.headdim >= 2**31:
@@ -257,7 +243,10 @@ def _apart(sums: Float[Tensor, "h *n"], parts: int) -> Float[Tensor, "h *n"]:
 class _Call:
     """The arguments as the kernels want them, and the launches that forward and backward share."""
 
-    def __init__(self, given: _Arguments, interleaved: bool, ends: Sequence[int], phases: Tensor | None = None) -> None:
+    def __init__(
+        self, given: _Arguments, interleaved: bool, ends: Sequence[int], phases: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> None:  # fmt: skip
         x, B, self.given = given.x, given.B, given
         self.batch, self.length, self.heads, self.headdim = x.shape
         self.rank, self.groups, self.d_state = B.shape[2:]
@@ -287,6 +276,9 @@ class _Call:
         self.interleaved = interleaved
         if phases is not None:
             self.phases = phases
+        # The states that enter segments, where forward has found them; members of pairs lie side by side.
+        self.found = kept is not None and self.hopper is not None and len(self.plan.segments) > len(bounds) - 1
+        self.kept = self._empty_kept(bounds) if kept is None else kept
 
     # What only some kernels ask for is made when they do.
 
@@ -352,8 +344,13 @@ class _Call:
 
     @cached_property
     def biases(self) -> list[Float[Tensor, "h r n"] | None]:
-        given = (self.given.B_bias, self.given.C_bias)
-        return [None if t is None else (t if self.interleaved else interleave(t)).float().contiguous() for t in given]
+        """Both, or none."""
+        given = [self.given.B_bias, self.given.C_bias]
+        there = [t for t in given if t is not None]
+        if len(there) == 1:
+            given = [torch.zeros_like(there[0]) if t is None else t for t in given]
+        each = (t if t is None or self.interleaved else interleave(t) for t in given)
+        return [None if t is None else t.float().contiguous() for t in each]
 
     def _by_chunk(self, t: Float[Tensor, "t r g n"]) -> Float[Tensor, "rows w"]:
         """B or C by chunk, group and entry, with the columns in parts."""
@@ -366,11 +363,13 @@ class _Call:
         )  # fmt: skip
         return out
 
-    def _arranged(self, t: Float[Tensor, "t r g n"], dtype: torch.dtype) -> Float[Tensor, "t r g w"]:
-        """`t` with its columns in parts."""
+    def _arranged(
+        self, t: Float[Tensor, "t r g n"], dtype: torch.dtype, *, interleaved: bool | None = None
+    ) -> Float[Tensor, "t r g w"]:
+        """`t` with its columns in parts; `interleaved` says how they lie, where not as the caller has them."""
         t = t if t.stride(-1) == 1 else t.contiguous()
         out = t.new_empty(*t.shape[:-1], self.width, dtype=dtype)
-        self._arrange(t, out, t.stride()[:3], t.shape[1:3], back=False)
+        self._arrange(t, out, t.stride()[:3], t.shape[1:3], back=False, interleaved=interleaved)
         return out
 
     def _returned(self, t: Float[Tensor, "*rows w"]) -> Float[Tensor, "*rows n"]:
@@ -380,13 +379,21 @@ class _Call:
         return out
 
     def _arrange(
-        self, t: Tensor, out: Tensor, strides: tuple[int, ...], middle: tuple[int, ...], *, back: bool
+        self,
+        t: Tensor,
+        out: Tensor,
+        strides: tuple[int, ...],
+        middle: tuple[int, ...],
+        *,
+        back: bool,
+        interleaved: bool | None = None,
     ) -> None:
+        order = self.order if interleaved is None else {**self.order, "INTERLEAVED": interleaved}
         rows, block_n = math.prod(t.shape[:-1]), power_of_2(self.width)
         block = max(4096 // block_n, 1)
         launch(
             arrange_kernel, (cdiv(rows, block),),
-            t, out, rows, *strides, RANK=middle[0], GROUPS=middle[1], **self.order, WIDTH=self.width, BACK=back,
+            t, out, rows, *strides, RANK=middle[0], GROUPS=middle[1], **order, WIDTH=self.width, BACK=back,
             BLOCK=block, BLOCK_N=block_n,
         )  # fmt: skip
 
@@ -430,7 +437,7 @@ class _Call:
     def phases(self) -> Int[Tensor, "chunks_and_seqs h s"]:
         """At the start of each chunk, and behind these at the end of each sequence."""
         count = len(self.plan.chunks)
-        phases = self._empty_phases()
+        phases = self.empty_phases()
         pairs = power_of_2(self.pairs)
         launch(
             turns_kernel, (count, cdiv(self.heads, BLOCK_H)),
@@ -444,7 +451,7 @@ class _Call:
         )  # fmt: skip
         return phases
 
-    def _empty_phases(self) -> Int[Tensor, "chunks_and_seqs h s"]:
+    def empty_phases(self) -> Int[Tensor, "chunks_and_seqs h s"]:
         rows = len(self.plan.chunks) + len(self.homes.sequences)
         return self.x.new_empty(rows, self.heads, self.pairs, dtype=torch.int32)
 
@@ -476,6 +483,11 @@ class _Call:
         return 4 if self.block * self.width <= 64 * 128 else 8
 
     @property
+    def paired(self) -> bool:
+        """Whether half of the columns turn, of one rank, and the members of a pair lie side by side."""
+        return self.hopper is not None and self.interleaved
+
+    @property
     def rows(self) -> int:
         """Rows of a state at the boundary of a chunk: whole tiles."""
         return cdiv(self.headdim, self.block) * self.block
@@ -494,6 +506,14 @@ class _Call:
         """The states that enter the sequences, with what the tokens before them owe."""
         given, sizes = self.given, self._edges(parts=parts)
         entered = given.ssm.new_empty(*given.ssm.shape[:-1], sizes["WIDTH"])
+        if parts and self.paired:
+            launch(
+                enter_halves_kernel, (len(self.homes.sequences) * self.heads, self.headdim // 16),
+                self.dt, self.lam, given.ssm.contiguous(), given.k.contiguous(), given.last.contiguous(), entered,
+                self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(),
+                HEADS=self.heads, P=self.headdim, HALF=self.pairs, BLOCK_P=16,
+            )  # fmt: skip
+            return entered
         launch(
             enter_kernel, (len(self.homes.sequences) * self.heads,),
             self.dt, self.lam, given.ssm.contiguous(), given.k.contiguous(), given.last.contiguous(), self.mimo_x,
@@ -520,8 +540,7 @@ class _Call:
         final = torch.empty_like(self.given.ssm, memory_format=torch.contiguous_format)
         y = self.x.new_empty(self.batch, self.length, self.rank, self.heads, self.headdim)
         if self.hopper is not None:
-            final, angle = self._scan_on_hopper(self.hopper, y, final)
-            return y, final, angle
+            return y, *self.hopper.forward(self, y, final)
         entering = self._entering(self.enter(), None, None)
         grid = (len(self.plan.segments) * self.heads * cdiv(self.headdim, TILE_P),)
         launch(
@@ -533,41 +552,6 @@ class _Call:
         )  # fmt: skip
         return y, final, self.final_angle
 
-    def _scan_on_hopper(self, hopper: ModuleType, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
-        side_by_side = lambda t: (t if self.interleaved else interleave(t)).contiguous()
-        given = self.given
-        entering, owed = side_by_side(given.ssm), (side_by_side(given.k), given.last.contiguous())
-        angle = torch.empty_like(given.angle, memory_format=torch.contiguous_format)
-        segments, self.phases = len(self.plan.segments), self._empty_phases()
-        if segments == len(self.plan.sequences):
-            hopper.scan(self, entering, owed, None, y, final, angle, self.phases)
-        else:
-            parts, of_segments = pieces(self.bounds, self.pieces, self._parts(), self.x.device)
-            ends, kept = final.new_empty(len(parts), *final.shape[1:]), final.new_empty(len(parts), self.heads)
-            entering, turns, starts = (
-                t.new_empty(count, *t.shape[1:], dtype=dtype)
-                for t, count, dtype in (
-                    (final, segments, None), (angle, len(parts), torch.int32), (angle, segments, torch.int32)
-                )
-            )  # fmt: skip
-            hopper.sweep(self, parts, ends, kept, turns)
-            launch(
-                pass_turning_kernel, (len(self.plan.sequences) * self.heads, self.headdim // 16),
-                ends, kept, turns, side_by_side(self.enter(parts=False)), given.angle.contiguous(), entering, starts,
-                self.plan.sequences, of_segments, HEADS=self.heads, P=self.headdim, PAIRS=self.pairs,
-                STILL=2 * self.pairs, BLOCK_P=16,
-            )  # fmt: skip
-            hopper.scan(self, entering, None, starts, y, final, angle, self.phases)
-        return final if self.interleaved else deinterleave(final), angle
-
-    def _parts(self) -> int:
-        """Parts of a segment that are swept by themselves: such that programs fill whole rounds of the GPU, and with
-        the time for two chunks until one is under way."""
-        available, count = processors(self.x.device), len(self.plan.segments) - len(self.plan.sequences)
-        longest = cdiv(max(b - a for a, b in pairwise(self.bounds)), self.tokens * self.pieces)
-        rounds = lambda parts: cdiv(count * parts * self.heads // 2, available)
-        return min(range(1, 9), key=lambda parts: rounds(parts) * (cdiv(longest, parts) + 2))
-
     def _entering(
         self, state: Tensor | None, dy: Tensor | None, made: Tensor | None
     ) -> Float[Tensor, "segments h p w"] | None:
@@ -575,6 +559,8 @@ class _Call:
         segments, sequences = self.plan.segments, self.plan.sequences
         if len(segments) == len(sequences):
             return state
+        if dy is None and self.found:
+            return self._arranged(self.kept_states, torch.float32, interleaved=True)
         ends = self._empty_states(len(segments))
         kept = ends.new_empty(len(segments), self.heads)
         self._sweep(dy, made, None, None, ends, kept, make=True)
@@ -584,6 +570,16 @@ class _Call:
             ends, kept, state, sequences, HEADS=self.heads, SIZE=size, REVERSE=dy is not None, BLOCK=1024,
         )  # fmt: skip
         return ends
+
+    def _empty_kept(self, bounds: Sequence[int]) -> Float[Tensor, "states p n"]:
+        given, states = self.given, 0
+        if _suits_hopper(given.x, given.omega, given.B, given.mimo_x):
+            states = _count_kept(self.heads, (b - a for a, b in pairwise(bounds)), self.x.device)
+        return given.ssm.new_empty(states, *given.ssm.shape[2:])
+
+    @property
+    def kept_states(self) -> Float[Tensor, "segments h p n"]:
+        return self.kept[: len(self.plan.segments) * self.heads].unflatten(0, (-1, self.heads))
 
     def _empty_states(self, count: int) -> Float[Tensor, "count h p w"]:
         return self.given.ssm.new_empty(count, self.heads, self.headdim, self.width)
@@ -739,8 +735,18 @@ class _Call:
     def _enter_gradients(self, dentered: Tensor) -> _EnterGradients:
         """Those of the start of a sequence, given that of the state that enters it."""
         given, sequences = self.given, len(self.homes.sequences)
-        owed, dssm = dentered.new_empty(sequences, self.heads), torch.empty_like(given.ssm)
-        dk, dx = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (given.k, given.last))
+        owed = dentered.new_empty(sequences, self.heads)
+        dssm, dk, dx = (
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (given.ssm, given.k, given.last)
+        )
+        if self.paired:
+            launch(
+                enter_halves_gradients_kernel, (sequences * self.heads,),
+                self.dt, self.lam, dentered, given.k.contiguous(), given.last.contiguous(), dssm, owed, dk, dx,
+                self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(),
+                HEADS=self.heads, P=self.headdim, HALF=self.pairs,
+            )  # fmt: skip
+            return _EnterGradients(dssm, owed, dk, dx, None)
         dmimo_x = None if self.mimo_x is None else owed.new_empty(sequences, *self.mimo_x.shape)
         launch(
             enter_gradients_kernel, (sequences * self.heads,),

@@ -10,8 +10,10 @@ of one size.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import torch
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from jaxtyping import Float
@@ -25,8 +27,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from everstate.core.kernels import processors
+from everstate.ops.rotary.halves import deinterleave, interleave
+from everstate.ops.trapezoid import triton_prepare
+from everstate.ops.trapezoid.triton_tables import pieces
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, place_of, rows_of, vectors_of
-from everstate.ops.triton_launch import Form, Tiles, launch
+from everstate.ops.triton_launch import Form, Tiles, cdiv, launch
 from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
@@ -92,6 +97,40 @@ WIDEN = gl.constexpr("""{
 }""")
 """Two bfloat16 to float32: the compiler takes three instructions."""
 MASK = gl.constexpr("and.b32 $0, $1, $2;")
+
+
+def forward(call: _Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
+    """Write outputs to `y`; the states and angles after each sequence, of which `final` may get the first."""
+    side_by_side = lambda t: (t if call.interleaved else interleave(t)).contiguous()
+    given, segments = call.given, len(call.plan.segments)
+    angle = torch.empty_like(given.angle, memory_format=torch.contiguous_format)
+    call.phases = call.empty_phases()
+    if segments == len(call.plan.sequences):
+        owed = side_by_side(given.k), given.last.contiguous()
+        scan(call, side_by_side(given.ssm), owed, None, y, final, angle, call.phases)
+    else:
+        parts, of_segments = pieces(call.bounds, call.pieces, _parts(call), call.x.device)
+        ends, kept = final.new_empty(len(parts), *final.shape[1:]), final.new_empty(len(parts), call.heads)
+        turns, starts = (angle.new_empty(n, *angle.shape[1:], dtype=torch.int32) for n in (len(parts), segments))
+        entering = call.kept_states
+        sweep(call, parts, ends, kept, turns)
+        launch(
+            triton_prepare.pass_turning_kernel, (len(call.plan.sequences) * call.heads, call.headdim // 16),
+            ends, kept, turns, side_by_side(call.enter(parts=False)), given.angle.contiguous(), entering, starts,
+            call.plan.sequences, of_segments,
+            HEADS=call.heads, P=call.headdim, PAIRS=call.pairs, STILL=2 * call.pairs, BLOCK_P=16,
+        )  # fmt: skip
+        scan(call, entering, None, starts, y, final, angle, call.phases)
+    return final if call.interleaved else deinterleave(final), angle
+
+
+def _parts(call: _Call) -> int:
+    """Parts of a segment that are swept by themselves: such that programs fill whole rounds of the GPU, and with
+    the time for two chunks until one is under way."""
+    available, count = processors(call.x.device), len(call.plan.segments) - len(call.plan.sequences)
+    longest = cdiv(max(b - a for a, b in pairwise(call.bounds)), call.tokens * call.pieces)
+    rounds = lambda parts: cdiv(count * parts * call.heads // 2, available)
+    return min(range(1, 9), key=lambda parts: rounds(parts) * (cdiv(longest, parts) + 2))
 
 
 def scan(
@@ -186,6 +225,17 @@ def _phase_of(angle):
 
 
 @gluon.jit
+def _trig_of(now, dt, rates, out, one: gl.constexpr):
+    """Cosines and sines of some tokens, given the phases before them; the phases after them."""
+    turns = _phase_of(dt.load(gl.SliceLayout(1, one))[:, None] * rates.load(one))
+    angles = (gl.associative_scan(turns, 0, _sum) + now[None, :]).to(gl.float32) * RADIANS
+    c = gl.inline_asm_elementwise(COSINE, "=f,f", [angles], gl.float32, is_pure=True, pack=1)
+    s = gl.inline_asm_elementwise(SINE, "=f,f", [angles], gl.float32, is_pure=True, pack=1)
+    out.store(gl.join(c, s).to(out.dtype).reshape(out.shape))
+    return now + gl.sum(turns, 0)
+
+
+@gluon.jit
 def _angle(
     rates, dts, starts, angle, ends, phases, trig, barriers, segments, items,
     OWN: gl.constexpr, HEADS: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
@@ -198,13 +248,12 @@ def _angle(
     """
     angled, turned, timed, heard = barriers
     angled, turned = angled.index(OWN), turned.index(OWN)
-    TOKENS: gl.constexpr = 512 // HALF
+    TOKENS: gl.constexpr = 256 // HALF
     PARTS: gl.constexpr = BLOCK // TOKENS
-    # By parts, so that the loop below has one body: instructions must be fetched, too.
+    one: gl.constexpr = gl.BlockedLayout([8, 1], [32 // HALF, HALF], [1, 1], [1, 0])
     trig = trig._reinterpret(trig.dtype, [2 * PARTS, TOKENS, 2 * HALF], trig.layout)
     rates = rates._reinterpret(rates.dtype, [2 * PARTS, TOKENS, HALF], rates.layout)
     dts = dts._reinterpret(dts.dtype, [4 * PARTS, TOKENS], dts.layout)
-    one: gl.constexpr = gl.BlockedLayout([16, 1], [32 // HALF, HALF], [1, 1], [1, 0])
     pair = gl.arange(0, HALF, gl.SliceLayout(0, one))
     done = 0  # chunks, by all walks before
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -212,12 +261,7 @@ def _angle(
         first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
         home = (gl.load(segments + 5 * segment + 2) * HEADS + head) * HALF + pair
         own = (segment * HEADS + head) * HALF + pair
-        if starts is not None:
-            now = gl.load(starts + own)
-        elif angle is not None:
-            now = gl.inline_asm_elementwise(LONG, "=r,f", [gl.load(angle + home)], gl.int32, is_pure=True, pack=1)
-        else:
-            now = pair * 0
+        now = _start(starts, angle, own, home)
         for chunk in range(count):
             step = done + chunk
             mbarrier.wait(timed.index(step % 2), step // 2 & 1)
@@ -225,14 +269,8 @@ def _angle(
             if phases is not None:
                 gl.store(phases[0] + (((first + chunk) * HEADS + head) * HALF + pair), now)
             for part in range(PARTS):
-                dt = dts.index((step % 2 * 2 + OWN) * PARTS + part).load(gl.SliceLayout(1, one))
-                turns = _phase_of(dt[:, None] * rates.index(step % 2 * PARTS + part).load(one))
-                turned_by = (gl.associative_scan(turns, 0, _sum) + now[None, :]).to(gl.float32) * RADIANS
-                c = gl.inline_asm_elementwise(COSINE, "=f,f", [turned_by], gl.float32, is_pure=True, pack=1)
-                s = gl.inline_asm_elementwise(SINE, "=f,f", [turned_by], gl.float32, is_pure=True, pack=1)
-                both = gl.join(c, s).to(trig.dtype).reshape([TOKENS, 2 * HALF])
-                trig.index(OWN * PARTS + part).store(both)
-                now += gl.sum(turns, 0)
+                dt, rate = dts.index((step % 2 * 2 + OWN) * PARTS + part), rates.index(step % 2 * PARTS + part)
+                now = _trig_of(now, dt, rate, trig.index(OWN * PARTS + part), one)
             mbarrier.arrive(angled, count=1)
             mbarrier.arrive(heard.index(step % 2), count=1)
         if angle is None:
@@ -244,29 +282,45 @@ def _angle(
 
 
 @gluon.jit
-def _turn(source, bias, c, s, out, room, HALF: gl.constexpr, full: gl.constexpr):
-    """Keys of a head: `source` is the two halves of a chunk of B, `bias` that of the head."""
-    BLOCK: gl.constexpr = out.shape[1]
-    dtype: gl.constexpr = out.dtype
+def _start(starts, angle, own, home):
+    """The phases with which a segment starts: as they were found, or those of the caller, or zeros."""
+    if starts is not None:
+        now = gl.load(starts + own)
+    elif angle is not None:
+        now = gl.inline_asm_elementwise(LONG, "=r,f", [gl.load(angle + home)], gl.int32, is_pure=True, pack=1)
+    else:
+        now = own * 0
+    return now
+
+
+@gluon.jit
+def _halves(tiles, room):
+    return tiles.index(2 * room), tiles.index(2 * room + 1)
+
+
+@gluon.jit
+def _turn(sources, bias, c, s, out, HALF: gl.constexpr, full: gl.constexpr):
+    """Keys of a head into two tiles: `sources` are the halves of a chunk of B, `bias` is that of the head."""
+    BLOCK: gl.constexpr = c.shape[0]
+    dtype: gl.constexpr = sources[0].dtype
     n = gl.arange(0, 2 * HALF, gl.SliceLayout(0, full))
-    turning = _wide(source.index(0).reshape([BLOCK, 2 * HALF]).load(full))
+    turning = _wide(sources[0].reshape([BLOCK, 2 * HALF]).load(full))
     if bias is not None:
         turning += gl.load(bias + n)[None, :]
     a, b = gl.split(turning.reshape([BLOCK, HALF, 2]))
-    out.index(2 * room).store(gl.join(a * c - b * s, a * s + b * c).to(dtype).reshape([BLOCK, 2 * HALF]))
-    still = _wide(source.index(1).reshape([BLOCK, 2 * HALF]).load(full))
+    out[0].store(gl.join(a * c - b * s, a * s + b * c).to(dtype).reshape([BLOCK, 2 * HALF]))
+    still = _wide(sources[1].reshape([BLOCK, 2 * HALF]).load(full))
     if bias is not None:
         still += gl.load(bias + 2 * HALF + n)[None, :]
-    out.index(2 * room + 1).store(still.to(dtype))
+    out[1].store(still.to(dtype))
 
 
 @gluon.jit
 def _make(
-    sources, B_bias, C_bias, trig, keys, queries, barriers, segments, items,
-    HEADS: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr, ROOMS: gl.constexpr,
+    sources, B_bias, C_bias, trig, tiles, barriers, segments, items,
+    HEADS: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr, ROOMS: gl.constexpr, KINDS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: keys of two heads, and queries where they are asked for, chunk by chunk, into rooms used in turn."""
-    bs, cs = sources
+    """Four warps: keys of two heads, and queries where there are two kinds, chunk by chunk, into rooms used in turn."""
     brought, read, angled, turned, made, taken = barriers
     full: gl.constexpr = gl.BlockedLayout([1, 8], [128 // HALF, HALF // 4], [4, 1], [1, 0])
     done = 0
@@ -280,18 +334,32 @@ def _make(
             c, s = gl.split(trig.index(own).load(full).to(gl.float32).reshape([BLOCK, HALF, 2]))
             mbarrier.arrive(turned.index(own), count=1)
             mbarrier.wait(taken.index(room), (turn // ROOMS & 1) ^ 1)
-            mbarrier.wait(brought.index(0), step & 1)
-            bias = None if B_bias is None else B_bias + (head + own) * (4 * HALF)
-            _turn(bs, bias, c, s, keys, room, HALF, full)
-            mbarrier.arrive(read.index(0), count=1)
-            if queries is not None:
-                mbarrier.wait(brought.index(1), step & 1)
-                bias = None if C_bias is None else C_bias + (head + own) * (4 * HALF)
-                _turn(cs, bias, c, s, queries, room, HALF, full)
-                mbarrier.arrive(read.index(1), count=1)
+            for kind in range(KINDS):
+                bias = None
+                if B_bias is not None:
+                    bias = B_bias
+                    if kind == 1:
+                        bias = C_bias
+                    bias += (head + own) * (4 * HALF)
+                # Of one kind there is room for two chunks.
+                slot, phase = (kind, step) if KINDS == 2 else (step % 2, step // 2)
+                mbarrier.wait(brought.index(slot), phase & 1)
+                _turn(_halves(sources, slot), bias, c, s, _halves(tiles, kind * ROOMS + room), HALF, full)
+                mbarrier.arrive(read.index(slot), count=1)
             fence_async_shared()
             mbarrier.arrive(made.index(room), count=1)
         done += count
+
+
+@gluon.jit
+def _bring(B, sources, slot, phase, sequence, token, group, brought, read, HALF: gl.constexpr):
+    """A chunk of B or C, once that before it has been read for both heads."""
+    mbarrier.wait(read.index(slot), phase & 1 ^ 1)
+    mbarrier.expect(brought.index(slot), 2 * B.block_type.nbytes)
+    for half in gl.static_range(2):
+        column = group * (4 * HALF) + half * (2 * HALF)
+        out = sources.index(2 * slot + half)
+        tma.async_copy_global_to_shared(B, [sequence, token, column], brought.index(slot), out)
 
 
 @gluon.jit
@@ -303,7 +371,6 @@ def _feed(
     """One warp: what is read of two heads, chunk by chunk, as soon as there is room."""
     x, numbers, omega, B, C = tensors
     speeds, dts = rates
-    bs, cs = sources
     full, empty, brought, read, timed, heard = barriers
     done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -320,17 +387,10 @@ def _feed(
             for own in gl.static_range(2):
                 place = ((first + chunk) * HEADS + head + own) * (VECTORS * BLOCK) + READS * BLOCK
                 tma.async_copy_global_to_shared(numbers, [place], timed.index(step % 2), dts.index(step % 2 * 2 + own))
-            mbarrier.wait(read.index(0), step & 1 ^ 1)
-            mbarrier.expect(brought.index(0), 2 * B.block_type.nbytes)
-            for half in gl.static_range(2):
-                column = group * (4 * HALF) + half * (2 * HALF)
-                tma.async_copy_global_to_shared(B, [sequence, token, column], brought.index(0), bs.index(half))
-            if cs is not None:
-                mbarrier.wait(read.index(1), step & 1 ^ 1)
-                mbarrier.expect(brought.index(1), 2 * C.block_type.nbytes)
-                for half in gl.static_range(2):
-                    column = group * (4 * HALF) + half * (2 * HALF)
-                    tma.async_copy_global_to_shared(C, [sequence, token, column], brought.index(1), cs.index(half))
+            slot, phase = (step % 2, step // 2) if C is None else (0, step)
+            _bring(B, sources, slot, phase, sequence, token, group, brought, read, HALF)
+            if C is not None:
+                _bring(C, sources, 1, step, sequence, token, group, brought, read, HALF)
             mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
             bar = full.index(at)
             mbarrier.expect(bar, 2 * x.block_type.nbytes + 2 * (READS - LEAST) * numbers.block_type.nbytes)
@@ -363,14 +423,14 @@ def store_state(
 
 @gluon.jit
 def across(a, b, at, none):
-    """Products of the rows of one matrix with the rows of another, both in two tiles."""
-    out = warpgroup_mma(a.index(2 * at), b.index(2 * at).permute((1, 0)), none, use_acc=False, is_async=True)
-    return warpgroup_mma(a.index(2 * at + 1), b.index(2 * at + 1).permute((1, 0)), out, is_async=True)
+    return _meet((a.index(2 * at), a.index(2 * at + 1)), (b.index(2 * at), b.index(2 * at + 1)), none)
 
 
 @gluon.jit
-def _halves(tiles, room):
-    return tiles.index(2 * room), tiles.index(2 * room + 1)
+def _meet(a, b, none):
+    """Products of the rows of one matrix with the rows of another, given their tiles."""
+    out = warpgroup_mma(a[0], b[0].permute((1, 0)), none, use_acc=False, is_async=True)
+    return warpgroup_mma(a[1], b[1].permute((1, 0)), out, is_async=True)
 
 
 @gluon.jit
@@ -421,7 +481,7 @@ def _enter(
 
 @gluon.jit
 def _walk(
-    us, keys, queries, vectors, barriers, mask, out, y, state, final, segments, chunks, length, items,
+    us, tiles, vectors, barriers, mask, out, y, state, final, segments, chunks, length, items,
     OWN: gl.constexpr, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
     STAGES: gl.constexpr, ROOMS: gl.constexpr,
 ):  # fmt: skip
@@ -443,11 +503,11 @@ def _walk(
             at, room = (step % STAGES * 2 + OWN) * READS, (2 * step + OWN) % ROOMS
             u = us.index(step % STAGES * 2 + OWN).reshape([BLOCK, P]).permute((1, 0))
             mbarrier.wait(made.index(room), (2 * step + OWN) // ROOMS & 1)
-            weights = across(keys, queries, room, none)
+            weights = _meet(_halves(tiles, room), _halves(tiles, ROOMS + room), none)
             mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
             later, earlier = vectors.index(at + SUM).load(COLUMN), vectors.index(at + WEIGHTED).load(ROW)
             weights = warpgroup_mma_wait(0, (weights,))
-            answers = _ask((h1, h2), _halves(queries, room), none, states, dtype)
+            answers = _ask((h1, h2), _halves(tiles, ROOMS + room), none, states, dtype)
             weights *= gl.exp2(later[None, :] - earlier[:, None])
             # What was written here for the chunk before must be on its way.
             tma.store_wait(0)
@@ -460,7 +520,7 @@ def _walk(
             answers = warpgroup_mma_wait(0, (answers,)) * vectors.index(at + READ).load(COLUMN)[None, :] + own
             answers = warpgroup_mma(u, pairs, answers, is_async=True)
             kept = vectors.index(at + KEPT).load(gl.SliceLayout(1, wide))
-            h1, h2 = _grow((h1, h2), _halves(keys, room), added, kept)
+            h1, h2 = _grow((h1, h2), _halves(tiles, room), added, kept)
             answers = warpgroup_mma_wait(2, (answers,))
             _write(y, [sequence, start + chunk * BLOCK, head * P], answers.to(dtype), out)
             h1, h2 = warpgroup_mma_wait(0, (h1, h2))
@@ -488,12 +548,10 @@ def scan_kernel(
     """One program per segment and pair of heads, which share B and C."""
     tile: gl.constexpr = gl.NVMMASharedLayout(4 * HALF, 16, 2)
     us = gl.allocate_shared_memory(x.dtype, [2 * STAGES, 1, BLOCK, P], x.layout)
-    keys = gl.allocate_shared_memory(x.dtype, [2 * ROOMS, BLOCK, 2 * HALF], tile)
-    queries = gl.allocate_shared_memory(x.dtype, [2 * ROOMS, BLOCK, 2 * HALF], tile)
+    tiles = gl.allocate_shared_memory(x.dtype, [4 * ROOMS, BLOCK, 2 * HALF], tile)  # keys, then queries
     out = gl.allocate_shared_memory(x.dtype, [2, 1, BLOCK, P], y.layout)
     mask = _mask(BLOCK)
-    bs = gl.allocate_shared_memory(x.dtype, [2, 1, BLOCK, 2 * HALF], B.layout)
-    cs = gl.allocate_shared_memory(x.dtype, [2, 1, BLOCK, 2 * HALF], C.layout)
+    sources = gl.allocate_shared_memory(x.dtype, [4, 1, BLOCK, 2 * HALF], B.layout)
     trig = gl.allocate_shared_memory(gl.float16, [2, BLOCK, 2 * HALF], tile)
     speeds = gl.allocate_shared_memory(gl.float32, [2, BLOCK, HALF], rates.layout)
     tokens = gl.allocate_shared_memory(gl.float32, [2 * STAGES * READS, BLOCK], vectors.layout)
@@ -503,13 +561,12 @@ def scan_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_walk, (us, keys, queries, tokens, walking, mask, out.index(0), y, state, final,
+            (_walk, (us, tiles, tokens, walking, mask, out.index(0), y, state, final,
                      segments, chunks, length, items, 0, HEADS, P, HALF, BLOCK, STAGES, ROOMS)),
-            (_walk, (us, keys, queries, tokens, walking, mask, out.index(1), y, state, final,
+            (_walk, (us, tiles, tokens, walking, mask, out.index(1), y, state, final,
                      segments, chunks, length, items, 1, HEADS, P, HALF, BLOCK, STAGES, ROOMS)),
-            (_make, ((bs, cs), B_bias, C_bias, trig, keys, queries, making,
-                     segments, items, HEADS, HALF, BLOCK, ROOMS)),
-            (_feed, ((x, vectors, rates, B, C), us, tokens, (speeds, dts), (bs, cs), feeding,
+            (_make, (sources, B_bias, C_bias, trig, tiles, making, segments, items, HEADS, HALF, BLOCK, ROOMS, 2)),
+            (_feed, ((x, vectors, rates, B, C), us, tokens, (speeds, dts), sources, feeding,
                      segments, chunks, length, items, HEADS, GROUPS, P, HALF, BLOCK, STAGES, 0)),
             (_angle, (speeds, dts, starts, angle, final_angle, (phases, leaving), trig, angling,
                       segments, items, 0, HEADS, HALF, BLOCK)),
@@ -588,7 +645,7 @@ def sweep_kernel(
     tile: gl.constexpr = gl.NVMMASharedLayout(4 * HALF, 16, 2)
     us = gl.allocate_shared_memory(x.dtype, [2 * STAGES, 1, BLOCK, P], x.layout)
     keys = gl.allocate_shared_memory(x.dtype, [2 * ROOMS, BLOCK, 2 * HALF], tile)
-    bs = gl.allocate_shared_memory(x.dtype, [2, 1, BLOCK, 2 * HALF], B.layout)
+    sources = gl.allocate_shared_memory(x.dtype, [4, 1, BLOCK, 2 * HALF], B.layout)
     trig = gl.allocate_shared_memory(gl.float16, [2, BLOCK, 2 * HALF], tile)
     speeds = gl.allocate_shared_memory(gl.float32, [2, BLOCK, HALF], rates.layout)
     tokens = gl.allocate_shared_memory(gl.float32, [2 * STAGES * READS, BLOCK], vectors.layout)
@@ -601,9 +658,8 @@ def sweep_kernel(
                       0, HEADS, P, HALF, BLOCK, STAGES, ROOMS)),
             (_sweep, (us, keys, tokens, walking, ends, kept, segments, items,
                       1, HEADS, P, HALF, BLOCK, STAGES, ROOMS)),
-            (_make, ((bs, None), B_bias, None, trig, keys, None, making,
-                     segments, items, HEADS, HALF, BLOCK, ROOMS)),
-            (_feed, ((x, vectors, rates, B, None), us, tokens, (speeds, dts), (bs, None), feeding,
+            (_make, (sources, B_bias, B_bias, trig, keys, making, segments, items, HEADS, HALF, BLOCK, ROOMS, 1)),
+            (_feed, ((x, vectors, rates, B, None), us, tokens, (speeds, dts), sources, feeding,
                      segments, chunks, length, items, HEADS, GROUPS, P, HALF, BLOCK, STAGES, GIVEN)),
             (_angle, (speeds, dts, None, None, turns, None, trig, angling,
                       segments, items, 0, HEADS, HALF, BLOCK)),

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from everstate.ops.trapezoid.triton import _InputGradients, _KeyGradients
+from everstate.ops.trapezoid.triton_gradients import _InputGradients, _KeyGradients
 from everstate.ops.trapezoid.triton_hopper import (
     NUMBERS,
     REGISTERS,

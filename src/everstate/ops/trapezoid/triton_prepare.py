@@ -405,6 +405,66 @@ def enter_kernel(
 
 
 @triton.jit
+def _halves_of(row, HALF: tl.constexpr):
+    """First and second members of pairs that lie side by side, and the columns behind them, of rows of `4 HALF`."""
+    both = tl.arange(0, 2 * HALF)
+    at = row[:, None] + both[None, :]
+    first, second = tl.split(tl.reshape(tl.load(at), (row.shape[0], HALF, 2)))
+    return first, second, tl.load(at + 2 * HALF)
+
+
+@triton.jit
+def enter_halves_kernel(
+    dt, lam, ssm, k, x, entered, spans, chunks, dt_token, dt_head, lam_token, lam_head,
+    HEADS: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """`enter_kernel` for rank 1, where half of the columns turn and the members of a pair lie side by side; one program
+    for BLOCK_P rows of a state."""
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    p, n, m = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, HALF), tl.arange(0, 2 * HALF)
+    home, one = sequence * HEADS + head, tl.arange(0, 1)
+    token = tl.load(chunks + 2 * tl.load(spans + 2 * sequence)).to(tl.int64)
+    owed = 1.0 - tl.load(lam + token * lam_token + head * lam_head).to(tl.float32)
+    owed *= tl.load(dt + token * dt_token + head * dt_head).to(tl.float32)
+    h1, h2, h3 = _halves_of(ssm + (home * P + p) * (4 * HALF), HALF)
+    k1, k2, k3 = _halves_of(k + (home + one) * (4 * HALF), HALF)
+    u = (tl.load(x + home * P + p) * owed)[:, None]
+    out = entered + ((home * P + p) * (4 * HALF))[:, None] + n[None, :]
+    tl.store(out, h1 + u * k1)
+    tl.store(out + HALF, h2 + u * k2)
+    tl.store(entered + ((home * P + p) * (4 * HALF))[:, None] + (2 * HALF + m)[None, :], h3 + u * k3)
+
+
+@triton.jit
+def enter_halves_gradients_kernel(
+    dt, lam, dentered, k, x, dssm, dowed, dk, dx, spans, chunks, dt_token, dt_head, lam_token, lam_head,
+    HEADS: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """`enter_gradients_kernel`, likewise."""
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    p, n, m = tl.arange(0, P), tl.arange(0, HALF), tl.arange(0, 2 * HALF)
+    home, one = sequence * HEADS + head, tl.arange(0, 1)
+    token = tl.load(chunks + 2 * tl.load(spans + 2 * sequence)).to(tl.int64)
+    owed = 1.0 - tl.load(lam + token * lam_token + head * lam_head).to(tl.float32)
+    owed *= tl.load(dt + token * dt_token + head * dt_head).to(tl.float32)
+    row = ((home * P + p) * (4 * HALF))[:, None]
+    d1, d2 = tl.load(dentered + row + n[None, :]), tl.load(dentered + row + (HALF + n)[None, :])
+    d3 = tl.load(dentered + row + (2 * HALF + m)[None, :])
+    tl.store(dssm + row + m[None, :], tl.reshape(tl.join(d1, d2), (P, 2 * HALF)))
+    tl.store(dssm + row + (2 * HALF + m)[None, :], d3)
+    u = tl.load(x + home * P + p)
+    k1, k2, k3 = _halves_of(k + (home + one) * (4 * HALF), HALF)
+    received = tl.sum(d1 * k1 + d2 * k2, 1) + tl.sum(d3 * k3, 1)
+    tl.store(dx + home * P + p, received * owed)
+    tl.store(dowed + home, tl.sum(received * u, 0))
+    u = (u * owed)[:, None]
+    to = dk + home * (4 * HALF)
+    tl.store(to + 2 * n, tl.sum(d1 * u, 0))
+    tl.store(to + 2 * n + 1, tl.sum(d2 * u, 0))
+    tl.store(to + 2 * HALF + m, tl.sum(d3 * u, 0))
+
+
+@triton.jit
 def enter_gradients_kernel(
     dt, lam, dentered, k, x, mimo_x, dssm, dowed, dk, dx, dmimo_x, spans, chunks,
     dt_token, dt_head, lam_token, lam_head,
