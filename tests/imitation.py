@@ -206,10 +206,20 @@ def _store(at: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
     at.flat[place] = value.to(at.flat.dtype)
 
 
+def _assembled(asm: str, constraints: str, args: Sequence[Tensor], **settings: Any) -> Tensor:
+    """Exchanges between threads of a warp: the rows of a tile `[warp, row, n...]` are 4 threads each."""
+    (given,) = args
+    if "shfl.sync.bfly" not in asm:
+        return given
+    lanes = int(asm.split(",")[2])
+    return given[:, torch.arange(8) ^ lanes // 4]
+
+
 def _language() -> SimpleNamespace:
     layout = lambda *a, **k: None
     return SimpleNamespace(
-        constexpr=int, float16=torch.float16, float32=torch.float32, int32=torch.int32, int64=torch.int64,
+        constexpr=int, bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32, int32=torch.int32,
+        int64=torch.int64,
         static_range=range,
         NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SwizzledSharedLayout=layout,
         SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout,
@@ -218,7 +228,7 @@ def _language() -> SimpleNamespace:
         zeros=lambda shape, dtype, layout: torch.zeros(shape),
         exp2=torch.exp2, where=lambda c, a, b: torch.where(c, a, torch.as_tensor(b)), sum=torch.sum,
         minimum=lambda a, b: min(a, b) if isinstance(a, int) else a.clamp(max=b), convert_layout=lambda t, layout: t,
-        inline_asm_elementwise=lambda asm, constraints, args, **k: args[0],
+        inline_asm_elementwise=_assembled,
         program_id=lambda axis: torch.tensor(_program.at), load=_load, store=_store,
         cast=lambda t, dtype, bitcast: t.view(dtype),
         allocate_shared_memory=_allocate, warp_specialize=_specialize,
@@ -234,7 +244,7 @@ def imitated(name: str) -> ModuleType:
     module.__dict__.update(given, **_hopper_names())
     source = inspect.getsource(original)
     start = source.index("\n\n\ndef ")  # imports and constants stay as they are
-    body = "\n" * source[:start].count("\n") + source[start:]
+    body = "\n" * source[:start].count("\n") + source[start:].replace(".type.layout", ".layout")
     # The annotations of this file are not evaluated, and so are not those of what it compiles.
     exec(compile(body, str(original.__file__), "exec"), module.__dict__)
     return module
