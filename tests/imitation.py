@@ -7,6 +7,7 @@ of warps of a program are threads that meet at barriers, so a kernel that waits 
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -37,7 +38,7 @@ class Shared:
     """A piece of shared memory."""
 
     def __init__(self, data: Tensor) -> None:
-        self.data, self.dtype, self.shape = data, data.dtype, data.shape
+        self.data, self.dtype, self.shape, self.layout = data, data.dtype, data.shape, None
 
     def index(self, at: int) -> Shared:
         return Shared(self.data[at])
@@ -112,7 +113,7 @@ def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Any:
     if layout == "barrier":
         return Barriers(Barrier() for _ in range(shape[0])) if len(shape) == 2 else Barrier()
     # What nobody has written shows.
-    return Shared(torch.full(tuple(shape), torch.nan, dtype=dtype))
+    return Shared(torch.full(tuple(shape), torch.nan if dtype.is_floating_point else -1, dtype=dtype))
 
 
 def _copy_in(source: Descriptor, place: Sequence[int], barrier: Barrier, target: Shared) -> None:
@@ -139,10 +140,10 @@ def _wait(outstanding: int, deps: Sequence[Tensor]) -> Any:
 
 
 def _specialize(parts: Sequence[tuple[Callable[..., None], Sequence[Any]]], warps: Any, registers: Any) -> None:
-    at, failures = _program.at, []
+    at, count, failures = _program.at, _program.count, []
 
     def run(function: Callable[..., None], arguments: Sequence[Any]) -> None:
-        _program.at = at
+        _program.at, _program.count = at, count
         try:
             with torch.no_grad():
                 function(*arguments)
@@ -172,7 +173,7 @@ class Kernel:
             given = [self.argument(a) for a in arguments]
             with torch.no_grad():
                 for at in range(grid[0]):
-                    _program.at = at
+                    _program.at, _program.count = at, grid[0]
                     self.function(*given, **sizes)
 
         return launch
@@ -206,31 +207,38 @@ def _store(at: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
     at.flat[place] = value.to(at.flat.dtype)
 
 
-def _assembled(asm: str, constraints: str, args: Sequence[Tensor], **settings: Any) -> Tensor:
-    """Exchanges between threads of a warp: the rows of a tile `[warp, row, n...]` are 4 threads each."""
-    (given,) = args
-    if "shfl.sync.bfly" not in asm:
-        return given
-    lanes = int(asm.split(",")[2])
-    return given[:, torch.arange(8) ^ lanes // 4]
+def _assembly(asm: str, constraints: str, args: Sequence[Tensor], dtype: torch.dtype, **settings: Any) -> Tensor:
+    """What a piece of assembly does, told by an instruction in it."""
+    if "shfl.sync.bfly" in asm:
+        # Between threads of a warp: each row of a tile `[warp, row, n...]` is four of them.
+        return args[0][:, torch.arange(8) ^ int(asm.split(",")[2]) // 4]
+    if "and.b32 $0" in asm:
+        return torch.where(args[1] != 0, args[0], 0)
+    if "cos.approx" in asm or "sin.approx" in asm:
+        return torch.cos(args[0]) if "cos" in asm else torch.sin(args[0])
+    if "fma.rn" in asm:
+        phase = torch.round(args[0].double() * (2**32 / math.tau)).to(torch.int64)
+        return ((phase + 2**31) % 2**32 - 2**31).to(dtype)
+    return args[0].to(dtype)
 
 
 def _language() -> SimpleNamespace:
     layout = lambda *a, **k: None
     return SimpleNamespace(
-        constexpr=int, bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32, int32=torch.int32,
-        int64=torch.int64,
-        static_range=range,
+        constexpr=int, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int16=torch.int16,
+        int32=torch.int32, int64=torch.int64, static_range=range,
         NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SwizzledSharedLayout=layout,
         SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout,
         join=lambda a, b: torch.stack([a, b], -1), split=lambda t: t.unbind(-1),
         arange=lambda start, end, layout: torch.arange(start, end),
         zeros=lambda shape, dtype, layout: torch.zeros(shape),
-        exp2=torch.exp2, where=lambda c, a, b: torch.where(c, a, torch.as_tensor(b)), sum=torch.sum,
+        exp2=torch.exp2, log=torch.log, where=lambda c, a, b: torch.where(c, a, torch.as_tensor(b)),
+        sum=lambda t, axis: torch.sum(t, axis, dtype=t.dtype), max=torch.amax,
+        associative_scan=lambda t, axis, combine: torch.cumsum(t, axis, dtype=t.dtype),
         minimum=lambda a, b: min(a, b) if isinstance(a, int) else a.clamp(max=b), convert_layout=lambda t, layout: t,
-        inline_asm_elementwise=_assembled,
-        program_id=lambda axis: torch.tensor(_program.at), load=_load, store=_store,
-        cast=lambda t, dtype, bitcast: t.view(dtype),
+        inline_asm_elementwise=_assembly,
+        program_id=lambda axis: torch.tensor(_program.at), num_programs=lambda axis: _program.count,
+        to_tensor=torch.as_tensor, load=_load, store=_store, cast=lambda t, dtype, bitcast: t.view(dtype),
         allocate_shared_memory=_allocate, warp_specialize=_specialize,
     )  # fmt: skip
 

@@ -10,9 +10,9 @@ import torch
 
 from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
-from everstate.ops import trapezoid_scan, use
+from everstate.ops import trapezoid_scan, triton_segments, use
 from everstate.ops.example import Example
-from tests.ops.test_trapezoid_triton import draw, errors, outcome
+from tests.ops.test_trapezoid_triton import agree_on_parts, draw, errors, outcome
 
 
 def call(example: Example, packing: Packing | None = None) -> Any:
@@ -60,6 +60,61 @@ def test_segments_and_parts_of_the_heads(programs: int, hopper: torch.device, fi
     example = draw(hopper, 1, 200, 4, 64, 1, 64, dtype=torch.bfloat16)
     assert len(call(example).plan.segments) == (1 if programs == 2 else 4)
     agree(example)
+
+
+@pytest.mark.parametrize(("batch", "length", "segments"), [(3, 130, 3), (1, 330, 3)])
+def test_programs_that_walk_several_times(
+    batch: int, length: int, segments: int, hopper: torch.device, fill: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    fill(segments)
+    kernels = triton_segments.import_module("everstate.ops.trapezoid.triton_hopper")
+    example = draw(hopper, batch, length, 2, 64, 1, 64, dtype=torch.bfloat16)
+    assert len(call(example).plan.segments) == segments
+    outcomes = []
+    for programs in (1, 2, segments):
+        monkeypatch.setattr(kernels, "processors", lambda device, programs=programs: programs)
+        with use("triton"), torch.no_grad():
+            y, after = trapezoid_scan(**example.timed, state=example.state, **example.fixed)
+        outcomes.append((y, *after))
+    assert all(torch.equal(a, b) for other in outcomes[1:] for a, b in zip(outcomes[0], other, strict=True))
+
+
+def test_parts_of_segments_cover_all_but_the_last() -> None:
+    from everstate.ops.trapezoid.triton_tables import pieces
+
+    rows, of_segments = pieces((0, 200, 264, 1100), 2, 3, torch.device("cpu"))
+    # Sequences of 4, 1 and 14 chunks: segments of 2 + 2, of 1 and of 7 + 7.
+    assert [row[:3] for row in rows.tolist()] == [[0, 1, 0], [1, 1, 0], [5, 3, 2], [8, 3, 2], [11, 1, 2]]
+    assert of_segments.tolist() == [[0, 2], [2, 0], [2, 0], [2, 3], [5, 0]]
+
+
+def test_rows_that_the_copy_engine_cannot_move(hopper: torch.device) -> None:
+    example = draw(hopper, 2, 66, 2, 64, 1, 64, dtype=torch.bfloat16)
+    with use("triton"), torch.no_grad():
+        expected, _ = trapezoid_scan(**example.timed, state=example.state, **example.fixed)
+        for name in ("omega", "B", "C"):
+            wide = torch.nn.functional.pad(example.timed[name].detach(), (3, 2))
+            example.timed[name] = wide[..., 3:-2]
+        y, _ = trapezoid_scan(**example.timed, state=example.state, **example.fixed)
+    assert torch.equal(y, expected)
+
+
+def test_angles_of_long_sequences_are_right(hopper: torch.device) -> None:
+    """The sum of thousands of turns in one direction, of which a float32 would lose three digits."""
+    length = 16384 if hopper.type == "cuda" else 130
+    example = draw(hopper, 1, length, 2, 64, 1, 64, dtype=torch.bfloat16)
+    dt, omega = example.timed["dt"].detach(), example.timed["omega"].detach().abs() + 1.0
+    example.timed["omega"] = omega
+    with use("triton"), torch.no_grad():
+        _, after = trapezoid_scan(**example.timed, state=example.state, **example.fixed)
+    turned = (dt.unsqueeze(-1) * omega.unsqueeze(2)).double().sum(1) + example.state.angle.double()
+    assert (torch.polar(torch.ones_like(turned), turned - after.angle.double()) - 1).abs().max() < 1e-5
+
+
+def test_outputs_without_gradients(hopper: torch.device, fill: Callable[[int], None]) -> None:
+    fill(2)
+    agree_on_parts(draw(hopper, 1, 130, 2, 64, 1, 64, dtype=torch.bfloat16))
 
 
 def test_packed_sequences_of_whole_chunks(hopper: torch.device, fill: Callable[[int], None]) -> None:

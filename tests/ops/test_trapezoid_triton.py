@@ -142,6 +142,26 @@ def test_the_same_call_gives_the_same_bits(kernel_device: torch.device) -> None:
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
+def agree_on_parts(example: Example) -> None:
+    """What has no gradient counts as zeros, to the bit."""
+    cast = lambda v: v.detach().requires_grad_()
+    timed, state = {name: cast(v) for name, v in example.timed.items()}, map_state(cast, example.state)
+    with use("triton"):
+        y, after = trapezoid_scan(**timed, state=state, **example.fixed)
+    outputs, leaves = [y, *tensors(after)], [*timed.values(), *tensors(state)]
+    draws = [torch.randn_like(t) for t in outputs]
+    gradients = lambda some, given: torch.autograd.grad(some, leaves, given, retain_graph=True, materialize_grads=True)
+    for at, (output, drawn) in enumerate(zip(outputs, draws, strict=True)):
+        alone = gradients([output], [drawn])
+        zeros = [drawn if other == at else torch.zeros_like(t) for other, t in enumerate(outputs)]
+        for got, expected in zip(alone, gradients(outputs, zeros), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_outputs_without_gradients(kernel_device: torch.device) -> None:
+    agree_on_parts(draw(kernel_device, 1, 70, 2, 16, 1, 32))
+
+
 def test_views_of_one_projection_are_read_where_they_lie(kernel_device: torch.device) -> None:
     example = draw(kernel_device, 2, 70, 2, 16, 1, 16)
     wide = torch.cat([example.timed[name].flatten(2) for name in TIMED], -1)

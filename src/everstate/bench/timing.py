@@ -62,18 +62,23 @@ def interleave(
     device: torch.device | str = "cpu",
     *,
     on_device: bool = False,
+    settle: bool = False,
 ) -> dict[str, Timing]:
     """Time all candidates in turn, `repeats` times over, after a call of each that is not timed.
 
     What else the machine does then disturbs all alike, and ratios hold where absolute times do not. Behind a gate that
     did not pass nothing is timed, and the result is empty. With `on_device` only the work of the GPU counts, without
-    the time that Python takes to ask for it.
+    the time that Python takes to ask for it. With `settle` each is called once more before it is timed, when what the
+    others hold of a GPU's memory in reserve was given back: large models would pay for each other's.
     """
     if not gate.passed:
         return {}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(repeats + 1):
         for name, candidate in candidates.items():
+            if settle:
+                torch.cuda.empty_cache()
+                _seconds(candidate, torch.device(device))
             taken = _seconds_of_gpu(candidate) if on_device else _seconds(candidate, torch.device(device))
             if turn > 0:
                 seconds[name].append(taken)

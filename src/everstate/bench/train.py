@@ -133,7 +133,7 @@ def steps(plan: Plan, left_out: list[str]) -> Iterator[Row]:
         trainees[name], figures[name] = first_steps(make, list(batches.values()), plan.device)
     for shape, tokens in batches.items():
         calls = {name: _call(trainee, tokens) for name, trainee in trainees.items()}
-        timings = interleave(calls, gate, REPEATS, plan.device)
+        timings = interleave(calls, gate, REPEATS, plan.device, settle=True)
         for name, timing in timings.items():
             yield _row(plan, name, shape, gate, timing, trainees[name], figures[name])
 

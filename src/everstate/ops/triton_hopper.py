@@ -8,13 +8,15 @@ is `full` when it has arrived and `empty` when all have read it. So every tile i
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from jaxtyping import Float
 from torch import Tensor
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from everstate.ops.triton_launch import Form, Tiles
 from everstate.ops.triton_segments import CHUNK
 
 # How tiles lie in shared memory: 16-bit numbers as products want to read them.
@@ -33,18 +35,26 @@ SQUARE, ROW, COLUMN = (
 """How four warps hold a matrix with a column for each entry of a chunk; a number for each row; and for each column."""
 
 
-def rows_of(t: Float[Tensor, "*b h p"], batch: int, length: int) -> TensorDescriptor:
+_VECTORS = Form(CHUNK, layout=VECTOR)
+
+
+@cache
+def _form_of_rows(width: int) -> Form:
+    return Form(1, CHUNK, width, layout=ROWS)
+
+
+def rows_of(t: Float[Tensor, "*b h p"], batch: int, length: int) -> Tiles:
     """Tiles of the tokens of a chunk and one head of `t`, whose rows are `batch` sequences of a length.
 
     Sequences are a dimension of their own: beyond the end of one zeros are read and nothing is written.
     """
     (heads, width), step = t.shape[-2:], t.stride(-3)
-    return TensorDescriptor(t, [batch, length, heads * width], [length * step, step, 1], [1, CHUNK, width], ROWS)
+    return Tiles(t, (batch, length, heads * width), (length * step, step, 1), _form_of_rows(width))
 
 
-def vectors_of(t: Tensor) -> TensorDescriptor:
+def vectors_of(t: Tensor) -> Tiles:
     """The numbers of a chunk and head, one for each token."""
-    return TensorDescriptor(t, [t.numel()], [1], [CHUNK], VECTOR)
+    return Tiles(t, (t.numel(),), (1,), _VECTORS)
 
 
 @gluon.jit

@@ -102,6 +102,12 @@ def can_copy(t: Float[Tensor, "*b h p"]) -> bool:
     return t.dtype.itemsize == 2 and dense and capability(t.device) >= (9, 0)
 
 
+def copyable(t: Tensor) -> Tensor:
+    """`t`, whose dimensions but the first lie densely, or a copy, such that the copy engine can move its rows."""
+    whole = t[0].is_contiguous() and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
+    return t if whole else t.clone(memory_format=torch.contiguous_format)
+
+
 def hopper_kernels(name: str, x: Tensor) -> ModuleType | None:
     """The module `name` of kernels that are written for Hopper GPUs, where they serve such numbers on this device."""
     if x.dtype.itemsize != 2 or INTERPRETED or capability(x.device)[0] != 9 or shared_memory(x.device) < DEEP:
@@ -156,7 +162,9 @@ def pass_kernel(
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     first, count = tl.load(sequences + 2 * sequence), tl.load(sequences + 2 * sequence + 1)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    h = tl.load(state + (sequence * HEADS + head) * SIZE + at, mask=at < SIZE, other=0.0)
+    h = tl.zeros((BLOCK,), tl.float32)
+    if state is not None:
+        h = tl.load(state + (sequence * HEADS + head) * SIZE + at, mask=at < SIZE, other=0.0)
     for step in range(count):
         segment = (first + (count - 1 - step if REVERSE else step)).to(tl.int64)
         own = ends + (segment * HEADS + head) * SIZE + at

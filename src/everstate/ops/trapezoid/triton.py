@@ -12,24 +12,25 @@ but for a Hopper GPU; and from both states, what all later chunks say of the ang
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
+from everstate.ops.rotary.halves import deinterleave, interleave
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel, turn_gradients_kernel
 from everstate.ops.trapezoid.triton_forward import scan_kernel, sweep_kernel
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_prepare import (
+    VECTORS,
     angle_gradients_kernel,
     angles_kernel,
     arrange_kernel,
@@ -38,14 +39,20 @@ from everstate.ops.trapezoid.triton_prepare import (
     enter_kernel,
     leave_gradients_kernel,
     leave_kernel,
+    numbers_kernel,
+    pass_turning_kernel,
     phases_kernel,
+    sources_kernel,
     steps_gradients_kernel,
     steps_kernel,
     turns_kernel,
 )
+from everstate.ops.trapezoid.triton_tables import homes, pieces
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_segments import (
     CHUNK,
     can_copy,
+    copyable,
     fill,
     hopper_kernels,
     joined,
@@ -85,7 +92,7 @@ def trapezoid_scan(
     """See `everstate.ops.trapezoid_scan`. `chunk_size` is the business of other implementations."""
     ssm, k, last, angle = (t.to(torch.float32) for t in state)
     ends = [] if packing is None else list(packing.cu_seqlens)
-    y, ssm, k, last, angle = _scan(
+    y, ssm, k, last, angle, _ = _scan(
         x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D, interleaved, ends
     )
     return y, TrapezoidState(ssm, k, last, angle)
@@ -117,11 +124,12 @@ def _scan(
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Outputs, the state at the end, and the phases of `_Call.phases`, which backward asks for."""
     given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
     call = _Call(given, interleaved, ends)
-    (y, final), (final_k, final_x) = call.scan(), call.leave()
-    return y, final, final_k, final_x, call.final_angle
+    y, final, final_angle = call.scan()
+    return y, final, *call.leave(final_angle), final_angle, call.phases
 
 
 @_scan.register_fake
@@ -130,15 +138,19 @@ def _(
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty(*x.shape[:2], B.shape[2], *x.shape[2:])
     empty = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)
-    return y, empty(ssm), empty(k), empty(last), empty(angle)
+    tokens = CHUNK // power_of_2(B.shape[2])
+    lengths = [b - a for a, b in pairwise(ends)] if ends else [x.shape[1]] * x.shape[0]
+    chunks = sum(cdiv(length, tokens) for length in lengths)
+    phases = x.new_empty(chunks + len(lengths), *angle.shape[1:], dtype=torch.int32)
+    return y, empty(ssm), empty(k), empty(last), empty(angle), phases
 
 
 @kernel_op("trapezoid_scan_backward")
 def _backward(
-    dy: Tensor, dssm: Tensor, dk: Tensor, dlast: Tensor, dangle: Tensor,
+    dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None, phases: Tensor,
     x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
@@ -146,13 +158,13 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of all arguments that are given, in their order."""
     given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
-    grads = _Call(given, interleaved, ends).gradients(dy, dssm, dk, dlast, dangle)
+    grads = _Call(given, interleaved, ends, phases).gradients(dy, dssm, dk, dlast, dangle)
     return [grad.to(t.dtype) for grad, t in zip(grads, given, strict=True) if t is not None and grad is not None]
 
 
 @_backward.register_fake
 def _(
-    dy: Tensor, dssm: Tensor, dk: Tensor, dlast: Tensor, dangle: Tensor,
+    dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None, phases: Tensor,
     x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
@@ -164,27 +176,23 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.interleaved, ctx.ends = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(output[5], *tensors)
+    ctx.set_materialize_grads(False)  # final states rarely have one
 
 
-def _differentiate(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, dy: Tensor | None, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None,
+    _: None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     saved = ctx.saved_tensors
-    grads = iter(_backward(*upstream, *saved, ctx.interleaved, ctx.ends))
-    return (*(None if t is None else next(grads) for t in saved), None, None)
+    if dy is None:
+        x, B = saved[1], saved[6]
+        dy = x.new_zeros(*x.shape[:2], B.shape[2], *x.shape[2:])
+    grads = iter(_backward(dy, dssm, dk, dlast, dangle, *saved, ctx.interleaved, ctx.ends))
+    return (*(None if t is None else next(grads) for t in saved[1:]), None, None)
 
 
 _scan.register_autograd(_differentiate, setup_context=_save)
-
-
-class _Homes(NamedTuple):
-    """Which chunks belong to which sequences.
-
-    chunks: index, first token and end of the sequence. sequences: first chunk and number of chunks. last: last token.
-    """
-
-    chunks: Int[Tensor, "chunks 3"]
-    sequences: Int[Tensor, "seqs 2"]
-    last: Int[Tensor, " seqs"]
 
 
 class _InputGradients(NamedTuple):
@@ -219,19 +227,6 @@ class _EnterGradients(NamedTuple):
     mimo_x: Tensor | None
 
 
-# Cached by value, as the plan is.
-@lru_cache(maxsize=64)
-def _homes(ends: tuple[int, ...], chunk: int, device: torch.device) -> _Homes:
-    chunks: list[tuple[int, int, int]] = []
-    sequences: list[tuple[int, int]] = []
-    for sequence, (start, end) in enumerate(pairwise(ends)):
-        count = triton.cdiv(end - start, chunk)
-        sequences.append((len(chunks), count))
-        chunks += [(sequence, start, end)] * count
-    table = lambda rows, dtype=torch.int32: torch.tensor(rows, dtype=dtype, device=device)
-    return _Homes(table(chunks), table(sequences), table([end - 1 for end in ends[1:]], torch.int64))
-
-
 def _rows(t: Tensor) -> Tensor:
     """`t` with b and l as one dimension, the last one dense: a view where it can be one."""
     t = t.flatten(0, 1)
@@ -247,7 +242,7 @@ def _hopper(call: "_Call", bounds: Sequence[int]) -> ModuleType | None:
     sizes = call.headdim == 64 and call.d_state in (64, 128) and 4 * call.pairs == call.d_state
     if not sizes or call.rank > 1 or call.mimo_x is not None or call.heads // call.groups % 2 or not can_copy(call.x):
         return None
-    tokens = sum(triton.cdiv(b - a, CHUNK) for a, b in pairwise(bounds)) * CHUNK
+    tokens = sum(cdiv(b - a, CHUNK) for a, b in pairwise(bounds)) * CHUNK
     if tokens * call.heads * call.headdim >= 2**31:
         return None
     return hopper_kernels("everstate.ops.trapezoid.triton_hopper", call.x)
@@ -262,11 +257,11 @@ def _apart(sums: Float[Tensor, "h *n"], parts: int) -> Float[Tensor, "h *n"]:
 class _Call:
     """The arguments as the kernels want them, and the launches that forward and backward share."""
 
-    def __init__(self, given: _Arguments, interleaved: bool, ends: Sequence[int]) -> None:
+    def __init__(self, given: _Arguments, interleaved: bool, ends: Sequence[int], phases: Tensor | None = None) -> None:
         x, B, self.given = given.x, given.B, given
         self.batch, self.length, self.heads, self.headdim = x.shape
         self.rank, self.groups, self.d_state = B.shape[2:]
-        self.pairs, self.ranks = given.omega.shape[-1], triton.next_power_of_2(B.shape[2])
+        self.pairs, self.ranks = given.omega.shape[-1], power_of_2(B.shape[2])
         self.tokens = CHUNK // self.ranks
         self.x, self.omega = _rows(x), _rows(given.omega)
         self.dt, self.A, self.lam = given.dt.flatten(0, 1), given.A.flatten(0, 1), given.lam.flatten(0, 1)
@@ -274,36 +269,100 @@ class _Call:
         bounds = tuple(ends) or tuple(range(0, (self.batch + 1) * self.length, self.length))
         # Triton 3.6 reads beyond its shared memory where a product of float32 has a side of 16.
         smallest = 32 if x.dtype == torch.float32 else 16
-        filled = lambda size: max(triton.next_power_of_2(size), smallest)
+        filled = lambda size: max(power_of_2(size), smallest)
         self.block_p, still = filled(self.headdim), self.d_state - 2 * self.pairs
         self.hopper = _hopper(self, bounds) if not ends or all(end % CHUNK == 0 for end in ends) else None
-        programs = (len(bounds) - 1) * self.heads * triton.cdiv(self.headdim, TILE_P)
-        pieces = pieces_for(programs, x.device) if self.hopper is None else fill(programs // 2, x.device)
-        self.plan = plan(bounds, self.tokens, pieces, x.device)
-        self.homes = _homes(bounds, self.tokens, x.device)
+        programs = (len(bounds) - 1) * self.heads * cdiv(self.headdim, TILE_P)
+        self.pieces = pieces_for(programs, x.device) if self.hopper is None else fill(programs // 2, x.device)
+        self.bounds, self.plan = bounds, plan(bounds, self.tokens, self.pieces, x.device)
+        self.homes = homes(bounds, self.tokens, x.device)
         half, still = filled(self.pairs), filled(still) if still else 0
         self.width = 2 * half + still
-        self.sizes = {
+        self.sizes: dict[str, Any] = {
             "HEADS": self.heads, "GROUPS": self.groups, "P": self.headdim, "RANK": self.rank, "RANKS": self.ranks,
             "TOKENS": self.tokens, "HALF": half, "STILL": still,
             "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
         }  # fmt: skip
         self.order = {"N": self.d_state, "PAIRS": self.pairs, "HALF": half, "INTERLEAVED": interleaved}
-        self.B, self.C = (self._by_chunk(t.flatten(0, 1)) for t in (given.B, given.C))
-        self.B_bias, self.C_bias = (
+        self.interleaved = interleaved
+        if phases is not None:
+            self.phases = phases
+
+    # What only some kernels ask for is made when they do.
+
+    @cached_property
+    def arranged(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """B and C by chunk, group and entry, and their biases in float32, all with the columns in parts."""
+        given = self.given
+        if self.hopper is not None:
+            return self._arranged_on_hopper()
+        first, second = (
             None if t is None else self._arranged(t.unsqueeze(2), torch.float32) for t in (given.B_bias, given.C_bias)
         )
-        self.steps, self.phases, self.final_angle = self._prepare()
-        self.cos, self.sin = self._angles()
+        return self._by_chunk(_rows(given.B)), self._by_chunk(_rows(given.C)), first, second
+
+    def _arranged_on_hopper(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        (B, C), count = map(_rows, (self.given.B, self.given.C)), len(self.plan.chunks) * self.groups
+        given = [_dense(t) for t in (self.given.B_bias, self.given.C_bias)]
+        out = B.new_empty(2, count * self.tokens, self.width)
+        biases = B.new_empty(2, self.heads, 1, 1, self.width, dtype=torch.float32)
+        launch(
+            sources_kernel, (count + 1, 2),
+            B, C, *given, out, biases, self.plan.chunks, count, B.stride(0), B.stride(2), C.stride(0), C.stride(2),
+            HEADS=self.heads, GROUPS=self.groups, TOKENS=self.tokens, HALF=self.pairs,
+            INTERLEAVED=self.interleaved,
+        )  # fmt: skip
+        first, second = (None if t is None else made for t, made in zip(given, biases, strict=True))
+        return out[0], out[1], first, second
+
+    @property
+    def B(self) -> Float[Tensor, "rows w"]:
+        return self.arranged[0]
+
+    @property
+    def C(self) -> Float[Tensor, "rows w"]:
+        return self.arranged[1]
+
+    @property
+    def B_bias(self) -> Float[Tensor, "h r 1 w"] | None:
+        return self.arranged[2]
+
+    @property
+    def C_bias(self) -> Float[Tensor, "h r 1 w"] | None:
+        return self.arranged[3]
+
+    @cached_property
+    def trig(self) -> tuple[Tensor, Tensor]:
+        return self._angles()
+
+    @property
+    def cos(self) -> Float[Tensor, "chunks h t s"]:
+        return self.trig[0]
+
+    @property
+    def sin(self) -> Float[Tensor, "chunks h t s"]:
+        return self.trig[1]
+
+    # What the kernels for Hopper read instead: as the caller has it, the two members of a pair side by side.
+
+    @cached_property
+    def sources(self) -> list[Float[Tensor, "t g n"]]:
+        given = ((t if self.interleaved else interleave(t)) for t in (self.given.B, self.given.C))
+        return [copyable(t.flatten(0, 1).squeeze(1)) for t in given]
+
+    @cached_property
+    def biases(self) -> list[Float[Tensor, "h r n"] | None]:
+        given = (self.given.B_bias, self.given.C_bias)
+        return [None if t is None else (t if self.interleaved else interleave(t)).float().contiguous() for t in given]
 
     def _by_chunk(self, t: Float[Tensor, "t r g n"]) -> Float[Tensor, "rows w"]:
         """B or C by chunk, group and entry, with the columns in parts."""
-        t = t if t.stride(-1) == 1 else t.contiguous()
         count = len(self.plan.chunks) * self.groups
         out = t.new_empty(count * self.tokens * self.ranks, self.width)
-        chunks_kernel[(count,)](
+        launch(
+            chunks_kernel, (count,),
             t, out, self.plan.chunks, *t.stride()[:3], RANK=self.rank, RANKS=self.ranks, TOKENS=self.tokens,
-            GROUPS=self.groups, **self.order, WIDTH=self.width, BLOCK_N=triton.next_power_of_2(self.width),
+            GROUPS=self.groups, **self.order, WIDTH=self.width, BLOCK_N=power_of_2(self.width),
         )  # fmt: skip
         return out
 
@@ -323,42 +382,84 @@ class _Call:
     def _arrange(
         self, t: Tensor, out: Tensor, strides: tuple[int, ...], middle: tuple[int, ...], *, back: bool
     ) -> None:
-        rows, block_n = math.prod(t.shape[:-1]), triton.next_power_of_2(self.width)
+        rows, block_n = math.prod(t.shape[:-1]), power_of_2(self.width)
         block = max(4096 // block_n, 1)
-        arrange_kernel[(triton.cdiv(rows, block),)](
+        launch(
+            arrange_kernel, (cdiv(rows, block),),
             t, out, rows, *strides, RANK=middle[0], GROUPS=middle[1], **self.order, WIDTH=self.width, BACK=back,
             BLOCK=block, BLOCK_N=block_n,
         )  # fmt: skip
 
-    def _prepare(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers per token, the phase at the start of each chunk, and the angle at the end of each sequence."""
-        count, blocks, dt = len(self.plan.chunks), triton.cdiv(self.heads, BLOCK_H), self.dt
+    @cached_property
+    def steps(self) -> Float[Tensor, "chunks h 5 t"]:
+        """Numbers per token."""
+        count, dt = len(self.plan.chunks), self.dt
         steps = self.x.new_empty(count, self.heads, NUMBERS.value, self.tokens, dtype=torch.float32)
-        steps_kernel[(count, blocks)](
+        launch(
+            steps_kernel, (count, cdiv(self.heads, BLOCK_H)),
             dt, self.A, self.lam, steps, self.plan.chunks, self.homes.chunks,
             *dt.stride(), *self.A.stride(), *self.lam.stride(),
             HEADS=self.heads, TOKENS=self.tokens, BLOCK_H=BLOCK_H,
         )  # fmt: skip
-        phases = self.x.new_empty(count, self.heads, self.pairs, dtype=torch.int32)
-        final = torch.empty_like(self.given.angle, memory_format=torch.contiguous_format)
-        pairs = triton.next_power_of_2(self.pairs)
-        turns_kernel[(count, blocks)](
-            steps, self.omega, phases, self.plan.chunks, self.omega.stride(0),
+        return steps
+
+    @cached_property
+    def numbers_and_rates(self) -> tuple[Tensor, Tensor]:
+        """What the kernels for Hopper want instead to find outputs, and omega, by chunk."""
+        count, (B, C), block = len(self.plan.chunks), self.sources, 16
+        numbers = self.x.new_empty(count, self.heads, VECTORS.value, self.tokens, dtype=torch.float32)
+        rates = numbers.new_empty(count, self.tokens, self.pairs)
+        launch(
+            numbers_kernel, (count, self.groups * cdiv(self.heads // self.groups, block)),
+            self.dt, self.A, self.lam, self.omega, B, C, *self.biases, self.D, numbers, rates,
+            self.plan.chunks, self.homes.chunks, *self.dt.stride(), *self.A.stride(), *self.lam.stride(),
+            self.omega.stride(0), B.stride(0), C.stride(0), HEADS=self.heads, GROUPS=self.groups, TOKENS=self.tokens,
+            N=self.d_state, PAIRS=self.pairs, BLOCK_H=block,
+        )  # fmt: skip
+        return numbers, rates
+
+    @property
+    def numbers(self) -> Float[Tensor, "chunks h 7 t"]:
+        return self.numbers_and_rates[0]
+
+    @property
+    def rates(self) -> Float[Tensor, "chunks t s"]:
+        return self.numbers_and_rates[1]
+
+    @cached_property
+    def phases(self) -> Int[Tensor, "chunks_and_seqs h s"]:
+        """At the start of each chunk, and behind these at the end of each sequence."""
+        count = len(self.plan.chunks)
+        phases = self._empty_phases()
+        pairs = power_of_2(self.pairs)
+        launch(
+            turns_kernel, (count, cdiv(self.heads, BLOCK_H)),
+            self.steps, self.omega, phases, self.plan.chunks, self.omega.stride(0),
             HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_PAIRS=pairs, BLOCK_H=BLOCK_H,
         )  # fmt: skip
-        phases_kernel[(len(self.homes.sequences) * self.heads,)](
-            phases, self.given.angle.contiguous(), final, self.homes.sequences,
+        launch(
+            phases_kernel, (len(self.homes.sequences) * self.heads,),
+            phases, self.given.angle.contiguous(), phases[count:], self.homes.sequences,
             HEADS=self.heads, PAIRS=self.pairs, BLOCK_PAIRS=pairs, BLOCK=64,
         )  # fmt: skip
-        return steps, phases, final
+        return phases
+
+    def _empty_phases(self) -> Int[Tensor, "chunks_and_seqs h s"]:
+        rows = len(self.plan.chunks) + len(self.homes.sequences)
+        return self.x.new_empty(rows, self.heads, self.pairs, dtype=torch.int32)
+
+    @cached_property
+    def final_angle(self) -> Float[Tensor, "seqs h s"]:
+        return self.phases[len(self.plan.chunks) :].to(torch.float32) * (math.tau / 2**32)
 
     def _angles(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines of each token, head and pair, by chunk."""
         count, half = len(self.plan.chunks), self.sizes["HALF"]
         dtype = torch.float32 if self.x.dtype == torch.float32 else torch.float16
         cos, sin = self.x.new_empty(2, count, self.heads, self.tokens, half, dtype=dtype).unbind(0)
-        block = max(min(triton.next_power_of_2(self.heads), 512 // half), 1)
-        angles_kernel[(count, triton.cdiv(self.heads, block))](
+        block = max(min(power_of_2(self.heads), 512 // half), 1)
+        launch(
+            angles_kernel, (count, cdiv(self.heads, block)),
             self.steps, self.omega, self.phases, cos, sin, self.plan.chunks, self.omega.stride(0),
             HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, HALF=half, BLOCK_H=block,
         )  # fmt: skip
@@ -377,69 +478,122 @@ class _Call:
     @property
     def rows(self) -> int:
         """Rows of a state at the boundary of a chunk: whole tiles."""
-        return triton.cdiv(self.headdim, self.block) * self.block
+        return cdiv(self.headdim, self.block) * self.block
 
-    def _edges(self) -> dict[str, int]:
-        """Sizes for the kernels of the ends of sequences."""
+    def _edges(self, *, parts: bool = True) -> dict[str, int]:
+        """Sizes for the kernels of the ends of sequences, whose columns lie in parts or as the caller has them."""
+        half = self.d_state // 2
+        kept = {"N": self.d_state, "PAIRS": half, "HALF": half, "INTERLEAVED": False}
+        width = self.width if parts else self.d_state
         return {
-            "HEADS": self.heads, "P": self.headdim, "RANK": self.rank, **self.order, "WIDTH": self.width,
-            "BLOCK_P": triton.next_power_of_2(self.headdim), "BLOCK_N": triton.next_power_of_2(self.width),
+            "HEADS": self.heads, "P": self.headdim, "RANK": self.rank, **(self.order if parts else kept),
+            "WIDTH": width, "BLOCK_P": power_of_2(self.headdim), "BLOCK_N": power_of_2(width),
         }  # fmt: skip
 
-    def enter(self) -> Float[Tensor, "seqs h p w"]:
+    def enter(self, *, parts: bool = True) -> Float[Tensor, "seqs h p w"]:
         """The states that enter the sequences, with what the tokens before them owe."""
-        given = self.given
-        entered = given.ssm.new_empty(*given.ssm.shape[:-1], self.width)
-        enter_kernel[(len(self.homes.sequences) * self.heads,)](
+        given, sizes = self.given, self._edges(parts=parts)
+        entered = given.ssm.new_empty(*given.ssm.shape[:-1], sizes["WIDTH"])
+        launch(
+            enter_kernel, (len(self.homes.sequences) * self.heads,),
             self.dt, self.lam, given.ssm.contiguous(), given.k.contiguous(), given.last.contiguous(), self.mimo_x,
-            entered, self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(), **self._edges(),
+            entered, self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(), **sizes,
         )  # fmt: skip
         return entered
 
-    def leave(self) -> tuple[Float[Tensor, "seqs r h n"], Float[Tensor, "seqs h p"]]:
-        """The rotated keys and the inputs of the last tokens."""
+    def leave(
+        self, angle: Float[Tensor, "seqs h s"] | None = None
+    ) -> tuple[Float[Tensor, "seqs r h n"], Float[Tensor, "seqs h p"]]:
+        """The rotated keys and the inputs of the last tokens; the angles there are found unless given."""
         given = self.given
         k, x = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (given.k, given.last))
-        leave_kernel[(len(self.homes.sequences) * self.heads,)](
-            self.x, self.B, self.B_bias, self.final_angle, k, x, self.homes.sequences, self.plan.chunks,
-            self.homes.chunks, *self.x.stride()[:2], GROUPS=self.groups, RANKS=self.ranks, TOKENS=self.tokens,
-            **self._edges(),
+        B, angle = _rows(given.B), self.final_angle if angle is None else angle
+        launch(
+            leave_kernel, (len(self.homes.sequences) * self.heads,),
+            self.x, B, _dense(given.B_bias), angle, k, x, self.homes.chunks, self.homes.sequences,
+            *self.x.stride()[:2], *B.stride()[:3], GROUPS=self.groups, **self._edges(),
         )  # fmt: skip
         return k, x
 
-    def scan(self) -> tuple[Float[Tensor, "b l r h p"], Float[Tensor, "seqs h p n"]]:
-        """Outputs, and the state after each sequence."""
-        entering = self._entering(self.enter(), None, None)
+    def scan(self) -> tuple[Float[Tensor, "b l r h p"], Float[Tensor, "seqs h p n"], Float[Tensor, "seqs h s"]]:
+        """Outputs, and the state and the angle after each sequence."""
         final = torch.empty_like(self.given.ssm, memory_format=torch.contiguous_format)
         y = self.x.new_empty(self.batch, self.length, self.rank, self.heads, self.headdim)
         if self.hopper is not None:
-            self.hopper.scan(self, entering, y, final)
-            return y, final
-        grid = (len(self.plan.segments) * self.heads * triton.cdiv(self.headdim, TILE_P),)
-        scan_kernel[grid](
+            final, angle = self._scan_on_hopper(self.hopper, y, final)
+            return y, final, angle
+        entering = self._entering(self.enter(), None, None)
+        grid = (len(self.plan.segments) * self.heads * cdiv(self.headdim, TILE_P),)
+        launch(
+            scan_kernel, grid,
             self.x, self.mimo_x, self.steps, self.cos, self.sin, self.B, self.C,
             self.B_bias, self.C_bias, self.D, entering, y, final, self.plan.chunks, self.plan.segments,
             *self.x.stride()[:2], **{**self.sizes, **self.order}, BLOCK_P=self.block, num_warps=self.warps,
             num_stages=stages_for(self.x, 2),
         )  # fmt: skip
-        return y, final
+        return y, final, self.final_angle
 
-    def _entering(self, state: Tensor, dy: Tensor | None, made: Tensor | None) -> Float[Tensor, "segments h p w"]:
-        """The state that enters each segment; given dy, the gradient of the state that leaves it."""
+    def _scan_on_hopper(self, hopper: ModuleType, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
+        side_by_side = lambda t: (t if self.interleaved else interleave(t)).contiguous()
+        given = self.given
+        entering, owed = side_by_side(given.ssm), (side_by_side(given.k), given.last.contiguous())
+        angle = torch.empty_like(given.angle, memory_format=torch.contiguous_format)
+        segments, self.phases = len(self.plan.segments), self._empty_phases()
+        if segments == len(self.plan.sequences):
+            hopper.scan(self, entering, owed, None, y, final, angle, self.phases)
+        else:
+            parts, of_segments = pieces(self.bounds, self.pieces, self._parts(), self.x.device)
+            ends, kept = final.new_empty(len(parts), *final.shape[1:]), final.new_empty(len(parts), self.heads)
+            entering, turns, starts = (
+                t.new_empty(count, *t.shape[1:], dtype=dtype)
+                for t, count, dtype in (
+                    (final, segments, None), (angle, len(parts), torch.int32), (angle, segments, torch.int32)
+                )
+            )  # fmt: skip
+            hopper.sweep(self, parts, ends, kept, turns)
+            launch(
+                pass_turning_kernel, (len(self.plan.sequences) * self.heads, self.headdim // 16),
+                ends, kept, turns, side_by_side(self.enter(parts=False)), given.angle.contiguous(), entering, starts,
+                self.plan.sequences, of_segments, HEADS=self.heads, P=self.headdim, PAIRS=self.pairs,
+                STILL=2 * self.pairs, BLOCK_P=16,
+            )  # fmt: skip
+            hopper.scan(self, entering, None, starts, y, final, angle, self.phases)
+        return final if self.interleaved else deinterleave(final), angle
+
+    def _parts(self) -> int:
+        """Parts of a segment that are swept by themselves: such that programs fill whole rounds of the GPU, and with
+        the time for two chunks until one is under way."""
+        available, count = processors(self.x.device), len(self.plan.segments) - len(self.plan.sequences)
+        longest = cdiv(max(b - a for a, b in pairwise(self.bounds)), self.tokens * self.pieces)
+        rounds = lambda parts: cdiv(count * parts * self.heads // 2, available)
+        return min(range(1, 9), key=lambda parts: rounds(parts) * (cdiv(longest, parts) + 2))
+
+    def _entering(
+        self, state: Tensor | None, dy: Tensor | None, made: Tensor | None
+    ) -> Float[Tensor, "segments h p w"] | None:
+        """The state that enters each segment; given dy, the gradient of the state that leaves it. None is zeros."""
         segments, sequences = self.plan.segments, self.plan.sequences
         if len(segments) == len(sequences):
             return state
-        ends = state.new_empty(len(segments), *state.shape[1:])
-        kept = state.new_empty(len(segments), self.heads)
+        ends = self._empty_states(len(segments))
+        kept = ends.new_empty(len(segments), self.heads)
         self._sweep(dy, made, None, None, ends, kept, make=True)
         size = self.headdim * self.width
-        pass_kernel[(len(sequences) * self.heads, triton.cdiv(size, 1024))](
-            ends, kept, state, sequences, HEADS=self.heads, SIZE=size, REVERSE=dy is not None, BLOCK=1024
-        )
+        launch(
+            pass_kernel, (len(sequences) * self.heads, cdiv(size, 1024)),
+            ends, kept, state, sequences, HEADS=self.heads, SIZE=size, REVERSE=dy is not None, BLOCK=1024,
+        )  # fmt: skip
         return ends
 
+    def _empty_states(self, count: int) -> Float[Tensor, "count h p w"]:
+        return self.given.ssm.new_empty(count, self.heads, self.headdim, self.width)
+
     def _boundaries(
-        self, state: Tensor, dy: Tensor | None = None, entered: Tensor | None = None, turned: Tensor | None = None
+        self,
+        state: Tensor | None,
+        dy: Tensor | None = None,
+        entered: Tensor | None = None,
+        turned: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The state that enters each chunk (given dy, the gradient of that which leaves it), the one at the end, and,
         but for a Hopper GPU, all keys (queries). `sweep_kernel` says what it does with `entered` and `turned`."""
@@ -447,7 +601,7 @@ class _Call:
         made = self.x.new_empty(count, self.heads, CHUNK, self.width) if self.hopper is None else None
         entering = self._entering(state, dy, made)
         chunks = self.x.new_empty(count, self.heads, self.rows, self.width)
-        last = torch.empty_like(state)
+        last = self._empty_states(len(self.plan.sequences))
         make = made is None or len(self.plan.segments) == len(self.plan.sequences)
         self._sweep(dy, made, entering, chunks, last, None, entered, turned, make=make)
         return chunks, last, made
@@ -461,10 +615,11 @@ class _Call:
             assert kernels is not None
             kernels.sweep(self, dy, entering, chunks, ends, kept, entered, turned)
             return
-        grid = (len(self.plan.segments) * self.heads * triton.cdiv(self.headdim, TILE_P),)
+        grid = (len(self.plan.segments) * self.heads * cdiv(self.headdim, TILE_P),)
         x, keys, bias = (self.x, self.B, self.B_bias) if dy is None else (dy, self.C, self.C_bias)
         token, head = x.stride(0), x.stride(-2)
-        sweep_kernel[grid](
+        launch(
+            sweep_kernel, grid,
             x, None if dy is not None else self.mimo_x, self.steps, self.cos, self.sin,
             keys if make or made is None else made, bias, made, entering, chunks,
             ends, kept, entered, turned, self.plan.chunks, self.plan.segments,
@@ -473,24 +628,30 @@ class _Call:
             num_stages=stages_for(self.x, 2),
         )  # fmt: skip
 
-    def gradients(self, dy: Tensor, dssm: Tensor, dk: Tensor, dlast: Tensor, dangle: Tensor) -> list[Tensor | None]:
-        """Those of all arguments, in their order; None for arguments that are not given."""
+    def gradients(
+        self, dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None
+    ) -> list[Tensor | None]:
+        """Those of all arguments, in their order; None for arguments that are not given. Of what follows the last
+        tokens, None stands for zeros."""
         dy = _rows(dy)
         if self.hopper is not None and not can_copy(dy.squeeze(1)):
             dy = dy.contiguous()
         entering, ended, k = self._boundaries(self.enter())
         turned = self.steps.new_empty(len(self.plan.chunks), self.heads, self.rows // self.block, self.sizes["HALF"])
-        dended = self._arranged(dssm, torch.float32)
+        dended = None if dssm is None else self._arranged(dssm, torch.float32)
         leaving, dentered, q = self._boundaries(dended, dy, entering, turned)
-        dlast_B, dleaving = self._leave_gradients(dk.contiguous(), dangle.contiguous())
+        dlast_B, dleaving = self._leave_gradients(dk, dangle)
         later, dstart = self._angle_gradients(turned, ended, dended, dleaving)
         inputs, keys = self._chunk_gradients(dy, k, q, entering, leaving, later)
         del entering, leaving, k, q
         enter = self._enter_gradients(dentered)
-        inputs.x[self.homes.last] += dlast.to(inputs.x.dtype)
-        each = dlast_B.unflatten(2, (self.groups, -1)).sum(3)  # a group's key is that of its heads
-        keys.B.view(-1, *each.shape[1:])[self.homes.last] += each.to(keys.B.dtype)
-        dB_bias = None if keys.B_bias is None else keys.B_bias + dlast_B.sum(0).transpose(0, 1)
+        if dlast is not None:
+            inputs.x[self.homes.last] += dlast.to(inputs.x.dtype)
+        dB_bias = keys.B_bias
+        if dlast_B is not None:
+            each = dlast_B.unflatten(2, (self.groups, -1)).sum(3)  # a group's key is that of its heads
+            keys.B.view(-1, *each.shape[1:])[self.homes.last] += each.to(keys.B.dtype)
+            dB_bias = None if dB_bias is None else dB_bias + dlast_B.sum(0).transpose(0, 1)
         ddt, dA, dlam = self._step_gradients(inputs, keys.dt, enter.owed)
         dmimo_x = None
         if inputs.mimo_x is not None and enter.mimo_x is not None:
@@ -527,7 +688,8 @@ class _Call:
         decays, scales, owns = steps.new_empty(3, count, self.heads, self.tokens).unbind(0)
         dmimo_x = None if self.mimo_x is None else steps.new_empty(count, self.heads, self.rank, self.headdim)
         dD = None if self.D is None else steps.new_empty(count, self.heads)
-        inputs_kernel[(count * self.heads,)](
+        launch(
+            inputs_kernel, (count * self.heads,),
             self.x, self.mimo_x, dy, steps, k, q, self.D, entering, leaving,
             dx, decays, scales, owns, dmimo_x, dD, self.plan.chunks, *self.x.stride()[:2], *dy.stride()[:3],
             **only(self.sizes, inputs_kernel), BLOCK_P=self.block_p,
@@ -549,7 +711,8 @@ class _Call:
         dB_bias, dC_bias = (None if t is None else steps.new_empty(count, *t.shape) for t in (self.B_bias, self.C_bias))
         dangles = steps.new_empty(count, self.heads, CHUNK, half)
         for turn in (True, False) if self.sizes["STILL"] else (True,):
-            keys_kernel[(count * self.groups * splits,)](
+            launch(
+                keys_kernel, (count * self.groups * splits,),
                 self.x, self.mimo_x, dy, steps, self.cos, self.sin, k, q, entering, leaving,
                 dB, dC, dB_bias, dC_bias, dangles, self.plan.chunks, *self.x.stride()[:2], *dy.stride()[:3],
                 total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, TURN=turn,
@@ -569,7 +732,8 @@ class _Call:
         omega = steps.new_empty(splits, self.batch * self.length, self.pairs)
         dt = steps.new_empty(count, self.heads, self.tokens)
         exact = self.x.dtype == torch.float32
-        turn_gradients_kernel[(count * splits,)](
+        launch(
+            turn_gradients_kernel, (count * splits,),
             dangles, steps, self.omega, later, dt, omega, self.plan.chunks, self.omega.stride(0),
             self.batch * self.length, HEADS=self.heads, RANKS=self.ranks, TOKENS=self.tokens, PAIRS=self.pairs,
             HALF=self.sizes["HALF"], BLOCK=max(self.tokens, 32), SPLITS=splits, PRECISION=self.sizes["PRECISION"],
@@ -583,31 +747,39 @@ class _Call:
         owed, dssm = dentered.new_empty(sequences, self.heads), torch.empty_like(given.ssm)
         dk, dx = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (given.k, given.last))
         dmimo_x = None if self.mimo_x is None else owed.new_empty(sequences, *self.mimo_x.shape)
-        enter_gradients_kernel[(sequences * self.heads,)](
+        launch(
+            enter_gradients_kernel, (sequences * self.heads,),
             self.dt, self.lam, dentered, given.k.contiguous(), given.last.contiguous(), self.mimo_x,
             dssm, owed, dk, dx, dmimo_x, self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(),
             **self._edges(),
         )  # fmt: skip
         return _EnterGradients(dssm, owed, dk, dx, dmimo_x)
 
-    def _leave_gradients(self, dk: Tensor, dangle: Tensor) -> tuple[Tensor, Tensor]:
+    def _leave_gradients(self, dk: Tensor | None, dangle: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What the keys of the last tokens say of B, for each head, and of the angles at the end, with `dangle`."""
+        if dk is None:
+            return None, None if dangle is None else dangle.contiguous()
         k, _ = self.leave()
-        dB, leaving = torch.empty_like(dk), torch.empty_like(dangle)
-        leave_gradients_kernel[(len(self.homes.sequences) * self.heads,)](
-            k, self.final_angle, dk, dangle, dB, leaving, **only(self._edges(), leave_gradients_kernel),
+        dangle = torch.zeros_like(self.given.angle) if dangle is None else dangle
+        dB, leaving = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dk, dangle))
+        launch(
+            leave_gradients_kernel, (len(self.homes.sequences) * self.heads,),
+            k, self.final_angle, dk.contiguous(), dangle.contiguous(), dB, leaving,
+            **only(self._edges(), leave_gradients_kernel),
         )  # fmt: skip
         return dB, leaving
 
     def _angle_gradients(
-        self, turned: Tensor, ended: Tensor, dended: Tensor, dleaving: Tensor
+        self, turned: Tensor, ended: Tensor, dended: Tensor | None, dleaving: Tensor | None
     ) -> tuple[Float[Tensor, "chunks h s"], Float[Tensor, "seqs h s"]]:
         """What all that comes after each chunk says of angles, and the gradient of the angle that enters."""
-        later, dangle = turned.new_empty(*turned.shape[:2], self.pairs), torch.empty_like(dleaving)
-        angle_gradients_kernel[(len(self.homes.sequences) * self.heads,)](
-            turned, ended, dended, dleaving, dangle, later, self.homes.sequences, HEADS=self.heads, P=self.headdim,
-            PAIRS=self.pairs, HALF=self.sizes["HALF"], WIDTH=self.width, TILES=turned.shape[2],
-            BLOCK_P=triton.next_power_of_2(self.headdim), BLOCK=64,
+        later = turned.new_empty(*turned.shape[:2], self.pairs)
+        dangle = torch.empty_like(self.given.angle, memory_format=torch.contiguous_format)
+        launch(
+            angle_gradients_kernel, (len(self.homes.sequences) * self.heads,),
+            turned, None if dended is None else ended, dended, dleaving, dangle, later, self.homes.sequences,
+            HEADS=self.heads, P=self.headdim, PAIRS=self.pairs, HALF=self.sizes["HALF"], WIDTH=self.width,
+            TILES=turned.shape[2], BLOCK_P=power_of_2(self.headdim), BLOCK=64,
         )  # fmt: skip
         return later, dangle
 
@@ -615,7 +787,8 @@ class _Call:
         """Gradients of dt, A and lam, given what the angles say of dt."""
         count, given = len(self.plan.chunks), self.given
         ddt, dA, dlam = (self.steps.new_empty(given.dt.shape) for _ in range(3))
-        steps_gradients_kernel[(count, triton.cdiv(self.heads, BLOCK_H))](
+        launch(
+            steps_gradients_kernel, (count, cdiv(self.heads, BLOCK_H)),
             self.dt, self.A, self.lam, inputs.decays, inputs.scales, inputs.owns, dsteps, owed,
             ddt, dA, dlam, self.plan.chunks, self.homes.chunks,
             *self.dt.stride(), *self.A.stride(), *self.lam.stride(),

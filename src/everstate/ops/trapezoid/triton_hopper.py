@@ -1,8 +1,11 @@
 """The trapezoid on a Hopper GPU: keys and queries are made by warps of their own, ahead of those that multiply.
 
-Groups of warps share the work of a program that walks along time with two heads: four warps turn keys and queries of
-the next chunks into shared memory, as `everstate.ops.trapezoid.triton_keys` says, four walk with each head, one moves
-inputs. For one rank, and for keys of which one half turns: then both halves are tiles of one size.
+Groups of warps share the work of a program that walks along time with two heads: one moves tiles into shared memory,
+one for each head makes cosines and sines of its angles, four turn keys and queries, and four walk with each head. As
+many programs as the GPU has multiprocessors walk one sequence and pair of heads after the other, so those that run
+ahead need not wait for the walks of others to end. Keys and states are as the caller has them, the members of a pair
+side by side: then one thread has both. For one rank, and for keys of which one half turns: then both halves are tiles
+of one size.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
+from jaxtyping import Float
 from torch import Tensor
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -19,28 +23,110 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from everstate.core.kernels import processors
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, place_of, rows_of, vectors_of
+from everstate.ops.triton_launch import Form, Tiles, launch
+from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import _Call
 
-PARTS = {columns: gl.NVMMASharedLayout(2 * columns, 16, 2) for columns in (16, 32, 64)}
+_KEYS = {width: Form(1, CHUNK, width, layout=gl.NVMMASharedLayout(2 * width, 16, 3)) for width in (32, 64)}
+_PARTS = {width: Form(CHUNK, width, layout=gl.NVMMASharedLayout(2 * width, 16, 2)) for width in (16, 32, 64)}
+_RATES = {pairs: Form(CHUNK, pairs, layout=gl.NVMMASharedLayout(4 * pairs, 32, 2)) for pairs in (16, 32)}
+"""How half of the columns of B and C, of arranged keys and states, and rates lie in shared memory."""
 
 NUMBERS = gl.constexpr(5)
 """Numbers per token and head, as in `triton_keys`: sums of log decays, those less log scales, scales, own weights."""
 
+VECTORS = gl.constexpr(7)
+"""Numbers per token and head that `triton_prepare.numbers_kernel` makes for the outputs; those that walkers read:"""
+SUM = gl.constexpr(0)
+WEIGHTED = gl.constexpr(1)
+READ = gl.constexpr(2)
+DIRECT = gl.constexpr(3)
+GIVEN = gl.constexpr(4)
+KEPT = gl.constexpr(5)
+READS = gl.constexpr(6)
+"""How many these are."""
+
 REGISTERS = 128
 """Registers of a thread when a program of four groups of 128 threads starts; they then share them out."""
 
+RADIANS = gl.constexpr(6.283185307179586 / 4294967296.0)
+"""The angle of one phase."""
+COSINE = gl.constexpr("cos.approx.f32 $0, $1;")
+SINE = gl.constexpr("sin.approx.f32 $0, $1;")
+PHASE = gl.constexpr("""{
+    .reg .f32 coarse, fine;
+    .reg .b32 high, low;
+    fma.rn.f32 coarse, $1, 0f3E22F983, 0f45400000;
+    add.rn.f32 fine, coarse, 0fC5400000;
+    neg.f32 fine, fine;
+    fma.rn.f32 fine, $1, 0f3E22F983, fine;
+    fma.rn.f32 fine, $1, 0f31DC9C88, fine;
+    fma.rn.f32 fine, fine, 0f4F800000, 0f4B400000;
+    mov.b32 high, coarse;
+    mov.b32 low, fine;
+    shl.b32 high, high, 20;
+    add.s32 low, low, high;
+    sub.s32 $0, low, 0x4B400000;
+}""")
+"""The phase of an angle, as `triton_keys.phase_of` makes it of two additions; 1 / (2 pi) has two parts, so that sums of
+thousands are right."""
+LONG = gl.constexpr("""{
+    .reg .f64 turns;
+    .reg .b32 high;
+    cvt.f64.f32 turns, $1;
+    fma.rn.f64 turns, turns, 0d41C45F306DC9C883, 0d4338000000000000;
+    mov.b64 {$0, high}, turns;
+}""")
+"""The phase of any angle."""
+WIDEN = gl.constexpr("""{
+    .reg .b32 low, high;
+    shl.b32 low, $2, 16;
+    and.b32 high, $2, 0xffff0000;
+    mov.b32 $0, low;
+    mov.b32 $1, high;
+}""")
+"""Two bfloat16 to float32: the compiler takes three instructions."""
+MASK = gl.constexpr("and.b32 $0, $1, $2;")
 
-def scan(call: _Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
-    """Outputs and final states."""
-    scan_kernel[(len(call.plan.segments) * call.heads // 2,)](
-        rows(call, call.x), vectors_of(call.steps), call.B, call.C, call.B_bias, call.C_bias, call.cos, call.sin,
-        call.D, entering, rows(call, y.flatten(0, 2)), final, call.plan.chunks, call.plan.segments, call.length,
-        **sizes_of(call), INTERLEAVED=call.order["INTERLEAVED"], STAGES=3, num_warps=4, maxnreg=REGISTERS,
+
+def scan(
+    call: _Call, entering: Tensor, owed: tuple[Tensor, Tensor] | None, starts: Tensor | None, y: Tensor, final: Tensor,
+    final_angle: Tensor, phases: Tensor,
+) -> None:  # fmt: skip
+    """Outputs, and states and angles at the end. Members of a pair lie side by side in keys and states.
+
+    `owed`: the key and the input of the token before, where `entering` does not have yet what they owe; `starts`: the
+    phases at the start of each segment, where these are not the angles of the caller; `phases` gets those at the start
+    of each chunk, and behind them those at the end of each sequence.
+    """
+    items = len(call.plan.segments) * call.heads // 2
+    launch(
+        scan_kernel, (min(items, processors(call.x.device)),),
+        rows(call, call.x), vectors_of(call.numbers), *(_keys_of(call, t) for t in call.sources),
+        *call.biases, _rates_of(call.rates), starts, call.given.angle.contiguous(), final_angle,
+        phases, phases[len(call.plan.chunks) :], entering, *(owed or (None, None)), call.dt, call.lam,
+        rows(call, y.flatten(0, 2)), final,
+        call.plan.chunks, call.plan.segments, call.length,
+        *call.dt.stride(), *call.lam.stride(), items,
+        **sizes_of(call), STAGES=2, ROOMS=3, num_warps=4, maxnreg=REGISTERS,
+    )  # fmt: skip
+
+
+def sweep(call: _Call, pieces: Tensor, ends: Tensor, kept: Tensor, turns: Tensor) -> None:
+    """What each piece of a sequence adds to a state of zeros, as if all angles started from zero; the log of how much
+    of an older state it keeps; and the phases by which it turns. `pieces` is made as `Plan.segments`.
+    """
+    items = len(pieces) * call.heads // 2
+    launch(
+        sweep_kernel, (min(items, processors(call.x.device)),),
+        rows(call, call.x), vectors_of(call.numbers), _keys_of(call, call.sources[0]), call.biases[0],
+        _rates_of(call.rates), ends, kept, turns, call.plan.chunks, pieces, call.length, items,
+        **sizes_of(call), STAGES=3, ROOMS=4, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
@@ -50,140 +136,229 @@ def sizes_of(call: _Call) -> dict[str, int]:
     }  # fmt: skip
 
 
-def rows(call: _Call, t: Tensor) -> TensorDescriptor:
+def rows(call: _Call, t: Float[Tensor, "*b h p"]) -> Tiles:
     return rows_of(t, call.batch, call.length)
 
 
-def halves_of(t: Tensor) -> TensorDescriptor:
+def _keys_of(call: _Call, t: Float[Tensor, "t g n"]) -> Tiles:
+    """Tiles of half of the columns of B or C."""
+    step = t.stride(0)
+    shape, strides = (call.batch, call.length, t.shape[1] * t.shape[2]), (call.length * step, step, 1)
+    return Tiles(t, shape, strides, _KEYS[t.shape[2] // 2])
+
+
+def _rates_of(t: Float[Tensor, "chunks t s"]) -> Tiles:
+    """How fast the pairs turn at the tokens of a chunk."""
+    chunks, tokens, pairs = t.shape
+    return Tiles(t, (chunks * tokens, pairs), (pairs, 1), _RATES[pairs])
+
+
+def halves_of(t: Float[Tensor, "*rows w"]) -> Tiles:
     """The halves of keys or states: 64 rows of the columns that turn, or of the others."""
-    flat = t.flatten(0, -2)
-    half = t.shape[-1] // 2
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [64, half], PARTS[half])
+    width = t.shape[-1]
+    return Tiles(t, (t.numel() // width, width), (width, 1), _PARTS[width // 2])
 
 
-def angles_of(t: Tensor) -> TensorDescriptor:
+def angles_of(t: Float[Tensor, "chunks h t s"]) -> Tiles:
     """Cosines or sines of a chunk and head."""
-    flat = t.flatten(0, 2)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [64, t.shape[3]], PARTS[t.shape[3]])
+    pairs = t.shape[-1]
+    return Tiles(t, (t.numel() // pairs, pairs), (pairs, 1), _PARTS[pairs])
 
 
 @gluon.jit
-def _turn(
-    source, bias, c, s, out, room, ROW: gl.constexpr,
-    HALF: gl.constexpr, half: gl.constexpr, full: gl.constexpr,
+def _sum(a, b):
+    return a + b
+
+
+@gluon.jit
+def _wide(t):
+    """Numbers of 16 bits as float32."""
+    if t.dtype == gl.bfloat16:
+        wide = gl.inline_asm_elementwise(WIDEN, "=f,=f,r", [t], gl.float32, is_pure=True, pack=2)
+    else:
+        wide = t.to(gl.float32)
+    return wide
+
+
+@gluon.jit
+def _phase_of(angle):
+    return gl.inline_asm_elementwise(PHASE, "=r,f", [angle], gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _angle(
+    rates, dts, starts, angle, ends, phases, trig, barriers, segments, items,
+    OWN: gl.constexpr, HEADS: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """32 keys of a head, from ROW on, into two tiles of `out`; `source` is rows of B, `bias` that of the head."""
-    first, second, still = source
-    dtype: gl.constexpr = out.dtype
-    n, m = gl.arange(0, HALF, gl.SliceLayout(0, half)), gl.arange(0, 2 * HALF, gl.SliceLayout(0, full))
-    rest = still.to(gl.float32)
-    if bias is not None:
-        rest += gl.load(bias + 2 * HALF + m)[None, :]
-    out.index(2 * room + 1).slice(ROW, 32).store(rest.to(dtype))
-    a, b = first.to(gl.float32), second.to(gl.float32)
-    if bias is not None:
-        a += gl.load(bias + n)[None, :]
-        b += gl.load(bias + HALF + n)[None, :]
-    c, s = c.to(gl.float32), s.to(gl.float32)
-    turned = gl.join((a * c - b * s).to(dtype), (a * s + b * c).to(dtype))
-    out.index(2 * room).slice(ROW, 32).store(turned.permute((0, 2, 1)).reshape([32, 2 * HALF]))
+    """One warp: cosines and sines of all angles of one head, chunk by chunk; a thread has a pair and walks along time.
+
+    `ends` gets the angle at the end of a sequence, or without `angle`, by how many phases each segment turns; `phases`
+    those before each chunk, and those at the end of each sequence. Cosines and sines are float16: off by 1e-4, a tenth
+    of what rounding a key to bfloat16 costs.
+    """
+    angled, turned, timed, heard = barriers
+    angled, turned = angled.index(OWN), turned.index(OWN)
+    TOKENS: gl.constexpr = 512 // HALF
+    PARTS: gl.constexpr = BLOCK // TOKENS
+    # By parts, so that the loop below has one body: instructions must be fetched, too.
+    trig = trig._reinterpret(trig.dtype, [2 * PARTS, TOKENS, 2 * HALF], trig.layout)
+    rates = rates._reinterpret(rates.dtype, [2 * PARTS, TOKENS, HALF], rates.layout)
+    dts = dts._reinterpret(dts.dtype, [4 * PARTS, TOKENS], dts.layout)
+    one: gl.constexpr = gl.BlockedLayout([16, 1], [32 // HALF, HALF], [1, 1], [1, 0])
+    pair = gl.arange(0, HALF, gl.SliceLayout(0, one))
+    done = 0  # chunks, by all walks before
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        segment, head = item // (HEADS // 2), item % (HEADS // 2) * 2 + OWN
+        first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
+        home = (gl.load(segments + 5 * segment + 2) * HEADS + head) * HALF + pair
+        own = (segment * HEADS + head) * HALF + pair
+        if starts is not None:
+            now = gl.load(starts + own)
+        elif angle is not None:
+            now = gl.inline_asm_elementwise(LONG, "=r,f", [gl.load(angle + home)], gl.int32, is_pure=True, pack=1)
+        else:
+            now = pair * 0
+        for chunk in range(count):
+            step = done + chunk
+            mbarrier.wait(timed.index(step % 2), step // 2 & 1)
+            mbarrier.wait(turned, step & 1 ^ 1)
+            if phases is not None:
+                gl.store(phases[0] + (((first + chunk) * HEADS + head) * HALF + pair), now)
+            for part in range(PARTS):
+                dt = dts.index((step % 2 * 2 + OWN) * PARTS + part).load(gl.SliceLayout(1, one))
+                turns = _phase_of(dt[:, None] * rates.index(step % 2 * PARTS + part).load(one))
+                turned_by = (gl.associative_scan(turns, 0, _sum) + now[None, :]).to(gl.float32) * RADIANS
+                c = gl.inline_asm_elementwise(COSINE, "=f,f", [turned_by], gl.float32, is_pure=True, pack=1)
+                s = gl.inline_asm_elementwise(SINE, "=f,f", [turned_by], gl.float32, is_pure=True, pack=1)
+                both = gl.join(c, s).to(trig.dtype).reshape([TOKENS, 2 * HALF])
+                trig.index(OWN * PARTS + part).store(both)
+                now += gl.sum(turns, 0)
+            mbarrier.arrive(angled, count=1)
+            mbarrier.arrive(heard.index(step % 2), count=1)
+        if angle is None:
+            gl.store(ends + own, now)
+        elif gl.load(segments + 5 * segment + 4) == 1:
+            gl.store(ends + home, now.to(gl.float32) * RADIANS)
+            gl.store(phases[1] + home, now)
+        done += count
 
 
 @gluon.jit
-def _load_keys(B, turning, still, HALF: gl.constexpr):
-    return gl.load(B + turning), gl.load(B + HALF + turning), gl.load(B + still)
+def _turn(source, bias, c, s, out, room, HALF: gl.constexpr, full: gl.constexpr):
+    """Keys of a head: `source` is the two halves of a chunk of B, `bias` that of the head."""
+    BLOCK: gl.constexpr = out.shape[1]
+    dtype: gl.constexpr = out.dtype
+    n = gl.arange(0, 2 * HALF, gl.SliceLayout(0, full))
+    turning = _wide(source.index(0).reshape([BLOCK, 2 * HALF]).load(full))
+    if bias is not None:
+        turning += gl.load(bias + n)[None, :]
+    a, b = gl.split(turning.reshape([BLOCK, HALF, 2]))
+    out.index(2 * room).store(gl.join(a * c - b * s, a * s + b * c).to(dtype).reshape([BLOCK, 2 * HALF]))
+    still = _wide(source.index(1).reshape([BLOCK, 2 * HALF]).load(full))
+    if bias is not None:
+        still += gl.load(bias + 2 * HALF + n)[None, :]
+    out.index(2 * room + 1).store(still.to(dtype))
 
 
 @gluon.jit
 def _make(
-    B, C, B_bias, C_bias, cos, sin, keys, queries, barriers, segments, segment, group, head,
-    HEADS: gl.constexpr, GROUPS: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
+    sources, B_bias, C_bias, trig, keys, queries, barriers, segments, items,
+    HEADS: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr, ROOMS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: keys and queries of two heads, chunk by chunk, two chunks ahead of their use."""
-    made, taken = barriers
-    half: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
+    """Four warps: keys of two heads, and queries where they are asked for, chunk by chunk, into rooms used in turn."""
+    bs, cs = sources
+    brought, read, angled, turned, made, taken = barriers
     full: gl.constexpr = gl.BlockedLayout([1, 8], [128 // HALF, HALF // 4], [4, 1], [1, 0])
-    token, pair = gl.arange(0, 32, gl.SliceLayout(1, half)), gl.arange(0, HALF, gl.SliceLayout(0, half))
-    turning = token[:, None] * (4 * HALF) + pair[None, :]
-    angle = token[:, None] * HALF + pair[None, :]
-    row, column = gl.arange(0, 32, gl.SliceLayout(1, full)), gl.arange(0, 2 * HALF, gl.SliceLayout(0, full))
-    still = row[:, None] * (4 * HALF) + column[None, :] + 2 * HALF
-    first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
-    for step in range(count):
-        chunk = first + step
-        place, room = chunk * HEADS + head, step % 2 * 2
-        # Asked for before there is room.
-        c0, c1 = cos + place * (BLOCK * HALF), cos + (place + 1) * (BLOCK * HALF)
-        s0, s1 = sin + place * (BLOCK * HALF), sin + (place + 1) * (BLOCK * HALF)
-        angles = ((gl.load(c0 + angle), gl.load(s0 + angle)), (gl.load(c1 + angle), gl.load(s1 + angle)))
-        angle_ = angle + 32 * HALF
-        others = ((gl.load(c0 + angle_), gl.load(s0 + angle_)), (gl.load(c1 + angle_), gl.load(s1 + angle_)))
-        mbarrier.wait(taken.index(room), (step // 2 & 1) ^ 1)
-        mbarrier.wait(taken.index(room + 1), (step // 2 & 1) ^ 1)
-        for part in gl.static_range(2):
-            at = (chunk * GROUPS + group) * (BLOCK * 4 * HALF) + part * (32 * 4 * HALF)
-            source = _load_keys(B + at, turning, still, HALF)
-            for own in gl.static_range(2):
-                bias = None if B_bias is None else B_bias + (head + own) * (4 * HALF)
-                c, s = (others if part == 1 else angles)[own]
-                _turn(source, bias, c, s, keys, room + own, 32 * part, HALF, half, full)
-            source = _load_keys(C + at, turning, still, HALF)
-            for own in gl.static_range(2):
+    done = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        segment, head = item // (HEADS // 2), item % (HEADS // 2) * 2
+        count = gl.load(segments + 5 * segment + 1)
+        for at in range(2 * count):
+            turn = 2 * done + at
+            own, step, room = turn % 2, turn // 2, turn % ROOMS
+            mbarrier.wait(angled.index(own), step & 1)
+            c, s = gl.split(trig.index(own).load(full).to(gl.float32).reshape([BLOCK, HALF, 2]))
+            mbarrier.arrive(turned.index(own), count=1)
+            mbarrier.wait(taken.index(room), (turn // ROOMS & 1) ^ 1)
+            mbarrier.wait(brought.index(0), step & 1)
+            bias = None if B_bias is None else B_bias + (head + own) * (4 * HALF)
+            _turn(bs, bias, c, s, keys, room, HALF, full)
+            mbarrier.arrive(read.index(0), count=1)
+            if queries is not None:
+                mbarrier.wait(brought.index(1), step & 1)
                 bias = None if C_bias is None else C_bias + (head + own) * (4 * HALF)
-                c, s = (others if part == 1 else angles)[own]
-                _turn(source, bias, c, s, queries, room + own, 32 * part, HALF, half, full)
-        fence_async_shared()
-        mbarrier.arrive(made.index(room), count=1)
-        mbarrier.arrive(made.index(room + 1), count=1)
+                _turn(cs, bias, c, s, queries, room, HALF, full)
+                mbarrier.arrive(read.index(1), count=1)
+            fence_async_shared()
+            mbarrier.arrive(made.index(room), count=1)
+        done += count
 
 
 @gluon.jit
 def _feed(
-    x, steps, us, vectors, barriers, segments, chunks, length, segment, head,
-    HEADS: gl.constexpr, P: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    tensors, us, vectors, rates, sources, barriers, segments, chunks, length, items,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, LEAST: gl.constexpr,
 ):  # fmt: skip
-    """One warp: inputs and numbers per token of two heads, chunk by chunk, as soon as there is room."""
-    sums, weighted, owns = vectors
-    full, empty = barriers
-    first, count, sequence, start = place_of(segments, chunks, length, segment)
-    for step in range(count):
-        at = step % STAGES
-        mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
-        bar = full.index(at)
-        mbarrier.expect(bar, 2 * x.block_type.nbytes + 6 * steps.block_type.nbytes)
-        for own in gl.static_range(2):
-            place = ((first + step) * HEADS + head + own) * (NUMBERS * BLOCK)
-            tma.async_copy_global_to_shared(steps, [place], bar, sums.index(2 * at + own))
-            tma.async_copy_global_to_shared(steps, [place + BLOCK], bar, weighted.index(2 * at + own))
-            tma.async_copy_global_to_shared(steps, [place + 3 * BLOCK], bar, owns.index(2 * at + own))
-            tma.async_copy_global_to_shared(
-                x, [sequence, start + step * BLOCK, (head + own) * P], bar, us.index(2 * at + own)
-            )
+    """One warp: what is read of two heads, chunk by chunk, as soon as there is room."""
+    x, numbers, omega, B, C = tensors
+    speeds, dts = rates
+    bs, cs = sources
+    full, empty, brought, read, timed, heard = barriers
+    done = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        segment, head = item // (HEADS // 2), item % (HEADS // 2) * 2
+        group = head // (HEADS // GROUPS)
+        first, count, sequence, start = place_of(segments, chunks, length, segment)
+        for chunk in range(count):
+            step = done + chunk
+            at, token = step % STAGES, start + chunk * BLOCK
+            mbarrier.wait(heard.index(step % 2), step // 2 & 1 ^ 1)
+            mbarrier.expect(timed.index(step % 2), omega.block_type.nbytes + 2 * numbers.block_type.nbytes)
+            row = (first + chunk) * BLOCK
+            tma.async_copy_global_to_shared(omega, [row, 0], timed.index(step % 2), speeds.index(step % 2))
+            for own in gl.static_range(2):
+                place = ((first + chunk) * HEADS + head + own) * (VECTORS * BLOCK) + READS * BLOCK
+                tma.async_copy_global_to_shared(numbers, [place], timed.index(step % 2), dts.index(step % 2 * 2 + own))
+            mbarrier.wait(read.index(0), step & 1 ^ 1)
+            mbarrier.expect(brought.index(0), 2 * B.block_type.nbytes)
+            for half in gl.static_range(2):
+                column = group * (4 * HALF) + half * (2 * HALF)
+                tma.async_copy_global_to_shared(B, [sequence, token, column], brought.index(0), bs.index(half))
+            if cs is not None:
+                mbarrier.wait(read.index(1), step & 1 ^ 1)
+                mbarrier.expect(brought.index(1), 2 * C.block_type.nbytes)
+                for half in gl.static_range(2):
+                    column = group * (4 * HALF) + half * (2 * HALF)
+                    tma.async_copy_global_to_shared(C, [sequence, token, column], brought.index(1), cs.index(half))
+            mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
+            bar = full.index(at)
+            mbarrier.expect(bar, 2 * x.block_type.nbytes + 2 * (READS - LEAST) * numbers.block_type.nbytes)
+            for own in gl.static_range(2):
+                place = ((first + chunk) * HEADS + head + own) * (VECTORS * BLOCK)
+                tma.async_copy_global_to_shared(x, [sequence, token, (head + own) * P], bar, us.index(2 * at + own))
+                for number in gl.static_range(LEAST, READS):
+                    out = vectors.index((2 * at + own) * READS + number)
+                    tma.async_copy_global_to_shared(numbers, [place + number * BLOCK], bar, out)
+        done += count
 
 
 @gluon.jit
 def load_state(states, row, head, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, wide: gl.constexpr):
     """The two halves of the state (p, n) of a head."""
     p, n = gl.arange(0, P, gl.SliceLayout(1, wide)), gl.arange(0, 2 * HALF, gl.SliceLayout(0, wide))
-    place = (row.to(gl.int64) * HEADS + head) * (P * 4 * HALF) + (p[:, None] * (4 * HALF) + n[None, :])
+    place = (gl.to_tensor(row).to(gl.int64) * HEADS + head) * (P * 4 * HALF) + (p[:, None] * (4 * HALF) + n[None, :])
     return gl.load(states + place), gl.load(states + 2 * HALF + place)
 
 
 @gluon.jit
-def _store_final(
-    final, row, head, h1, h2, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, INTERLEAVED: gl.constexpr,
-    wide: gl.constexpr,
+def store_state(
+    states, row, head, h1, h2, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, wide: gl.constexpr
 ):  # fmt: skip
-    """A state with its columns in the order of the caller."""
     p, n = gl.arange(0, P, gl.SliceLayout(1, wide)), gl.arange(0, 2 * HALF, gl.SliceLayout(0, wide))
-    if INTERLEAVED:
-        turning, still = n % HALF * 2 + n // HALF, n + 2 * HALF
-    else:
-        turning = n % HALF + n // HALF * (2 * HALF)
-        still = turning + HALF
-    final += (row.to(gl.int64) * HEADS + head) * (P * 4 * HALF)
-    gl.store(final + (p[:, None] * (4 * HALF) + turning[None, :]), h1)
-    gl.store(final + (p[:, None] * (4 * HALF) + still[None, :]), h2)
+    place = (gl.to_tensor(row).to(gl.int64) * HEADS + head) * (P * 4 * HALF) + (p[:, None] * (4 * HALF) + n[None, :])
+    gl.store(states + place, h1)
+    gl.store(states + 2 * HALF + place, h2)
 
 
 @gluon.jit
@@ -191,6 +366,11 @@ def across(a, b, at, none):
     """Products of the rows of one matrix with the rows of another, both in two tiles."""
     out = warpgroup_mma(a.index(2 * at), b.index(2 * at).permute((1, 0)), none, use_acc=False, is_async=True)
     return warpgroup_mma(a.index(2 * at + 1), b.index(2 * at + 1).permute((1, 0)), out, is_async=True)
+
+
+@gluon.jit
+def _halves(tiles, room):
+    return tiles.index(2 * room), tiles.index(2 * room + 1)
 
 
 @gluon.jit
@@ -205,110 +385,231 @@ def _ask(state, queries, none, layout: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _grow(state, keys, u, weight, kept, layout: gl.constexpr):
+def _grow(state, keys, added, kept):
     """A state after a chunk: what it keeps, and what the inputs add to it."""
-    dtype: gl.constexpr = u.dtype
-    added = (u.permute((1, 0)).load(layout).to(gl.float32) * weight[None, :]).to(dtype)
     h1, h2 = state
-    h1 = warpgroup_mma(added, keys[0], h1 * kept, is_async=True)
-    return h1, warpgroup_mma(added, keys[1], h2 * kept, is_async=True)
+    h1 = warpgroup_mma(added, keys[0], h1 * kept[:, None], is_async=True)
+    return h1, warpgroup_mma(added, keys[1], h2 * kept[:, None], is_async=True)
 
 
 @gluon.jit
 def _write(y, place, answers, out):
-    """Outputs `[p, i]`, once those before them are on their way."""
-    tma.store_wait(0)
+    """Outputs `[p, i]`."""
     out.reshape([out.shape[1], out.shape[2]]).permute((1, 0)).store(answers)
     fence_async_shared()
     tma.async_copy_shared_to_global(y, place, out)
 
 
 @gluon.jit
+def _enter(
+    state, row, head, token, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, wide: gl.constexpr
+):  # fmt: skip
+    """The state that enters a segment; given k and x of the token before it, with what that owes."""
+    entering, k, x, dt, lam, strides = state
+    h1, h2 = load_state(entering, row, head, HEADS, P, HALF, wide)
+    if k is not None:
+        p, n = gl.arange(0, P, gl.SliceLayout(1, wide)), gl.arange(0, 2 * HALF, gl.SliceLayout(0, wide))
+        dt_token, dt_head, lam_token, lam_head = strides
+        owed = 1.0 - gl.load(lam + (token.to(gl.int64) * lam_token + head * lam_head)).to(gl.float32)
+        owed *= gl.load(dt + (token.to(gl.int64) * dt_token + head * dt_head)).to(gl.float32)
+        home = row * HEADS + head
+        u = gl.load(x + home * P + p) * owed
+        h1 += u[:, None] * gl.load(k + home * (4 * HALF) + n)[None, :]
+        h2 += u[:, None] * gl.load(k + home * (4 * HALF) + 2 * HALF + n)[None, :]
+    return h1, h2
+
+
+@gluon.jit
 def _walk(
-    us, keys, queries, vectors, barriers, pairs, out, y, entering, final, D, segments, chunks, length, segment, head,
+    us, keys, queries, vectors, barriers, mask, out, y, state, final, segments, chunks, length, items,
     OWN: gl.constexpr, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
-    INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
+    STAGES: gl.constexpr, ROOMS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: one head along a segment. Outputs are `[p, i]`, weights `[j, i]` for what i receives from j."""
-    sums, weighted, owns = vectors
     full, empty, made, taken = barriers
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
     states: gl.constexpr = gl.DotOperandLayout(0, SQUARE, 2)
     inputs: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     dtype: gl.constexpr = out.dtype
-    j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
+    pairs = out.reshape([BLOCK, P])
     none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
-    _, count, sequence, start = place_of(segments, chunks, length, segment)
-    h1, h2 = load_state(entering, segment, head, HEADS, P, HALF, wide)
-    skip = 0.0 if D is None else gl.load(D + head).to(gl.float32)
-    for step in range(count):
-        at, room = step % STAGES * 2 + OWN, step % 2 * 2 + OWN
-        u, k1, k2 = us.index(at).reshape([BLOCK, P]), keys.index(2 * room), keys.index(2 * room + 1)
-        q1, q2 = queries.index(2 * room), queries.index(2 * room + 1)
-        mbarrier.wait(made.index(room), step // 2 & 1)
-        weights = across(keys, queries, room, none)
-        answers = _ask((h1, h2), (q1, q2), none, states, dtype)
-        mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
-        later, earlier, own = sums.index(at).load(COLUMN), weighted.index(at).load(ROW), owns.index(at).load(ROW)
-        last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
-        decay = gl.where(i[None, :] > j[:, None], gl.exp2(later[None, :] - earlier[:, None]), 0.0)
-        decay = gl.where(i[None, :] == j[:, None], own[:, None], decay)
-        weights = warpgroup_mma_wait(2, (weights,))
-        pairs.store(gl.where(decay == 0.0, 0.0, weights * decay).to(dtype))
-        fence_async_shared()
-        answers = warpgroup_mma_wait(0, (answers,)) * gl.exp2(later)[None, :]
-        answers = warpgroup_mma(u.permute((1, 0)), pairs, answers, is_async=True)
-        given = gl.exp2(last - weighted.index(at).load(gl.SliceLayout(0, inputs)))
-        h1, h2 = _grow((h1, h2), (k1, k2), u, given, gl.exp2(last), inputs)
-        answers = warpgroup_mma_wait(2, (answers,))
-        if D is not None:
-            answers += u.permute((1, 0)).load(SQUARE).to(gl.float32) * skip
-        _write(y, [sequence, start + step * BLOCK, head * P], answers.to(dtype), out)
-        h1, h2 = warpgroup_mma_wait(0, (h1, h2))
-        mbarrier.arrive(taken.index(room), count=1)
-        mbarrier.arrive(empty.index(step % STAGES), count=1)
+    done = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        segment, head = item // (HEADS // 2), item % (HEADS // 2) * 2 + OWN
+        first, count, sequence, start = place_of(segments, chunks, length, segment)
+        h1, h2 = _enter(state, segment, head, gl.load(chunks + 2 * first), HEADS, P, HALF, wide)
+        for chunk in range(count):
+            step = done + chunk
+            at, room = (step % STAGES * 2 + OWN) * READS, (2 * step + OWN) % ROOMS
+            u = us.index(step % STAGES * 2 + OWN).reshape([BLOCK, P]).permute((1, 0))
+            mbarrier.wait(made.index(room), (2 * step + OWN) // ROOMS & 1)
+            weights = across(keys, queries, room, none)
+            mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+            later, earlier = vectors.index(at + SUM).load(COLUMN), vectors.index(at + WEIGHTED).load(ROW)
+            weights = warpgroup_mma_wait(0, (weights,))
+            answers = _ask((h1, h2), _halves(queries, room), none, states, dtype)
+            weights *= gl.exp2(later[None, :] - earlier[:, None])
+            # What was written here for the chunk before must be on its way.
+            tma.store_wait(0)
+            pairs.store(_masked(weights.to(dtype), mask))
+            fence_async_shared()
+            wide_u = _wide(u.load(inputs))
+            given = vectors.index(at + GIVEN).load(gl.SliceLayout(0, inputs))
+            added = (wide_u * given[None, :]).to(dtype)
+            own = gl.convert_layout(wide_u, SQUARE) * vectors.index(at + DIRECT).load(COLUMN)[None, :]
+            answers = warpgroup_mma_wait(0, (answers,)) * vectors.index(at + READ).load(COLUMN)[None, :] + own
+            answers = warpgroup_mma(u, pairs, answers, is_async=True)
+            kept = vectors.index(at + KEPT).load(gl.SliceLayout(1, wide))
+            h1, h2 = _grow((h1, h2), _halves(keys, room), added, kept)
+            answers = warpgroup_mma_wait(2, (answers,))
+            _write(y, [sequence, start + chunk * BLOCK, head * P], answers.to(dtype), out)
+            h1, h2 = warpgroup_mma_wait(0, (h1, h2))
+            mbarrier.arrive(taken.index(room), count=1)
+            mbarrier.arrive(empty.index(step % STAGES), count=1)
+        if gl.load(segments + 5 * segment + 4) == 1:
+            store_state(final, gl.load(segments + 5 * segment + 2), head, h1, h2, HEADS, P, HALF, wide)
+        done += count
     tma.store_wait(0)
-    if gl.load(segments + 5 * segment + 4) == 1:
-        _store_final(final, gl.load(segments + 5 * segment + 2), head, h1, h2, HEADS, P, HALF, INTERLEAVED, wide)
 
 
 @gluon.jit
-def _vectors(steps, STAGES: gl.constexpr, BLOCK: gl.constexpr):
-    """For sums of log decays, those less log scales, and own weights, of two heads."""
-    sums = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], steps.layout)
-    weighted = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], steps.layout)
-    return sums, weighted, gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], steps.layout)
+def _masked(weights, mask):
+    """Weights of entries for later ones; `mask` has the bits."""
+    return gl.inline_asm_elementwise(MASK, "=r,r,r", [weights, mask.load(SQUARE)], weights.dtype, is_pure=True, pack=2)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["items"])
 def scan_kernel(
-    x, steps, B, C, B_bias, C_bias, cos, sin, D, entering, y, final, chunks, segments, length,
+    x, vectors, B, C, B_bias, C_bias, rates, starts, angle, final_angle, phases, leaving, entering, k, last,
+    dt, lam, y, final, chunks, segments, length, dt_token, dt_head, lam_token, lam_head, items,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
-    INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
+    STAGES: gl.constexpr, ROOMS: gl.constexpr,
 ):  # fmt: skip
     """One program per segment and pair of heads, which share B and C."""
-    segment, head = gl.program_id(0) // (HEADS // 2), gl.program_id(0) % (HEADS // 2) * 2
-    group = head // (HEADS // GROUPS)
     tile: gl.constexpr = gl.NVMMASharedLayout(4 * HALF, 16, 2)
     us = gl.allocate_shared_memory(x.dtype, [2 * STAGES, 1, BLOCK, P], x.layout)
-    keys = gl.allocate_shared_memory(x.dtype, [8, BLOCK, 2 * HALF], tile)
-    queries = gl.allocate_shared_memory(x.dtype, [8, BLOCK, 2 * HALF], tile)
+    keys = gl.allocate_shared_memory(x.dtype, [2 * ROOMS, BLOCK, 2 * HALF], tile)
+    queries = gl.allocate_shared_memory(x.dtype, [2 * ROOMS, BLOCK, 2 * HALF], tile)
     out = gl.allocate_shared_memory(x.dtype, [2, 1, BLOCK, P], y.layout)
-    pairs = gl.allocate_shared_memory(x.dtype, [2, BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
-    full, empty, made, taken = barriers_of(STAGES, 1), barriers_of(STAGES, 2), barriers_of(4, 1), barriers_of(4, 1)
-    vectors, barriers = _vectors(steps, STAGES, BLOCK), (full, empty, made, taken)
+    mask = _mask(BLOCK)
+    bs = gl.allocate_shared_memory(x.dtype, [2, 1, BLOCK, 2 * HALF], B.layout)
+    cs = gl.allocate_shared_memory(x.dtype, [2, 1, BLOCK, 2 * HALF], C.layout)
+    trig = gl.allocate_shared_memory(gl.float16, [2, BLOCK, 2 * HALF], tile)
+    speeds = gl.allocate_shared_memory(gl.float32, [2, BLOCK, HALF], rates.layout)
+    tokens = gl.allocate_shared_memory(gl.float32, [2 * STAGES * READS, BLOCK], vectors.layout)
+    dts = gl.allocate_shared_memory(gl.float32, [4, BLOCK], vectors.layout)
+    walking, making, feeding, angling = _barriers(STAGES, ROOMS)
+    state = (entering, k, last, dt, lam, (dt_token, dt_head, lam_token, lam_head))
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_walk, (us, keys, queries, vectors, barriers, pairs.index(0), out.index(0), y, entering, final, D,
-                     segments, chunks, length, segment, head, 0, HEADS, P, HALF, BLOCK, INTERLEAVED, STAGES)),
-            (_walk, (us, keys, queries, vectors, barriers, pairs.index(1), out.index(1), y, entering, final, D,
-                     segments, chunks, length, segment, head + 1, 1, HEADS, P, HALF, BLOCK, INTERLEAVED, STAGES)),
-            (_make, (B, C, B_bias, C_bias, cos, sin, keys, queries, (made, taken), segments, segment, group, head,
-                     HEADS, GROUPS, HALF, BLOCK)),
-            (_feed, (x, steps, us, vectors, (full, empty), segments, chunks, length, segment, head,
-                     HEADS, P, BLOCK, STAGES)),
+            (_walk, (us, keys, queries, tokens, walking, mask, out.index(0), y, state, final,
+                     segments, chunks, length, items, 0, HEADS, P, HALF, BLOCK, STAGES, ROOMS)),
+            (_walk, (us, keys, queries, tokens, walking, mask, out.index(1), y, state, final,
+                     segments, chunks, length, items, 1, HEADS, P, HALF, BLOCK, STAGES, ROOMS)),
+            (_make, ((bs, cs), B_bias, C_bias, trig, keys, queries, making,
+                     segments, items, HEADS, HALF, BLOCK, ROOMS)),
+            (_feed, ((x, vectors, rates, B, C), us, tokens, (speeds, dts), (bs, cs), feeding,
+                     segments, chunks, length, items, HEADS, GROUPS, P, HALF, BLOCK, STAGES, 0)),
+            (_angle, (speeds, dts, starts, angle, final_angle, (phases, leaving), trig, angling,
+                      segments, items, 0, HEADS, HALF, BLOCK)),
+            (_angle, (speeds, dts, starts, angle, final_angle, (phases, leaving), trig, angling,
+                      segments, items, 1, HEADS, HALF, BLOCK)),
         ],
-        [4, 4, 1],
-        [168, 144, 24],
+        [4, 4, 1, 1, 1],
+        [192, 80, 48, 48, 48],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _barriers(STAGES: gl.constexpr, ROOMS: gl.constexpr):
+    """Those of the warps that walk, make keys, feed the others and make cosines and sines."""
+    full, empty = barriers_of(STAGES, 1), barriers_of(STAGES, 2)  # inputs and numbers of both heads
+    made, taken = barriers_of(ROOMS, 1), barriers_of(ROOMS, 1)  # keys and queries of one
+    brought, read = barriers_of(2, 1), barriers_of(2, 2)  # B and C, read for both heads
+    angled, turned = barriers_of(2, 1), barriers_of(2, 1)  # cosines and sines of each head
+    timed, heard = barriers_of(2, 1), barriers_of(2, 2)  # omega, and dt of both heads
+    walking, making = (full, empty, made, taken), (brought, read, angled, turned, made, taken)
+    return walking, making, (full, empty, brought, read, timed, heard), (angled, turned, timed, heard)
+
+
+@gluon.jit
+def _mask(BLOCK: gl.constexpr):
+    """For `_masked`: all bits where an entry is later, none elsewhere."""
+    mask = gl.allocate_shared_memory(gl.int16, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
+    j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
+    mask.store(gl.where(i[None, :] > j[:, None], -1, 0).to(gl.int16))
+    return mask
+
+
+@gluon.jit
+def _sweep(
+    us, keys, vectors, barriers, ends, kept, segments, items,
+    OWN: gl.constexpr, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, ROOMS: gl.constexpr,
+):  # fmt: skip
+    """Four warps: the state of one head along a segment, from zero."""
+    full, empty, made, taken = barriers
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
+    inputs: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    row: gl.constexpr = gl.SliceLayout(1, wide)
+    dtype: gl.constexpr = us.dtype
+    done = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        segment, head = item // (HEADS // 2), item % (HEADS // 2) * 2 + OWN
+        count = gl.load(segments + 5 * segment + 1)
+        h1, h2 = gl.zeros((P, 2 * HALF), gl.float32, wide), gl.zeros((P, 2 * HALF), gl.float32, wide)
+        remains = gl.zeros((P,), gl.float32, row) + 1.0
+        for chunk in range(count):
+            step = done + chunk
+            at, room = (step % STAGES * 2 + OWN) * READS, (2 * step + OWN) % ROOMS
+            mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+            u = _wide(us.index(step % STAGES * 2 + OWN).reshape([BLOCK, P]).permute((1, 0)).load(inputs))
+            added = (u * vectors.index(at + GIVEN).load(gl.SliceLayout(0, inputs))[None, :]).to(dtype)
+            keeps = vectors.index(at + KEPT).load(row)
+            mbarrier.wait(made.index(room), (2 * step + OWN) // ROOMS & 1)
+            h1, h2 = _grow((h1, h2), _halves(keys, room), added, keeps)
+            remains *= keeps
+            h1, h2 = warpgroup_mma_wait(0, (h1, h2))
+            mbarrier.arrive(taken.index(room), count=1)
+            mbarrier.arrive(empty.index(step % STAGES), count=1)
+        store_state(ends, segment, head, h1, h2, HEADS, P, HALF, wide)
+        gl.store(kept + segment * HEADS + head, gl.log(gl.max(remains, 0)))
+        done += count
+
+
+@gluon.jit(do_not_specialize=["items"])
+def sweep_kernel(
+    x, vectors, B, B_bias, rates, ends, kept, turns, chunks, segments, length, items,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, ROOMS: gl.constexpr,
+):  # fmt: skip
+    """One program per segment and pair of heads: only the states."""
+    tile: gl.constexpr = gl.NVMMASharedLayout(4 * HALF, 16, 2)
+    us = gl.allocate_shared_memory(x.dtype, [2 * STAGES, 1, BLOCK, P], x.layout)
+    keys = gl.allocate_shared_memory(x.dtype, [2 * ROOMS, BLOCK, 2 * HALF], tile)
+    bs = gl.allocate_shared_memory(x.dtype, [2, 1, BLOCK, 2 * HALF], B.layout)
+    trig = gl.allocate_shared_memory(gl.float16, [2, BLOCK, 2 * HALF], tile)
+    speeds = gl.allocate_shared_memory(gl.float32, [2, BLOCK, HALF], rates.layout)
+    tokens = gl.allocate_shared_memory(gl.float32, [2 * STAGES * READS, BLOCK], vectors.layout)
+    dts = gl.allocate_shared_memory(gl.float32, [4, BLOCK], vectors.layout)
+    walking, making, feeding, angling = _barriers(STAGES, ROOMS)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_sweep, (us, keys, tokens, walking, ends, kept, segments, items,
+                      0, HEADS, P, HALF, BLOCK, STAGES, ROOMS)),
+            (_sweep, (us, keys, tokens, walking, ends, kept, segments, items,
+                      1, HEADS, P, HALF, BLOCK, STAGES, ROOMS)),
+            (_make, ((bs, None), B_bias, None, trig, keys, None, making,
+                     segments, items, HEADS, HALF, BLOCK, ROOMS)),
+            (_feed, ((x, vectors, rates, B, None), us, tokens, (speeds, dts), (bs, None), feeding,
+                     segments, chunks, length, items, HEADS, GROUPS, P, HALF, BLOCK, STAGES, GIVEN)),
+            (_angle, (speeds, dts, None, None, turns, None, trig, angling,
+                      segments, items, 0, HEADS, HALF, BLOCK)),
+            (_angle, (speeds, dts, None, None, turns, None, trig, angling,
+                      segments, items, 1, HEADS, HALF, BLOCK)),
+        ],
+        [4, 4, 1, 1, 1],
+        [168, 104, 72, 72, 72],
     )  # fmt: skip

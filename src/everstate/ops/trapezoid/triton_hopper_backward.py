@@ -3,12 +3,17 @@
 Groups of four warps share the work of a program, which takes the heads of a chunk one after the other. One moves tiles
 into shared memory ahead of time, turns keys and queries of the next head, and sums gradients of angles. One finds the
 gradients of inputs, and on the way what pairs of entries say to each other; with that one finds those of the columns
-of B and C that turn, one those of the others. So every tile is read from memory once, and keys and queries are never
-written there. Sizes and tiles are those of `everstate.ops.trapezoid.triton_hopper`.
+of B and C that turn, one those of the others, and what the entering state says of decays. So every tile is read from
+memory once, and keys and queries are never written there. Sizes and tiles are those of
+`everstate.ops.trapezoid.triton_hopper`.
+
+Registers are divided such that no group spills what its products need: else the compiler would wait after each of them,
+in all groups. Hence sums over the heads are numbers like others, to which finished products are added.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from everstate.ops.trapezoid.triton import _InputGradients, _KeyGradients
 from everstate.ops.trapezoid.triton_hopper import (
@@ -35,9 +39,17 @@ from everstate.ops.trapezoid.triton_hopper import (
     sizes_of,
 )
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of, vectors_of
+from everstate.ops.triton_launch import Form, Tiles, launch
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import _Call
+
+
+SWAP_ROWS = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 4, 0x1f, 0xffffffff;")
+SWAP_PAIRS = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 8, 0x1f, 0xffffffff;")
+SWAP_FOURS = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 16, 0x1f, 0xffffffff;")
+"""Exchanges of a number with the thread that has the next row of a product, the one after that, or the fourth: four
+threads of a warp share a row."""
 
 
 def gradients(
@@ -57,7 +69,8 @@ def gradients(
     dB, dC = call.B.new_empty(2, splits, *call.given.B.shape, dtype=torch.float32 if splits > 1 else dtype).unbind(0)
     dB_bias, dC_bias = (None if t is None else steps.new_empty(count, *t.shape) for t in (call.B_bias, call.C_bias))
     domega, ddt = steps.new_empty(call.groups * splits, total, call.pairs), by_head(call.tokens)
-    gradients_kernel[(count * call.groups * splits,)](
+    launch(
+        gradients_kernel, (count * call.groups * splits,),
         rows(call, call.x), rows(call, dy.squeeze(1)), vectors_of(steps), halves_of(call.B), halves_of(call.C),
         halves_of(entering), halves_of(leaving), angles_of(call.cos.view(dtype)), angles_of(call.sin.view(dtype)),
         _rows_of(call.B_bias), _rows_of(call.C_bias), call.D, call.omega, later,
@@ -69,9 +82,14 @@ def gradients(
     return inputs, _KeyGradients(dB, dC, dB_bias, dC_bias, domega, ddt)
 
 
-def _rows_of(bias: Tensor | None) -> TensorDescriptor | None:
+@cache
+def _form_of_bias(width: int) -> Form:
+    return Form(width, layout=VECTOR)
+
+
+def _rows_of(bias: Tensor | None) -> Tiles | None:
     """The bias of a head."""
-    return None if bias is None else TensorDescriptor(bias, [bias.numel()], [1], [bias.shape[-1]], VECTOR)
+    return None if bias is None else Tiles(bias, (bias.numel(),), (1,), _form_of_bias(bias.shape[-1]))
 
 
 @gluon.jit
@@ -340,59 +358,55 @@ def _turned_back(dk, ks, cs, ss, db1, db2, HALF: gl.constexpr, wide: gl.constexp
 
 
 @gluon.jit
-def _swapped(t, LANES: gl.constexpr):
-    """What the thread whose number differs in the bit LANES has in the place of `t`."""
-    if LANES == 4:
-        t = gl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 4, 0x1f, 0xffffffff;", "=f,f", [t], dtype=gl.float32, is_pure=True, pack=1
-        )
-    if LANES == 8:
-        t = gl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 8, 0x1f, 0xffffffff;", "=f,f", [t], dtype=gl.float32, is_pure=True, pack=1
-        )
-    if LANES == 16:
-        t = gl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 16, 0x1f, 0xffffffff;", "=f,f", [t], dtype=gl.float32, is_pure=True, pack=1
-        )
-    return t
+def _swapped(t, HOW: gl.constexpr):
+    """What another thread of the warp has in the place of `t`."""
+    return gl.inline_asm_elementwise(HOW, "=f,f", [t], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def _halved(t, LANES: gl.constexpr):
-    """Sums of two rows `[warp, row, n..., 2]`: of a pair of rows, one keeps the first half of the last dimension, the
-    other the second."""
+def _halved(t, BIT: gl.constexpr, HOW: gl.constexpr):
+    """Sums of two rows `[warp, row, n..., 2]` whose numbers differ in a bit: one of them keeps the first half of the
+    last dimension, the other the second."""
     first, second = gl.split(t)
-    odd = _rows_like(first) // (LANES // 4) % 2 == 1
-    return gl.where(odd, second, first) + _swapped(gl.where(odd, first, second), LANES)
+    odd = _rows_like(first) // BIT % 2 == 1
+    return gl.where(odd, second, first) + _swapped(gl.where(odd, first, second), HOW)
 
 
 @gluon.jit
 def _rows_like(t):
     """The number of the row of each element of `[warp, row, n...]`."""
-    row: gl.constexpr = t.type.layout
+    layout: gl.constexpr = t.type.layout
     if len(t.shape) == 3:
-        r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, row)))[None, :, None]
+        r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     else:
-        r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, row))))[None, :, None, None]
-    return r + gl.zeros(t.shape, gl.int32, row)
+        r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[None, :, None, None]
+    return r + gl.zeros(t.shape, gl.int32, layout)
 
 
 @gluon.jit
 def over_tokens(t):
-    """Sums over the rows of 64 x 32 or 64 x 16 numbers by warp, `[warp, row, 4]`: each step halves what is left.
-
-    Row r and place q have the column 16 (r % 2) + 8 (r // 2 % 2) + 2 q + r // 4, or 8 (r % 2) + 2 q + r // 2 % 2.
-    """
+    """Sums over the rows of 64 x 32 or 64 x 16 numbers by warp, `[warp, row, place]`. Each step halves what is left to
+    add, where `gl.sum` would exchange all numbers at each step. `column_of` says what lies where."""
     HALF: gl.constexpr = t.shape[1]
     t = gl.sum(t.reshape([4, 2, 8, HALF]), 1)
-    t = _halved(t.reshape([4, 8, 2, HALF // 2]).permute((0, 1, 3, 2)), 4)
+    t = _halved(t.reshape([4, 8, 2, HALF // 2]).permute((0, 1, 3, 2)), 1, SWAP_ROWS)
     if HALF == 32:
-        t = _halved(t.reshape([4, 8, 2, 8]).permute((0, 1, 3, 2)), 8)
-        t = _halved(t.reshape([4, 8, 4, 2]), 16)
+        t = _halved(t.reshape([4, 8, 2, 8]).permute((0, 1, 3, 2)), 2, SWAP_PAIRS)
+        t = _halved(t.reshape([4, 8, 4, 2]), 4, SWAP_FOURS)
     else:
-        t = _halved(t.reshape([4, 8, 4, 2]), 8)
-        t += _swapped(t, 16)
+        t = _halved(t.reshape([4, 8, 4, 2]), 2, SWAP_PAIRS)
+        t += _swapped(t, SWAP_FOURS)
     return t
+
+
+@gluon.jit
+def column_of(row, place, HALF: gl.constexpr):
+    """Which column `over_tokens` leaves at a place of a row."""
+    if HALF == 32:
+        column = 16 * (row % 2) + 8 * (row // 2 % 2) + 2 * place + row // 4
+    else:
+        column = 8 * (row % 2) + 2 * place + row // 2 % 2
+    return column
 
 
 @gluon.jit
@@ -401,6 +415,7 @@ def _by_column(t):
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
     first, second = halves(t, 32, narrow)
     t = gl.sum(gl.join(over_tokens(first), over_tokens(second)), 0)
+    # The bits of a row, a place and a half, in the order of those of a column.
     t = t.reshape([2, 2, 2, 4, 2]).permute((4, 2, 1, 3, 0)).reshape([64])
     return gl.convert_layout(t, ROW)
 
@@ -412,14 +427,10 @@ def _store_sums(out, a, b):
         HALF: gl.constexpr = a.shape[1]
         t = gl.sum(gl.join(over_tokens(a), over_tokens(b)), 0)
         layout: gl.constexpr = t.type.layout
-        r = gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-        q = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-        w = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-        if HALF == 32:
-            column = 16 * (r % 2) + 8 * (r // 2 % 2) + 2 * q + r // 4
-        else:
-            column = 8 * (r % 2) + 2 * q + r // 2 % 2
-        gl.store(out + (column + HALF * w), t)
+        row = gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+        place = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+        half = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+        gl.store(out + (column_of(row, place, HALF) + HALF * half), t)
 
 
 @gluon.jit
@@ -435,7 +446,7 @@ def _turning(
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     side: gl.constexpr = gl.SliceLayout(1, wide)
-    n, i = gl.arange(0, HALF, gl.SliceLayout(0, narrow)), gl.arange(0, BLOCK, COLUMN)
+    i = gl.arange(0, BLOCK, COLUMN)
     nothing = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
     db1, db2 = gl.zeros((BLOCK, HALF), gl.float32, narrow), gl.zeros((BLOCK, HALF), gl.float32, narrow)
     dc1, dc2 = gl.zeros((BLOCK, HALF), gl.float32, narrow), gl.zeros((BLOCK, HALF), gl.float32, narrow)
@@ -609,8 +620,8 @@ def gradients_kernel(
     tensors = (x, dy, steps, B, C, entering, leaving, cos, sin, B_bias, C_bias)
     gl.warp_specialize(
         [
-            (_inputs, (tiles, vectors, pairs, answered, (full, empty, made, weighed, free, asked), dx, D, ddecays, dscales, downs,
-                       dD, chunk, start, end, head, HEADS, EACH, P, BLOCK, STAGES)),
+            (_inputs, (tiles, vectors, pairs, answered, (full, empty, made, weighed, free, asked),
+                       dx, D, ddecays, dscales, downs, dD, chunk, start, end, head, HEADS, EACH, P, BLOCK, STAGES)),
             (_turning, (tiles, vectors, pairs, (full, angled, empty, made, weighed, free, told), dB, dC,
                         dB_bias, dC_bias, chunk, start, end, total, head, group, split,
                         HEADS, GROUPS, EACH, P, HALF, BLOCK, INTERLEAVED, STAGES)),

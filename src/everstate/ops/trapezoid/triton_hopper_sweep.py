@@ -20,9 +20,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from everstate.ops.trapezoid.triton_hopper import NUMBERS, REGISTERS, angles_of, halves_of, load_state, rows, sizes_of
-from everstate.ops.trapezoid.triton_hopper_backward import halves, over_tokens, trig
+from everstate.ops.trapezoid.triton_hopper import (
+    NUMBERS,
+    REGISTERS,
+    angles_of,
+    halves_of,
+    load_state,
+    rows,
+    sizes_of,
+    store_state,
+)
+from everstate.ops.trapezoid.triton_hopper_backward import column_of, halves, over_tokens, trig
 from everstate.ops.triton_hopper import barriers_of, place_of, vectors_of
+from everstate.ops.triton_launch import launch
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import _Call
@@ -34,7 +44,8 @@ def sweep(
 ) -> None:  # fmt: skip
     """The states, forwards; or with dy their gradients, backwards."""
     x, keys, bias = (call.x, call.B, call.B_bias) if dy is None else (dy.squeeze(1), call.C, call.C_bias)
-    sweep_kernel[(len(call.plan.segments) * call.heads // 2,)](
+    launch(
+        sweep_kernel, (len(call.plan.segments) * call.heads // 2,),
         rows(call, x), vectors_of(call.steps), halves_of(keys), bias,
         angles_of(call.cos.view(x.dtype)), angles_of(call.sin.view(x.dtype)),
         None if entered is None else halves_of(entered), entering, None if chunks is None else halves_of(chunks),
@@ -137,22 +148,9 @@ def _store_turned(out, h, s, HALF: gl.constexpr, wide: gl.constexpr, narrow: gl.
     s1, s2 = halves(s.load(wide), HALF, narrow)
     change = gl.sum(over_tokens(h2 * s1.to(gl.float32) - h1 * s2.to(gl.float32)), 0)
     layout: gl.constexpr = change.type.layout
-    r = gl.arange(0, 8, gl.SliceLayout(1, layout))[:, None]
-    q = gl.arange(0, 4, gl.SliceLayout(0, layout))[None, :]
-    if HALF == 32:
-        column = 16 * (r % 2) + 8 * (r // 2 % 2) + 2 * q + r // 4
-    else:
-        column = 8 * (r % 2) + 2 * q + r // 2 % 2
-    gl.store(out + column, change)
-
-
-@gluon.jit
-def _store_state(states, row, head, h1, h2, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, wide: gl.constexpr):
-    """The reverse of `load_state`."""
-    p, n = gl.arange(0, P, gl.SliceLayout(1, wide)), gl.arange(0, 2 * HALF, gl.SliceLayout(0, wide))
-    place = (row.to(gl.int64) * HEADS + head) * (P * 4 * HALF) + (p[:, None] * (4 * HALF) + n[None, :])
-    gl.store(states + place, h1)
-    gl.store(states + 2 * HALF + place, h2)
+    row = gl.arange(0, 8, gl.SliceLayout(1, layout))[:, None]
+    place = gl.arange(0, 4, gl.SliceLayout(0, layout))[None, :]
+    gl.store(out + column_of(row, place, HALF), change)
 
 
 @gluon.jit
@@ -203,10 +201,10 @@ def _walk(
         mbarrier.arrive(empty.index(at), count=1)
     tma.store_wait(0)
     if boundaries is None:
-        _store_state(ends, segment, head, h1, h2, HEADS, P, HALF, wide)
+        store_state(ends, segment, head, h1, h2, HEADS, P, HALF, wide)
         gl.store(kept + segment * HEADS + head, decayed * 0.6931471805599453)
     elif gl.load(segments + 5 * segment + (3 if REVERSE else 4)) == 1:
-        _store_state(ends, gl.load(segments + 5 * segment + 2), head, h1, h2, HEADS, P, HALF, wide)
+        store_state(ends, gl.load(segments + 5 * segment + 2), head, h1, h2, HEADS, P, HALF, wide)
 
 
 @gluon.jit

@@ -23,6 +23,8 @@ RADIANS: tl.constexpr = tl.constexpr(6.283185307179586 / 4294967296.0)
 """The angle of one phase."""
 COARSE: tl.constexpr = tl.constexpr(3072.0)
 """A float32 of this size ends at 2^-12: adding it leaves that many digits of a fraction in the lowest bits."""
+LONGEST: tl.constexpr = tl.constexpr(6755399441055744.0)
+"""1.5 * 2^52: the same for a float64."""
 FINE: tl.constexpr = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding it leaves an integer in the lowest bits."""
 
@@ -45,10 +47,11 @@ DT: tl.constexpr = tl.constexpr(4)
 def phase_of(angle, LONG: tl.constexpr):
     """The phase of an angle: LONG where thousands of them are summed, else right to 1e-7 of it, for up to 1,000 turns.
 
-    The first 12 bits and the others come from two float32 additions, which are several times as fast as conversions.
+    LONG adds a float64 that leaves an integer in the lowest bits. Else the first 12 bits and the others come from two
+    float32 additions: conversions take several times as long.
     """
     if LONG:
-        return tl.floor(angle.to(tl.float64) * (TURNS * PHASES) + 0.5).to(tl.int64).to(tl.int32)
+        return (angle.to(tl.float64) * (TURNS * PHASES) + LONGEST).to(tl.int64, bitcast=True).to(tl.int32)
     else:
         turns = angle * TURNS
         coarse = turns + COARSE

@@ -23,10 +23,29 @@ from everstate.ops.trapezoid.triton_keys import (
     source_of,
     where_given,
 )
-from everstate.ops.triton_common import LOG2E
+from everstate.ops.triton_common import LOG2E, dot
 
 NOTHING: tl.constexpr = tl.constexpr(1e-30)
 """The least scale: instead of zero, which has no logarithm, and by which gradients could not be divided."""
+
+
+VECTORS: tl.constexpr = tl.constexpr(7)
+"""Numbers per token and head of `numbers_kernel`."""
+
+
+@triton.jit
+def _tokens(
+    dt, A, lam, rows, heads, exists, follows, dt_token, dt_head, A_token, A_head, lam_token, lam_head
+):  # fmt: skip
+    """dt, log decays, own weights `lam dt` and scales of tokens and heads."""
+    dt += rows * dt_token + (heads * dt_head)[None, :]
+    lam += rows * lam_token + (heads * lam_head)[None, :]
+    step = tl.load(dt, mask=exists, other=0.0).to(tl.float32)
+    decay = tl.load(A + rows * A_token + (heads * A_head)[None, :], mask=exists, other=0.0).to(tl.float32) * step
+    own = tl.load(lam, mask=exists, other=0.0).to(tl.float32) * step
+    ahead = 1.0 - tl.load(lam + lam_token, mask=follows, other=1.0).to(tl.float32)
+    ahead *= tl.load(dt + dt_token, mask=follows, other=0.0).to(tl.float32)
+    return step, decay, own, tl.maximum(own + ahead, NOTHING)
 
 
 @triton.jit
@@ -45,21 +64,89 @@ def steps_kernel(
     exists = (tokens < tl.load(chunks + 2 * chunk + 1))[:, None] & (heads < HEADS)[None, :]
     follows = exists & (tokens + 1 < tl.load(homes + 3 * chunk + 2))[:, None]
     rows = tokens.to(tl.int64)[:, None]
-    dt += rows * dt_token + (heads * dt_head)[None, :]
-    lam += rows * lam_token + (heads * lam_head)[None, :]
-    step = tl.load(dt, mask=exists, other=0.0).to(tl.float32)
-    decay = tl.load(A + rows * A_token + (heads * A_head)[None, :], mask=exists, other=0.0).to(tl.float32) * step
-    own = tl.load(lam, mask=exists, other=0.0).to(tl.float32) * step
-    ahead = 1.0 - tl.load(lam + lam_token, mask=follows, other=1.0).to(tl.float32)
-    ahead *= tl.load(dt + dt_token, mask=follows, other=0.0).to(tl.float32)
+    step, decay, own, scale = _tokens(
+        dt, A, lam, rows, heads, exists, follows, dt_token, dt_head, A_token, A_head, lam_token, lam_head
+    )
     out = steps + (chunk * HEADS + heads[None, :]) * (NUMBERS * TOKENS) + at[:, None]
     mask, sums = (heads < HEADS)[None, :], tl.cumsum(decay, 0) * LOG2E
     tl.store(out + SUM * TOKENS, sums, mask=mask)
-    scale = tl.maximum(own + ahead, NOTHING)
     tl.store(out + WEIGHTED * TOKENS, sums - tl.log2(scale), mask=mask)
     tl.store(out + SCALE * TOKENS, scale, mask=mask)
     tl.store(out + OWN * TOKENS, own, mask=mask)
     tl.store(out + DT * TOKENS, step, mask=mask)
+
+
+@triton.jit
+def numbers_kernel(
+    dt, A, lam, omega, B, C, B_bias, C_bias, D, out, rates, chunks, homes,
+    dt_token, dt_head, A_token, A_head, lam_token, lam_head, omega_token, B_token, C_token,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk and some heads of a group: what the outputs need of each token of a chunk, for rank 1.
+
+    The sum of log decays and that less the log of the scale, as `steps_kernel`; what the token reads of the state
+    before the chunk; what of its own input it gives, `lam dt k.q + D`, where turning both k and q changes nothing; what
+    the state after the chunk has of it; what that keeps of the state before, the same for all; dt. And omega by chunk,
+    zeros beyond the end.
+    """
+    EACH: tl.constexpr = HEADS // GROUPS
+    BLOCKS: tl.constexpr = (EACH + BLOCK_H - 1) // BLOCK_H
+    chunk, group = tl.program_id(0).to(tl.int64), tl.program_id(1) // BLOCKS
+    at, n, mine = tl.arange(0, TOKENS), tl.arange(0, N), tl.program_id(1) % BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)
+    heads, real = group * EACH + mine, mine < EACH
+    tokens = tl.load(chunks + 2 * chunk) + at
+    exists = (tokens < tl.load(chunks + 2 * chunk + 1))[:, None]
+    follows = exists & (tokens + 1 < tl.load(homes + 3 * chunk + 2))[:, None] & real[None, :]
+    rows = tokens.to(tl.int64)[:, None]
+    if tl.program_id(1) == 0:
+        pairs = tl.arange(0, PAIRS)
+        rate = tl.load(omega + rows * omega_token + pairs[None, :], mask=exists, other=0.0).to(tl.float32)
+        tl.store(rates + (chunk * TOKENS + at[:, None]) * PAIRS + pairs[None, :], rate)
+    b = tl.load(B + rows * B_token + (group * N + n)[None, :], mask=exists, other=0.0)
+    c = tl.load(C + rows * C_token + (group * N + n)[None, :], mask=exists, other=0.0)
+    product = _products(b, c, B_bias, C_bias, heads, real, n, N)
+    step, decay, own, scale = _tokens(
+        dt, A, lam, rows, heads, exists & real[None, :], follows,
+        dt_token, dt_head, A_token, A_head, lam_token, lam_head,
+    )  # fmt: skip
+    direct = own * product
+    if D is not None:
+        direct += tl.load(D + heads, mask=real, other=0.0).to(tl.float32)[None, :]
+    out += (chunk * HEADS + heads[None, :]) * (VECTORS * TOKENS) + at[:, None]
+    mask, sums = real[None, :], tl.cumsum(decay, 0) * LOG2E
+    weighted = sums - tl.log2(scale)
+    last = tl.sum(tl.where(at[:, None] == TOKENS - 1, sums, 0.0), 0)[None, :]
+    tl.store(out, sums, mask=mask)
+    tl.store(out + TOKENS, weighted, mask=mask)
+    tl.store(out + 2 * TOKENS, tl.exp2(sums), mask=mask)
+    tl.store(out + 3 * TOKENS, direct, mask=mask)
+    tl.store(out + 4 * TOKENS, tl.exp2(last - weighted), mask=mask)
+    tl.store(out + 5 * TOKENS, tl.exp2(last) + 0.0 * sums, mask=mask)
+    tl.store(out + 6 * TOKENS, step, mask=mask)
+
+
+@triton.jit
+def _products(b, c, B_bias, C_bias, heads, real, n, N: tl.constexpr):
+    """k.q of each token and head, before both are turned: the biases in two parts of 16 bits."""
+    alone = tl.sum(b.to(tl.float32) * c.to(tl.float32), 1)
+    product = alone[:, None] + tl.zeros((b.shape[0], heads.shape[0]), tl.float32)
+    if B_bias is not None:
+        mine = tl.load(B_bias + heads[:, None] * N + n[None, :], mask=real[:, None], other=0.0)
+        product = _with_bias(product, c, mine)
+    if C_bias is not None:
+        other = tl.load(C_bias + heads[:, None] * N + n[None, :], mask=real[:, None], other=0.0)
+        product = _with_bias(product, b, other)
+        if B_bias is not None:
+            product += tl.sum(mine * other, 1)[None, :]
+    return product
+
+
+@triton.jit
+def _with_bias(product, rows, bias):
+    coarse = bias.to(rows.dtype)
+    product = dot(rows, tl.trans(coarse), product, "tf32")
+    return dot(rows, tl.trans((bias - coarse.to(tl.float32)).to(rows.dtype)), product, "tf32")
 
 
 @triton.jit
@@ -123,6 +210,58 @@ def chunks_kernel(
 
 
 @triton.jit
+def sources_kernel(
+    B, C, B_bias, C_bias, out, bias_out, chunks, count, B_token, B_group, C_token, C_group,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """For rank 1 and half of the columns: what `chunks_kernel` makes of B and C, and `arrange_kernel` of biases.
+
+    One program per chunk and group, and for B or C; and one more for their biases.
+    """
+    at, which = tl.arange(0, TOKENS), tl.program_id(1)
+    if tl.program_id(0) < count:
+        chunk, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+        start = tl.load(chunks + 2 * chunk)
+        given, first = start + at < tl.load(chunks + 2 * chunk + 1), start.to(tl.int64)
+        out += (which.to(tl.int64) * count + tl.program_id(0)) * (TOKENS * 4 * HALF)
+        if which == 0:
+            _put_in_parts(B + first * B_token + group * B_group, B_token, given, out, at, at >= 0, HALF, INTERLEAVED)
+        else:
+            _put_in_parts(C + first * C_token + group * C_group, C_token, given, out, at, at >= 0, HALF, INTERLEAVED)
+    else:
+        for block in range(0, HEADS, TOKENS):
+            heads = block + at
+            given = heads < HEADS
+            if which == 0:
+                if B_bias is not None:
+                    _put_in_parts(B_bias, 4 * HALF, given, bias_out, heads, given, HALF, INTERLEAVED)
+            elif C_bias is not None:
+                to = bias_out + HEADS * 4 * HALF
+                _put_in_parts(C_bias, 4 * HALF, given, to, heads, given, HALF, INTERLEAVED)
+
+
+@triton.jit
+def _put_in_parts(source, stride, given, out, rows, wanted, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The wanted rows with their columns in parts, zeros for those that are not given."""
+    n, mask = tl.arange(0, HALF), given[:, None]
+    row, to = source + rows[:, None] * stride, out + (rows[:, None] * (4 * HALF) + n[None, :])
+    dtype: tl.constexpr = out.dtype.element_ty
+    if INTERLEAVED:
+        both = tl.load(row + tl.arange(0, 2 * HALF)[None, :], mask=mask, other=0.0)
+        first, second = tl.split(tl.reshape(both, (rows.shape[0], HALF, 2)))
+        third = tl.load(row + (2 * HALF + n)[None, :], mask=mask, other=0.0)
+    else:
+        first = tl.load(row + n[None, :], mask=mask, other=0.0)
+        second = tl.load(row + (2 * HALF + n)[None, :], mask=mask, other=0.0)
+        third = tl.load(row + (HALF + n)[None, :], mask=mask, other=0.0)
+    last = tl.load(row + (3 * HALF + n)[None, :], mask=mask, other=0.0)
+    tl.store(to, first.to(dtype), mask=wanted[:, None])
+    tl.store(to + HALF, second.to(dtype), mask=wanted[:, None])
+    tl.store(to + 2 * HALF, third.to(dtype), mask=wanted[:, None])
+    tl.store(to + 3 * HALF, last.to(dtype), mask=wanted[:, None])
+
+
+@triton.jit
 def arrange_kernel(
     source, out, rows, token_stride, rank_stride, group_stride,
     RANK: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
@@ -145,10 +284,10 @@ def arrange_kernel(
 
 @triton.jit
 def phases_kernel(
-    phases, angle, final_angle, spans,
+    phases, angle, ends, spans,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence and head: from how far each chunk turns to where it starts, in place."""
+    """One program per sequence and head: from how far each chunk turns to where it starts, in place, and `ends`."""
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     first, count = tl.load(spans + 2 * sequence).to(tl.int64), tl.load(spans + 2 * sequence + 1)
     at, pairs = tl.arange(0, BLOCK), tl.arange(0, BLOCK_PAIRS)
@@ -160,7 +299,41 @@ def phases_kernel(
         turns = tl.load(place, mask=mask, other=0)
         tl.store(place, tl.cumsum(turns, 0) - turns + now[None, :], mask=mask)
         now += tl.sum(turns, 0)
-    tl.store(final_angle + home, angle_of(now), mask=pairs < PAIRS)
+    tl.store(ends + home, now, mask=pairs < PAIRS)
+
+
+@triton.jit
+def pass_turning_kernel(
+    ends, kept, turns, state, angle, entering, starts, sequences, pieces,
+    HEADS: tl.constexpr, P: tl.constexpr, PAIRS: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence, head and part of its states: from what pieces add, made as if their angles started from
+    zero, to the states that enter segments, and the phases with which they start. Members of a pair lie side by side.
+    """
+    N: tl.constexpr = 2 * PAIRS + STILL
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    first, count = tl.load(sequences + 2 * sequence), tl.load(sequences + 2 * sequence + 1)
+    p, pair, rest = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, PAIRS), tl.arange(0, STILL)
+    turning, still = p[:, None] * N + 2 * pair[None, :], p[:, None] * N + 2 * PAIRS + rest[None, :]
+    home = sequence * HEADS + head
+    phase, base = phase_of(tl.load(angle + home * PAIRS + pair), True), state + home * (P * N)
+    a, b, h = tl.load(base + turning), tl.load(base + turning + 1), tl.load(base + still)
+    for step in range(count):
+        segment = first + step
+        place = segment.to(tl.int64) * HEADS + head
+        base = entering + place * (P * N)
+        tl.store(base + turning, a)
+        tl.store(base + turning + 1, b)
+        tl.store(base + still, h)
+        tl.store(starts + place * PAIRS + pair, phase, mask=(pair >= 0) & (tl.program_id(1) == 0))
+        start = tl.load(pieces + 2 * segment)
+        for part in range(tl.load(pieces + 2 * segment + 1)):
+            place = (start + part).to(tl.int64) * HEADS + head
+            base, now = ends + place * (P * N), angle_of(phase)
+            added, other, rested = tl.load(base + turning), tl.load(base + turning + 1), tl.load(base + still)
+            keeps, c, s = tl.exp2(tl.load(kept + place) * LOG2E), cosine(now)[None, :], sine(now)[None, :]
+            a, b, h = a * keeps + added * c - other * s, b * keeps + added * s + other * c, h * keeps + rested
+            phase += tl.load(turns + place * PAIRS + pair)
 
 
 @triton.jit
@@ -173,17 +346,21 @@ def angle_gradients_kernel(
 
     Turning all that comes after a boundary is turning back the state that enters there, and turning the state at the
     end: so the sum of all later gradients is known at each boundary from two states, and the rounding errors of
-    thousands of tokens do not add up. `dleaving` is that of the angle at the end.
+    thousands of tokens do not add up. `dleaving` is that of the angle at the end; without it and `dended`, zeros.
     """
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     first, count = tl.load(spans + 2 * sequence).to(tl.int64), tl.load(spans + 2 * sequence + 1)
     pairs, home, p = tl.arange(0, HALF), sequence * HEADS + head, tl.arange(0, BLOCK_P)
-    leaving = tl.load(dleaving + home * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
-    place = home * (P * WIDTH) + (p[:, None] * WIDTH + pairs[None, :])
-    mask = (p < P)[:, None] & (pairs < PAIRS)[None, :]
-    h1, h2 = tl.load(ended + place, mask=mask, other=0.0), tl.load(ended + HALF + place, mask=mask, other=0.0)
-    dh1, dh2 = tl.load(dended + place, mask=mask, other=0.0), tl.load(dended + HALF + place, mask=mask, other=0.0)
-    total = leaving + tl.sum(dh2 * h1 - dh1 * h2, 0)
+    leaving = tl.zeros((HALF,), tl.float32)
+    if dleaving is not None:
+        leaving = tl.load(dleaving + home * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
+    total = leaving
+    if dended is not None:
+        place = home * (P * WIDTH) + (p[:, None] * WIDTH + pairs[None, :])
+        mask = (p < P)[:, None] & (pairs < PAIRS)[None, :]
+        h1, h2 = tl.load(ended + place, mask=mask, other=0.0), tl.load(ended + HALF + place, mask=mask, other=0.0)
+        dh1, dh2 = tl.load(dended + place, mask=mask, other=0.0), tl.load(dended + HALF + place, mask=mask, other=0.0)
+        total += tl.sum(dh2 * h1 - dh1 * h2, 0)
     at, tiles = tl.arange(0, BLOCK), tl.arange(0, TILES)
     entering = turned + (first * HEADS + head) * (TILES * HALF) + (tiles[:, None] * HALF + pairs[None, :])
     tl.store(dangle + home * PAIRS + pairs, total - tl.sum(tl.load(entering), 0), mask=pairs < PAIRS)
@@ -275,9 +452,8 @@ def _turn_by(angle, home, n, PAIRS: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def leave_kernel(
-    x, B, B_bias, angle, last_k, last_x, spans, chunks, homes, x_token, x_head,
+    x, B, B_bias, angle, last_k, last_x, homes, spans, x_token, x_head, B_token, B_rank, B_group,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, TOKENS: tl.constexpr,
     PAIRS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -286,23 +462,19 @@ def leave_kernel(
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     column, exists = source_of(n, N, PAIRS, HALF, INTERLEAVED)
     exists, home = exists & (n < WIDTH), sequence * HEADS + head
-    chunk = tl.load(spans + 2 * sequence).to(tl.int64)
-    token = tl.load(homes + 3 * chunk + 2).to(tl.int64) - 1
-    chunk += tl.load(spans + 2 * sequence + 1) - 1
-    first = (chunk * GROUPS + head // (HEADS // GROUPS)) * (TOKENS * RANKS) + (
-        token - tl.load(chunks + 2 * chunk)
-    ) * RANKS
+    token = tl.load(homes + 3 * tl.load(spans + 2 * sequence) + 2).to(tl.int64) - 1
     now = tl.load(x + token * x_token + head * x_head + p, mask=p < P, other=0.0)
     tl.store(last_x + home * P + p, now.to(tl.float32), mask=p < P)
     other, cos, sin = _turn_by(angle, home, n, PAIRS, HALF)
+    opposite, _ = source_of(other, N, PAIRS, HALF, INTERLEAVED)
     for rank in tl.static_range(RANK):
-        row = B + (first + rank) * WIDTH
-        a = tl.load(row + n, mask=exists, other=0.0).to(tl.float32)
-        b = tl.load(row + other, mask=exists, other=0.0).to(tl.float32)
+        row = B + token * B_token + rank * B_rank + head // (HEADS // GROUPS) * B_group
+        a = tl.load(row + column, mask=exists, other=0.0).to(tl.float32)
+        b = tl.load(row + opposite, mask=exists, other=0.0).to(tl.float32)
         if B_bias is not None:
-            own = B_bias + (head * RANK + rank) * WIDTH
-            a += tl.load(own + n, mask=exists, other=0.0)
-            b += tl.load(own + other, mask=exists, other=0.0)
+            own = B_bias + (head * RANK + rank) * N
+            a += tl.load(own + column, mask=exists, other=0.0).to(tl.float32)
+            b += tl.load(own + opposite, mask=exists, other=0.0).to(tl.float32)
         out = last_k + ((sequence * RANK + rank) * HEADS + head) * N + column
         tl.store(out, a * cos + b * sin, mask=exists)
 
