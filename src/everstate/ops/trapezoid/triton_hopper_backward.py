@@ -289,6 +289,16 @@ def _tell(received, decay, own, pairs, step, barriers):
 
 
 @gluon.jit
+def _own_weights(mine, direct, own, D, head, dD, place):
+    """How much of its own input a token gives, through D too, whose gradient is stored."""
+    mine *= own
+    if D is not None:
+        mine += gl.load(D + head).to(gl.float32)
+        gl.store(dD + place, gl.sum(direct, 0))
+    return mine
+
+
+@gluon.jit
 def _inputs(
     tiles, vectors, pairs, answered, barriers, dx, D, ddecays, dscales, downs, dD, chunk, start, end, head,
     HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
@@ -331,10 +341,7 @@ def _inputs(
         direct = gl.sum(given * answers, 1)
         gl.store(dscales + place * BLOCK + j, gave * gl.exp2(earlier - sums.index(at).load(ROW)))
         gl.store(downs + place * BLOCK + j, mine * direct)
-        mine *= own
-        if D is not None:
-            mine += gl.load(D + head + step).to(gl.float32)
-            gl.store(dD + place, gl.sum(direct, 0))
+        mine = _own_weights(mine, direct, own, D, head + step, dD, place)
         mbarrier.wait(asked.index(at), step // STAGES & 1)
         ddecay = gained - gave + answered.index(at).load(ROW)
         gl.store(ddecays + place * BLOCK + j, ddecay + gl.where(j == BLOCK - 1, gl.sum(through, 0), 0.0))
@@ -519,6 +526,23 @@ def _biases(steps, HALF: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _answer(tiles, du, sums, last, answered, made, phase, at):
+    """What the state that enters says of decays, to the tokens and to the state that leaves."""
+    qs, hs, dhs = tiles
+    BLOCK: gl.constexpr = du.shape[0]
+    j = gl.arange(0, BLOCK, ROW)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
+    kept = across(hs, dhs, at, none)
+    kept = _trace(warpgroup_mma_wait(0, (kept,)))
+    mbarrier.wait(made, phase)
+    answers = across(qs, hs, at, none)
+    kept = gl.sum(kept, 0) * gl.exp2(last)
+    answers = warpgroup_mma_wait(0, (answers,))
+    answers = _inner(answers, du) * gl.exp2(sums.index(at).load(ROW))
+    answered.index(at).store(answers + gl.where(j == BLOCK - 1, kept, 0.0))
+
+
+@gluon.jit
 def _standing(
     tiles, vectors, pairs, answered, barriers, dB, dC, dB_bias, dC_bias, chunk, start, end, total, head, group, split,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
@@ -532,23 +556,16 @@ def _standing(
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
     side: gl.constexpr = gl.SliceLayout(1, wide)
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    i, j = gl.arange(0, BLOCK, COLUMN), gl.arange(0, BLOCK, ROW)
-    none, nothing = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE), gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
+    i = gl.arange(0, BLOCK, COLUMN)
+    nothing = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
     db, dc = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide), gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
     for step in range(EACH):
         at = step % STAGES
         bias = (chunk * HEADS + head + step) * (4 * HALF) + 2 * HALF
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
-        kept = across(hs, dhs, at, none)
         last = gl.sum(gl.where(i == BLOCK - 1, sums.index(at).load(COLUMN), 0.0), 0)
-        kept = _trace(warpgroup_mma_wait(0, (kept,)))
-        mbarrier.wait(made.index(at), step // STAGES & 1)
-        answers = across(qs, hs, at, none)
-        kept = gl.sum(kept, 0) * gl.exp2(last)
-        answers = warpgroup_mma_wait(0, (answers,))
-        answers = _inner(answers, du) * gl.exp2(sums.index(at).load(ROW))
-        answered.index(at).store(answers + gl.where(j == BLOCK - 1, kept, 0.0))
+        _answer((qs, hs, dhs), du, sums, last, answered, made.index(at), step // STAGES & 1, at)
         mbarrier.arrive(asked.index(at), count=1)
         dk = warpgroup_mma(u, dhs.index(2 * at + 1), nothing, use_acc=False, is_async=True)
         weight = gl.exp2(last - weighted.index(at).load(side))

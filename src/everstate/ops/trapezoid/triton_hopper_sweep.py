@@ -154,6 +154,17 @@ def _store_turned(out, h, s, HALF: gl.constexpr, wide: gl.constexpr, narrow: gl.
 
 
 @gluon.jit
+def _write(boundaries, row, h1, h2, out, out2):
+    """A state, once the one before is on its way."""
+    tma.store_wait(0)
+    out.store(h1.to(out.dtype))
+    out2.store(h2.to(out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(boundaries, [row, 0], out)
+    tma.async_copy_shared_to_global(boundaries, [row, h1.shape[1]], out2)
+
+
+@gluon.jit
 def _walk(
     tiles, keys, vectors, barriers, out, boundaries, entering, ends, kept, turned, segments, segment, head,
     OWN: gl.constexpr, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
@@ -178,12 +189,7 @@ def _walk(
         at, room = step % STAGES, step % 2 * 2 + OWN
         place = (first + (count - 1 - step if REVERSE else step)) * HEADS + head
         if boundaries is not None:
-            tma.store_wait(0)
-            out.index(2 * OWN).store(h1.to(dtype))
-            out.index(2 * OWN + 1).store(h2.to(dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(boundaries, [place * P, 0], out.index(2 * OWN))
-            tma.async_copy_shared_to_global(boundaries, [place * P, 2 * HALF], out.index(2 * OWN + 1))
+            _write(boundaries, place * P, h1, h2, out.index(2 * OWN), out.index(2 * OWN + 1))
         mbarrier.wait(full.index(at), step // STAGES & 1)
         later = sums.index(2 * at + OWN).load(token)
         last = gl.sum(gl.where(j == BLOCK - 1, later, 0.0), 0)
