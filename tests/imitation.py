@@ -209,6 +209,9 @@ def _store(at: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
 
 def _assembly(asm: str, constraints: str, args: Sequence[Tensor], dtype: torch.dtype, **settings: Any) -> Tensor:
     """What a piece of assembly does, told by an instruction in it."""
+    if "shfl.sync.bfly" in asm:
+        # Between threads of a warp: each row of a tile `[warp, row, n...]` is four of them.
+        return args[0][:, torch.arange(8) ^ int(asm.split(",")[2]) // 4]
     if "and.b32 $0" in asm:
         return torch.where(args[1] != 0, args[0], 0)
     if "cos.approx" in asm or "sin.approx" in asm:
@@ -249,7 +252,7 @@ def imitated(name: str) -> ModuleType:
     module.__dict__.update(given, **_hopper_names())
     source = inspect.getsource(original)
     start = source.index("\n\n\ndef ")  # imports and constants stay as they are
-    body = "\n" * source[:start].count("\n") + source[start:]
+    body = "\n" * source[:start].count("\n") + source[start:].replace(".type.layout", ".layout")
     # The annotations of this file are not evaluated, and so are not those of what it compiles.
     exec(compile(body, str(original.__file__), "exec"), module.__dict__)
     return module

@@ -606,6 +606,11 @@ class _Call:
         self, dy: Tensor | None, made: Tensor | None, entering: Tensor | None, chunks: Tensor | None, ends: Tensor,
         kept: Tensor | None, entered: Tensor | None = None, turned: Tensor | None = None, *, make: bool,
     ) -> None:  # fmt: skip
+        if self.hopper is not None:
+            kernels = hopper_kernels(self.hopper.__name__ + "_sweep", self.x)
+            assert kernels is not None
+            kernels.sweep(self, dy, entering, chunks, ends, kept, entered, turned)
+            return
         grid = (len(self.plan.segments) * self.heads * cdiv(self.headdim, TILE_P),)
         x, keys, bias = (self.x, self.B, self.B_bias) if dy is None else (dy, self.C, self.C_bias)
         token, head = x.stride(0), x.stride(-2)

@@ -3,8 +3,12 @@
 Groups of four warps share the work of a program, which takes the heads of a chunk one after the other. One moves tiles
 into shared memory ahead of time, turns keys and queries of the next head, and sums gradients of angles. One finds the
 gradients of inputs, and on the way what pairs of entries say to each other; with that one finds those of the columns
-of B and C that turn, one those of the others. So every tile is read from memory once, and keys and queries are never
-written there. Sizes and tiles are those of `everstate.ops.trapezoid.triton_hopper`.
+of B and C that turn, one those of the others, and what the entering state says of decays. So every tile is read from
+memory once, and keys and queries are never written there. Sizes and tiles are those of
+`everstate.ops.trapezoid.triton_hopper`.
+
+Registers are divided such that no group spills what its products need: else the compiler would wait after each of them,
+in all groups. Hence sums over the heads are numbers like others, to which finished products are added.
 """
 
 from __future__ import annotations
@@ -39,6 +43,13 @@ from everstate.ops.triton_launch import Form, Tiles, launch
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import _Call
+
+
+SWAP_ROWS = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 4, 0x1f, 0xffffffff;")
+SWAP_PAIRS = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 8, 0x1f, 0xffffffff;")
+SWAP_FOURS = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 16, 0x1f, 0xffffffff;")
+"""Exchanges of a number with the thread that has the next row of a product, the one after that, or the fourth: four
+threads of a warp share a row."""
 
 
 def gradients(
@@ -119,7 +130,7 @@ def _ask_angles(tensors, vectors, bar, at, place, head, HALF: gl.constexpr, BLOC
 
 
 @gluon.jit
-def _halves(t, HALF: gl.constexpr, narrow: gl.constexpr):
+def halves(t, HALF: gl.constexpr, narrow: gl.constexpr):
     """First and second members of the pairs."""
     first, second = gl.split(t.reshape([t.shape[0], 2, HALF]).permute((0, 2, 1)))
     return gl.convert_layout(first, narrow), gl.convert_layout(second, narrow)
@@ -131,8 +142,8 @@ def _turn(bases, which, bias, cs, ss, out, at, HALF: gl.constexpr, half: gl.cons
     dtype: gl.constexpr = out.dtype
     side: gl.constexpr = gl.SliceLayout(0, half)
     for part in gl.static_range(2):
-        c, s = _trig(cs.slice(32 * part, 32), half), _trig(ss.slice(32 * part, 32), half)
-        a, b = _halves(bases.index(which).slice(32 * part, 32).load(half), HALF, half)
+        c, s = trig(cs.slice(32 * part, 32), half), trig(ss.slice(32 * part, 32), half)
+        a, b = halves(bases.index(which).slice(32 * part, 32).load(half), HALF, half)
         a, b = a.to(gl.float32), b.to(gl.float32)
         if bias is not None:
             a += bias[0].index(4 * at).load(side)[None, :]
@@ -146,7 +157,7 @@ def _turn(bases, which, bias, cs, ss, out, at, HALF: gl.constexpr, half: gl.cons
 
 
 @gluon.jit
-def _trig(bits, layout: gl.constexpr):
+def trig(bits, layout: gl.constexpr):
     """Cosines or sines, which are float16 in tiles of the other numbers of 16 bits."""
     return gl.cast(bits.load(layout), gl.float16, bitcast=True).to(gl.float32)
 
@@ -257,9 +268,30 @@ def _store_rows(out, value, start, end, stride, layout: gl.constexpr):
 
 
 @gluon.jit
+def _weights(sums, weighted, at, BLOCK: gl.constexpr):
+    """What i receives from j `[j, i]`, strictly before it; and the sums at the end and of each j."""
+    j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
+    later, earlier = sums.index(at).load(COLUMN), weighted.index(at).load(ROW)
+    last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
+    return gl.where(i[None, :] > j[:, None], gl.exp2(later[None, :] - earlier[:, None]), 0.0), last, earlier
+
+
+@gluon.jit
+def _tell(received, decay, own, pairs, step, barriers):
+    """Give the others what pairs say to each other through keys and queries."""
+    weighed, free = barriers
+    j, i = gl.arange(0, received.shape[0], ROW), gl.arange(0, received.shape[1], COLUMN)
+    given = (received * gl.where(i[None, :] == j[:, None], own[:, None], decay)).to(pairs.dtype)
+    mbarrier.wait(free.index(0), (step & 1) ^ 1)
+    pairs.store(given)
+    fence_async_shared()
+    mbarrier.arrive(weighed.index(0), count=1)
+
+
+@gluon.jit
 def _own_weights(mine, direct, own, D, head, dD, place):
     """How much of its own input a token gives, through D too, whose gradient is stored."""
-    mine *= own.load(ROW)
+    mine *= own
     if D is not None:
         mine += gl.load(D + head).to(gl.float32)
         gl.store(dD + place, gl.sum(direct, 0))
@@ -268,55 +300,55 @@ def _own_weights(mine, direct, own, D, head, dD, place):
 
 @gluon.jit
 def _inputs(
-    tiles, vectors, pairs, both, barriers, dx, D, ddecays, dscales, downs, dD, chunk, start, end, head,
+    tiles, vectors, pairs, answered, barriers, dx, D, ddecays, dscales, downs, dD, chunk, start, end, head,
     HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: the gradients of x, the decays, scales, own weights and D. Pairs are `[j, i]`: i receives from j."""
-    us, dus, ks, qs, hs, dhs = tiles
+    """Four warps: the gradients of x, the decays, scales, own weights and D, and on the way what pairs of entries say
+    to each other. Pairs are `[j, i]`: i receives from j."""
+    us, dus, ks, qs, _, dhs = tiles
     sums, weighted, owns = vectors[:3]
-    full, empty, made, weighed, free = barriers
+    full, empty, made, weighed, free, asked = barriers
     dtype: gl.constexpr = pairs.dtype
-    j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
+    j = gl.arange(0, BLOCK, ROW)
     none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
     for step in range(EACH):
         at = step % STAGES
         place = (chunk * HEADS + head + step).to(gl.int64)
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
+        received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
+        decay, last, earlier = _weights(sums, weighted, at, BLOCK)
         mbarrier.wait(made.index(at), step // STAGES & 1)
         product = across(ks, qs, at, none)
-        later, earlier = sums.index(at).load(COLUMN), weighted.index(at).load(ROW)
-        last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
-        after = i[None, :] > j[:, None]
+        own = owns.index(at).load(ROW)
+        received = warpgroup_mma_wait(2, (received,))
+        _tell(received, decay, own, pairs, step, (weighed, free))
         product = warpgroup_mma_wait(0, (product,))
-        weights = (product * gl.where(after, gl.exp2(later[None, :] - earlier[:, None]), 0.0)).to(dtype)
         mine = _trace(product)
-        mbarrier.wait(weighed.index(0), step & 1)
-        # Both sides with the same rounded weights: then two entries of the same decay cancel, as they must.
-        passed = gl.where(after, product * pairs.load(SQUARE).to(gl.float32), 0.0)
-        direct = both.load(ROW)
-        mbarrier.arrive(free.index(0), count=1)
-        gave, gained = gl.sum(passed, 1), gl.convert_layout(gl.sum(passed, 0), ROW)
-        gl.store(downs + place * BLOCK + j, mine * direct)
-        mine = _own_weights(mine, direct, owns.index(at), D, head + step, dD, place)
+        product *= decay
+        weights = gl.convert_layout(product.to(dtype), gl.DotOperandLayout(0, SQUARE, 2))
+        # Both sides of each pair are the same number: two entries of the same decay cancel, as they must.
+        product *= received
+        gave, gained = gl.sum(product, 1), _by_column(product)
         # What went through the state.
         state = across(ks, dhs, at, none)
         state = warpgroup_mma_wait(0, (state,)) * gl.exp2(last - earlier)[:, None]
-        dlast = _inner(state, u)
-        gave += dlast
-        dinput = warpgroup_mma(gl.convert_layout(weights, gl.DotOperandLayout(0, SQUARE, 2)), du, state, is_async=True)
+        dinput = warpgroup_mma(weights, du, state, is_async=True)
+        given = u.load(SQUARE).to(gl.float32)
+        through = gl.sum(state * given, 1)
+        gave += through
+        answers = du.load(SQUARE).to(gl.float32)
+        direct = gl.sum(given * answers, 1)
         gl.store(dscales + place * BLOCK + j, gave * gl.exp2(earlier - sums.index(at).load(ROW)))
-        dinput = warpgroup_mma_wait(0, (dinput,)) + mine[:, None] * du.load(SQUARE).to(gl.float32)
-        answers = across(qs, hs, at, none)
+        gl.store(downs + place * BLOCK + j, mine * direct)
+        mine = _own_weights(mine, direct, own, D, head + step, dD, place)
+        mbarrier.wait(asked.index(at), step // STAGES & 1)
+        ddecay = gained - gave + answered.index(at).load(ROW)
+        gl.store(ddecays + place * BLOCK + j, ddecay + gl.where(j == BLOCK - 1, gl.sum(through, 0), 0.0))
+        dinput = warpgroup_mma_wait(0, (dinput,)) + mine[:, None] * answers
+        mbarrier.arrive(empty.index(at), count=1)
         row = start.to(gl.int64) * (HEADS * P) + (head + step) * P
         _store_rows(dx + row, dinput, start, end, HEADS * P, SQUARE)
-        answers = warpgroup_mma_wait(0, (answers,))
-        kept = across(hs, dhs, at, none)
-        ddecay = _inner(answers, du) * gl.exp2(sums.index(at).load(ROW)) + gained - gave
-        kept = _trace(warpgroup_mma_wait(0, (kept,)))
-        mbarrier.arrive(empty.index(at), count=1)
-        dlast = gl.sum(dlast + gl.exp2(last) * kept, 0)
-        gl.store(ddecays + place * BLOCK + j, ddecay + gl.where(j == BLOCK - 1, dlast, 0.0))
 
 
 @gluon.jit
@@ -325,19 +357,87 @@ def _turned_back(dk, ks, cs, ss, db1, db2, HALF: gl.constexpr, wide: gl.constexp
 
     With keys and queries as the products had them, rounded, what two entries say to each other cancels.
     """
-    dk1, dk2 = _halves(dk, HALF, narrow)
-    k1, k2 = _halves(ks.load(wide), HALF, narrow)
+    dk1, dk2 = halves(dk, HALF, narrow)
+    k1, k2 = halves(ks.load(wide), HALF, narrow)
     dphi = dk2 * k1.to(gl.float32) - dk1 * k2.to(gl.float32)
-    c, s = _trig(cs, narrow), _trig(ss, narrow)
+    c, s = trig(cs, narrow), trig(ss, narrow)
     return dphi, db1 + dk1 * c + dk2 * s, db2 + dk2 * c - dk1 * s
 
 
 @gluon.jit
-def _store_sums(out, place, first, second):
-    """Sums over the tokens of the two halves of the columns that turn."""
+def _swapped(t, HOW: gl.constexpr):
+    """What another thread of the warp has in the place of `t`."""
+    return gl.inline_asm_elementwise(HOW, "=f,f", [t], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _halved(t, BIT: gl.constexpr, HOW: gl.constexpr):
+    """Sums of two rows `[warp, row, n..., 2]` whose numbers differ in a bit: one of them keeps the first half of the
+    last dimension, the other the second."""
+    first, second = gl.split(t)
+    odd = _rows_like(first) // BIT % 2 == 1
+    return gl.where(odd, second, first) + _swapped(gl.where(odd, first, second), HOW)
+
+
+@gluon.jit
+def _rows_like(t):
+    """The number of the row of each element of `[warp, row, n...]`."""
+    layout: gl.constexpr = t.type.layout
+    if len(t.shape) == 3:
+        r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    else:
+        r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[None, :, None, None]
+    return r + gl.zeros(t.shape, gl.int32, layout)
+
+
+@gluon.jit
+def over_tokens(t):
+    """Sums over the rows of 64 x 32 or 64 x 16 numbers by warp, `[warp, row, place]`. Each step halves what is left to
+    add, where `gl.sum` would exchange all numbers at each step. `column_of` says what lies where."""
+    HALF: gl.constexpr = t.shape[1]
+    t = gl.sum(t.reshape([4, 2, 8, HALF]), 1)
+    t = _halved(t.reshape([4, 8, 2, HALF // 2]).permute((0, 1, 3, 2)), 1, SWAP_ROWS)
+    if HALF == 32:
+        t = _halved(t.reshape([4, 8, 2, 8]).permute((0, 1, 3, 2)), 2, SWAP_PAIRS)
+        t = _halved(t.reshape([4, 8, 4, 2]), 4, SWAP_FOURS)
+    else:
+        t = _halved(t.reshape([4, 8, 4, 2]), 2, SWAP_PAIRS)
+        t += _swapped(t, SWAP_FOURS)
+    return t
+
+
+@gluon.jit
+def column_of(row, place, HALF: gl.constexpr):
+    """Which column `over_tokens` leaves at a place of a row."""
+    if HALF == 32:
+        column = 16 * (row % 2) + 8 * (row // 2 % 2) + 2 * place + row // 4
+    else:
+        column = 8 * (row % 2) + 2 * place + row // 2 % 2
+    return column
+
+
+@gluon.jit
+def _by_column(t):
+    """Sums over the rows of 64 x 64 numbers, as rows have them."""
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
+    first, second = halves(t, 32, narrow)
+    t = gl.sum(gl.join(over_tokens(first), over_tokens(second)), 0)
+    # The bits of a row, a place and a half, in the order of those of a column.
+    t = t.reshape([2, 2, 2, 4, 2]).permute((4, 2, 1, 3, 0)).reshape([64])
+    return gl.convert_layout(t, ROW)
+
+
+@gluon.jit
+def _store_sums(out, a, b):
+    """Sums over the tokens of two tiles of columns that follow each other."""
     if out is not None:
-        gl.store(out + place, gl.sum(first, 0))
-        gl.store(out + first.shape[1] + place, gl.sum(second, 0))
+        HALF: gl.constexpr = a.shape[1]
+        t = gl.sum(gl.join(over_tokens(a), over_tokens(b)), 0)
+        layout: gl.constexpr = t.type.layout
+        row = gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+        place = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+        half = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+        gl.store(out + (column_of(row, place, HALF) + HALF * half), t)
 
 
 @gluon.jit
@@ -353,13 +453,13 @@ def _turning(
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     side: gl.constexpr = gl.SliceLayout(1, wide)
-    n, i = gl.arange(0, HALF, gl.SliceLayout(0, narrow)), gl.arange(0, BLOCK, COLUMN)
+    i = gl.arange(0, BLOCK, COLUMN)
     nothing = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
     db1, db2 = gl.zeros((BLOCK, HALF), gl.float32, narrow), gl.zeros((BLOCK, HALF), gl.float32, narrow)
     dc1, dc2 = gl.zeros((BLOCK, HALF), gl.float32, narrow), gl.zeros((BLOCK, HALF), gl.float32, narrow)
     for step in range(EACH):
         at = step % STAGES
-        bias = (chunk * HEADS + head + step) * (4 * HALF) + n
+        bias = (chunk * HEADS + head + step) * (4 * HALF)
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
         dk = warpgroup_mma(u, dhs.index(2 * at), nothing, use_acc=False, is_async=True)
@@ -386,8 +486,8 @@ def _turning(
         fence_async_shared()
         mbarrier.arrive(told.index(at), count=1)
         mbarrier.arrive(empty.index(at), count=1)
-        _store_sums(dB_bias, bias, db1, db2)
-        _store_sums(dC_bias, bias, dc1, dc2)
+        _store_sums(None if dB_bias is None else dB_bias + bias, db1, db2)
+        _store_sums(None if dC_bias is None else dC_bias + bias, dc1, dc2)
     row = ((split.to(gl.int64) * total + start) * GROUPS + group) * (4 * HALF)
     _store_halves(dB + row, db1, db2, start, end, GROUPS, HALF, INTERLEAVED, narrow)
     _store_halves(dC + row, dc1, dc2, start, end, GROUPS, HALF, INTERLEAVED, narrow)
@@ -426,63 +526,66 @@ def _biases(steps, HALF: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(received, pairs, both, at, step, vectors, barriers):
-    """What pairs `[j, i]` say to each other through keys and queries, i receives from j; and the diagonal before."""
-    sums, weighted, owns = vectors[:3]
-    weighed, free = barriers
-    j, i = gl.arange(0, received.shape[0], ROW), gl.arange(0, received.shape[1], COLUMN)
-    later, earlier, own = sums.index(at).load(COLUMN), weighted.index(at).load(ROW), owns.index(at).load(ROW)
-    weight = gl.where(i[None, :] > j[:, None], gl.exp2(later[None, :] - earlier[:, None]), 0.0)
-    weight = gl.where(i[None, :] == j[:, None], own[:, None], weight)
-    given, diagonal = (received * weight).to(pairs.dtype), _trace(received)
-    mbarrier.wait(free.index(0), (step & 1) ^ 1)
-    pairs.store(given)
-    both.store(diagonal)
-    fence_async_shared()
-    mbarrier.arrive(weighed.index(0), count=1)
+def _answer(tiles, du, sums, last, answered, made, phase, at):
+    """What the state that enters says of decays, to the tokens and to the state that leaves."""
+    qs, hs, dhs = tiles
+    BLOCK: gl.constexpr = du.shape[0]
+    j = gl.arange(0, BLOCK, ROW)
+    none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
+    kept = across(hs, dhs, at, none)
+    kept = _trace(warpgroup_mma_wait(0, (kept,)))
+    mbarrier.wait(made, phase)
+    answers = across(qs, hs, at, none)
+    kept = gl.sum(kept, 0) * gl.exp2(last)
+    answers = warpgroup_mma_wait(0, (answers,))
+    answers = _inner(answers, du) * gl.exp2(sums.index(at).load(ROW))
+    answered.index(at).store(answers + gl.where(j == BLOCK - 1, kept, 0.0))
 
 
 @gluon.jit
 def _standing(
-    tiles, vectors, pairs, both, barriers, dB, dC, dB_bias, dC_bias, chunk, start, end, total, head, group, split,
+    tiles, vectors, pairs, answered, barriers, dB, dC, dB_bias, dC_bias, chunk, start, end, total, head, group, split,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
     BLOCK: gl.constexpr, INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: what pairs of entries say to each other; the gradients of the columns of B and C that stand still,
-    summed over the heads."""
+    """Four warps: the gradients of the columns of B and C that stand still, summed over the heads; and what the
+    entering state says of decays."""
     us, dus, ks, qs, hs, dhs = tiles
     sums, weighted = vectors[:2]
-    full, empty, made, weighed, free = barriers
-    dtype: gl.constexpr = pairs.dtype
+    full, empty, made, weighed, free, asked = barriers
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
-    first: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
-    side: gl.constexpr = gl.SliceLayout(1, first)
-    m, i = gl.arange(0, 2 * HALF, gl.SliceLayout(0, wide)), gl.arange(0, BLOCK, COLUMN)
-    none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
+    side: gl.constexpr = gl.SliceLayout(1, wide)
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    i = gl.arange(0, BLOCK, COLUMN)
+    nothing = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
     db, dc = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide), gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
     for step in range(EACH):
         at = step % STAGES
-        bias = (chunk * HEADS + head + step) * (4 * HALF) + 2 * HALF + m
+        bias = (chunk * HEADS + head + step) * (4 * HALF) + 2 * HALF
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
-        received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
-        _weigh(warpgroup_mma_wait(0, (received,)), pairs, both, at, step, vectors, (weighed, free))
         last = gl.sum(gl.where(i == BLOCK - 1, sums.index(at).load(COLUMN), 0.0), 0)
+        _answer((qs, hs, dhs), du, sums, last, answered, made.index(at), step // STAGES & 1, at)
+        mbarrier.arrive(asked.index(at), count=1)
+        dk = warpgroup_mma(u, dhs.index(2 * at + 1), nothing, use_acc=False, is_async=True)
         weight = gl.exp2(last - weighted.index(at).load(side))
-        through = (u.load(first).to(gl.float32) * weight[:, None]).to(dtype)
-        db = warpgroup_mma(through, dhs.index(2 * at + 1), db, is_async=True)
+        dk = warpgroup_mma_wait(0, (dk,)) * weight[:, None]
+        mbarrier.wait(weighed.index(0), step & 1)
+        dk = warpgroup_mma(pairs, qs.index(2 * at + 1), dk, is_async=True)
         weight = gl.exp2(sums.index(at).load(side))
-        through = (du.load(first).to(gl.float32) * weight[:, None]).to(dtype)
-        dc = warpgroup_mma(through, hs.index(2 * at + 1), dc, is_async=True)
-        mbarrier.wait(made.index(at), step // STAGES & 1)
-        db = warpgroup_mma(pairs, qs.index(2 * at + 1), db, is_async=True)
-        dc = warpgroup_mma(pairs.permute((1, 0)), ks.index(2 * at + 1), dc, is_async=True)
-        db, dc = warpgroup_mma_wait(0, (db, dc))
+        dk = warpgroup_mma_wait(0, (dk,))
+        db += dk
+        dq = warpgroup_mma(du, hs.index(2 * at + 1), nothing, use_acc=False, is_async=True)
+        b1, b2 = halves(db, HALF, narrow)
+        _store_sums(None if dB_bias is None else dB_bias + bias, b1, b2)
+        dq = warpgroup_mma_wait(0, (dq,)) * weight[:, None]
+        dq = warpgroup_mma(pairs.permute((1, 0)), ks.index(2 * at + 1), dq, is_async=True)
+        dq = warpgroup_mma_wait(0, (dq,))
+        mbarrier.arrive(free.index(0), count=1)
         mbarrier.arrive(empty.index(at), count=1)
-        if dB_bias is not None:
-            gl.store(dB_bias + bias, gl.sum(db, 0))
-        if dC_bias is not None:
-            gl.store(dC_bias + bias, gl.sum(dc, 0))
+        dc += dq
+        b1, b2 = halves(dc, HALF, narrow)
+        _store_sums(None if dC_bias is None else dC_bias + bias, b1, b2)
     row = ((split.to(gl.int64) * total + start) * GROUPS + group) * (4 * HALF)
     _store_still(dB + row, db, start, end, GROUPS, HALF, INTERLEAVED, wide)
     _store_still(dC + row, dc, start, end, GROUPS, HALF, INTERLEAVED, wide)
@@ -521,25 +624,25 @@ def gradients_kernel(
     dhs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, P, 2 * HALF], leaving.layout)
     bases = gl.allocate_shared_memory(x.dtype, [4, BLOCK, 2 * HALF], B.layout)
     pairs = gl.allocate_shared_memory(x.dtype, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
-    both = gl.allocate_shared_memory(gl.float32, [BLOCK], steps.layout)
+    answered = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
     sums, weighted, owns, dts = _numbers(steps, STAGES, BLOCK)
     bs, bs2 = _biases(steps, HALF, STAGES), _biases(steps, HALF, STAGES)
     cs = gl.allocate_shared_memory(cos.dtype, [STAGES, BLOCK, HALF], cos.layout)
     ss = gl.allocate_shared_memory(cos.dtype, [STAGES, BLOCK, HALF], cos.layout)
     full, angled, empty = barriers_of(STAGES, 1), barriers_of(STAGES, 1), barriers_of(STAGES, 3)
-    made, told = barriers_of(STAGES, 1), barriers_of(STAGES, 1)
+    made, told, asked = barriers_of(STAGES, 1), barriers_of(STAGES, 1), barriers_of(STAGES, 1)
     weighed, free, ready = barriers_of(1, 1), barriers_of(1, 2), barriers_of(1, 1)
     fence_async_shared()
     tiles, vectors = (us, dus, ks, qs, hs, dhs), (sums, weighted, owns, dts, cs, ss, bs, bs2)
     tensors = (x, dy, steps, B, C, entering, leaving, cos, sin, B_bias, C_bias)
     gl.warp_specialize(
         [
-            (_inputs, (tiles, vectors, pairs, both, (full, empty, made, weighed, free), dx, D, ddecays, dscales, downs,
-                       dD, chunk, start, end, head, HEADS, EACH, P, BLOCK, STAGES)),
+            (_inputs, (tiles, vectors, pairs, answered, (full, empty, made, weighed, free, asked),
+                       dx, D, ddecays, dscales, downs, dD, chunk, start, end, head, HEADS, EACH, P, BLOCK, STAGES)),
             (_turning, (tiles, vectors, pairs, (full, angled, empty, made, weighed, free, told), dB, dC,
                         dB_bias, dC_bias, chunk, start, end, total, head, group, split,
                         HEADS, GROUPS, EACH, P, HALF, BLOCK, INTERLEAVED, STAGES)),
-            (_standing, (tiles, vectors, pairs, both, (full, empty, made, weighed, free), dB, dC,
+            (_standing, (tiles, vectors, pairs, answered, (full, empty, made, weighed, free, asked), dB, dC,
                          dB_bias, dC_bias, chunk, start, end, total, head, group, split,
                          HEADS, GROUPS, EACH, P, HALF, BLOCK, INTERLEAVED, STAGES)),
             (_make, (tensors, tiles, vectors, (full, angled, empty, made, told, ready), bases, omega, later, domega,
@@ -547,5 +650,5 @@ def gradients_kernel(
                      HEADS, GROUPS, EACH, P, HALF, BLOCK, STAGES)),
         ],
         [4, 4, 4],
-        [128, 128, 72],
+        [136, 120, 96],
     )  # fmt: skip
