@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -29,7 +29,6 @@ from everstate.ops.rotary.halves import interleave
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel, turn_gradients_kernel
 from everstate.ops.trapezoid.triton_forward import scan_kernel, sweep_kernel
-from everstate.ops.trapezoid.triton_gradients import _EnterGradients, _InputGradients, _KeyGradients
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_prepare import (
     VECTORS,
@@ -51,7 +50,9 @@ from everstate.ops.trapezoid.triton_prepare import (
     turns_kernel,
 )
 from everstate.ops.trapezoid.triton_tables import homes
+from everstate.ops.trapezoid.triton_values import Arguments, EnterGradients, InputGradients, KeyGradients
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
+from everstate.ops.triton_replay import replayed
 from everstate.ops.triton_segments import (
     CHUNK,
     can_copy,
@@ -101,27 +102,8 @@ def trapezoid_scan(
     return y, TrapezoidState(ssm, k, last, angle)
 
 
-class _Arguments(NamedTuple):
-    """What the op reads, in the order of its own signature."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    lam: Tensor
-    omega: Tensor
-    B: Tensor
-    C: Tensor
-    ssm: Tensor
-    k: Tensor
-    last: Tensor
-    angle: Tensor
-    B_bias: Tensor | None
-    C_bias: Tensor | None
-    mimo_x: Tensor | None
-    D: Tensor | None
-
-
 @kernel_op("trapezoid_scan")
+@replayed
 def _scan(
     x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
     ssm: Tensor, k: Tensor, last: Tensor, angle: Tensor,
@@ -129,7 +111,7 @@ def _scan(
     interleaved: bool, ends: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Outputs, the state at the end, and what backward asks for: `_Call.phases` and `_Call.kept`."""
-    given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
+    given = Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
     call = _Call(given, interleaved, ends)
     y, final, final_angle = call.scan()
     return y, final, *call.leave(final_angle), final_angle, call.phases, call.kept
@@ -168,6 +150,7 @@ def _count_kept(heads: int, lengths: Iterable[int], device: torch.device) -> int
 
 
 @kernel_op("trapezoid_scan_backward")
+@replayed
 def _backward(
     dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None, phases: Tensor,
     kept: Tensor, x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, omega: Tensor, B: Tensor, C: Tensor,
@@ -176,7 +159,7 @@ def _backward(
     interleaved: bool, ends: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of all arguments that are given, in their order."""
-    given = _Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
+    given = Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
     grads = _Call(given, interleaved, ends, phases, kept).gradients(dy, dssm, dk, dlast, dangle)
     return [grad.to(t.dtype) for grad, t in zip(grads, given, strict=True) if t is not None and grad is not None]
 
@@ -244,7 +227,7 @@ class _Call:
     """The arguments as the kernels want them, and the launches that forward and backward share."""
 
     def __init__(
-        self, given: _Arguments, interleaved: bool, ends: Sequence[int], phases: Tensor | None = None,
+        self, given: Arguments, interleaved: bool, ends: Sequence[int], phases: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> None:  # fmt: skip
         x, B, self.given = given.x, given.B, given
@@ -661,7 +644,7 @@ class _Call:
 
     def _chunk_gradients(
         self, dy: Tensor, k: Tensor | None, q: Tensor | None, entering: Tensor, leaving: Tensor, later: Tensor
-    ) -> tuple[_InputGradients, _KeyGradients]:
+    ) -> tuple[InputGradients, KeyGradients]:
         """What chunks say, given what later ones say of angles."""
         if k is not None and q is not None:
             given = (dy, k, q, entering, leaving)
@@ -676,9 +659,9 @@ class _Call:
             None if t is None else self._returned(_apart(t.sum(0), self.groups * splits)).squeeze(2)
             for t in (keys.B_bias, keys.C_bias)
         )
-        return inputs, _KeyGradients(dB, dC, dB_bias, dC_bias, joined(keys.omega), keys.dt)
+        return inputs, KeyGradients(dB, dC, dB_bias, dC_bias, joined(keys.omega), keys.dt)
 
-    def _input_gradients(self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor) -> _InputGradients:
+    def _input_gradients(self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor) -> InputGradients:
         count, steps = len(self.plan.chunks), self.steps
         dx = self.x.new_empty(self.batch * self.length, self.heads, self.headdim)
         decays, scales, owns = steps.new_empty(3, count, self.heads, self.tokens).unbind(0)
@@ -691,7 +674,7 @@ class _Call:
             **only(self.sizes, inputs_kernel), BLOCK_P=self.block_p,
             num_warps=4 if self.block_p <= 64 else 8, num_stages=1,
         )  # fmt: skip
-        return _InputGradients(dx, decays, scales, owns, dmimo_x, dD)
+        return InputGradients(dx, decays, scales, owns, dmimo_x, dD)
 
     def _splits(self) -> int:
         """Programs among which the heads of a group are divided in the gradients: as few as fill the GPU."""
@@ -700,7 +683,7 @@ class _Call:
 
     def _key_gradients(
         self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor, later: Tensor
-    ) -> _KeyGradients:
+    ) -> KeyGradients:
         splits, count, steps = self._splits(), len(self.plan.chunks), self.steps
         total, shape, half = self.batch * self.length, (*self.given.B.shape[:-1], self.width), self.sizes["HALF"]
         dB, dC = (t.new_empty(splits, *shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
@@ -717,7 +700,7 @@ class _Call:
         turns = self._turn_gradients(dangles, later)
         dB, dC = (self._returned(joined(t)) for t in (dB, dC))
         dB_bias, dC_bias = (None if t is None else self._returned(t.sum(0)).squeeze(2) for t in (dB_bias, dC_bias))
-        return _KeyGradients(dB, dC, dB_bias, dC_bias, *turns)
+        return KeyGradients(dB, dC, dB_bias, dC_bias, *turns)
 
     def _turn_gradients(
         self, dangles: Float[Tensor, "chunks h e s"], later: Float[Tensor, "chunks h s"]
@@ -737,7 +720,7 @@ class _Call:
         )  # fmt: skip
         return joined(omega), dt
 
-    def _enter_gradients(self, dentered: Tensor) -> _EnterGradients:
+    def _enter_gradients(self, dentered: Tensor) -> EnterGradients:
         """Those of the start of a sequence, given that of the state that enters it."""
         given, sequences = self.given, len(self.homes.sequences)
         owed = dentered.new_empty(sequences, self.heads)
@@ -751,7 +734,7 @@ class _Call:
                 self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(),
                 HEADS=self.heads, P=self.headdim, HALF=self.pairs,
             )  # fmt: skip
-            return _EnterGradients(dssm, owed, dk, dx, None)
+            return EnterGradients(dssm, owed, dk, dx, None)
         dmimo_x = None if self.mimo_x is None else owed.new_empty(sequences, *self.mimo_x.shape)
         launch(
             enter_gradients_kernel, (sequences * self.heads,),
@@ -759,7 +742,7 @@ class _Call:
             dssm, owed, dk, dx, dmimo_x, self.homes.sequences, self.plan.chunks, *self.dt.stride(), *self.lam.stride(),
             **self._edges(),
         )  # fmt: skip
-        return _EnterGradients(dssm, owed, dk, dx, dmimo_x)
+        return EnterGradients(dssm, owed, dk, dx, dmimo_x)
 
     def _leave_gradients(self, dk: Tensor | None, dangle: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What the keys of the last tokens say of B, for each head, and of the angles at the end, with `dangle`."""
@@ -789,7 +772,7 @@ class _Call:
         )  # fmt: skip
         return later, dangle
 
-    def _step_gradients(self, inputs: _InputGradients, dsteps: Tensor, owed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _step_gradients(self, inputs: InputGradients, dsteps: Tensor, owed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of dt, A and lam, given what the angles say of dt."""
         count, given = len(self.plan.chunks), self.given
         ddt, dA, dlam = (self.steps.new_empty(given.dt.shape) for _ in range(3))

@@ -28,7 +28,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from everstate.ops.trapezoid.triton_gradients import _InputGradients, _KeyGradients
 from everstate.ops.trapezoid.triton_hopper import (
     NUMBERS,
     REGISTERS,
@@ -38,6 +37,7 @@ from everstate.ops.trapezoid.triton_hopper import (
     rows,
     sizes_of,
 )
+from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of, vectors_of
 from everstate.ops.triton_launch import Form, Tiles, launch
 
@@ -54,14 +54,14 @@ threads of a warp share a row."""
 
 def gradients(
     call: _Call, dy: Tensor, entering: Tensor, leaving: Tensor, later: Tensor, splits: int
-) -> tuple[_InputGradients, _KeyGradients]:
+) -> tuple[InputGradients, KeyGradients]:
     """Those of inputs; those of B, C and omega, by part of the heads, and of dt, given what later chunks say of angles.
 
     Those of biases are sums over the heads of a part up to each, by chunk.
     """
     count, total, steps = len(call.plan.chunks), call.batch * call.length, call.steps
     by_head = lambda *sizes: steps.new_empty(count, call.heads, *sizes)
-    inputs = _InputGradients(
+    inputs = InputGradients(
         call.x.new_empty(total, call.heads, call.headdim), by_head(call.tokens), by_head(call.tokens),
         by_head(call.tokens), None, None if call.D is None else by_head(),
     )  # fmt: skip
@@ -79,7 +79,7 @@ def gradients(
         **sizes_of(call), SPLITS=splits, INTERLEAVED=call.order["INTERLEAVED"], STAGES=2,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
-    return inputs, _KeyGradients(dB, dC, dB_bias, dC_bias, domega, ddt)
+    return inputs, KeyGradients(dB, dC, dB_bias, dC_bias, domega, ddt)
 
 
 @cache
