@@ -212,7 +212,7 @@ def _language() -> SimpleNamespace:
         constexpr=int, float16=torch.float16, float32=torch.float32, int32=torch.int32, int64=torch.int64,
         static_range=range,
         NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SwizzledSharedLayout=layout,
-        SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout,
+        SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout, DistributedLinearLayout=layout,
         join=lambda a, b: torch.stack([a, b], -1), split=lambda t: t.unbind(-1),
         arange=lambda start, end, layout: torch.arange(start, end),
         zeros=lambda shape, dtype, layout: torch.zeros(shape),

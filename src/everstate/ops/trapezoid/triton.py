@@ -26,7 +26,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.trapezoid import TrapezoidState
-from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel, turn_gradients_kernel
+from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel, ranks_kernel, turn_gradients_kernel
 from everstate.ops.trapezoid.triton_forward import scan_kernel, sweep_kernel
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_prepare import (
@@ -244,13 +244,18 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 def _hopper(call: "_Call", bounds: Sequence[int]) -> ModuleType | None:
     """The kernels that are written for Hopper GPUs, where they serve."""
-    sizes = call.headdim == 64 and call.d_state in (64, 128) and 4 * call.pairs == call.d_state
-    if not sizes or call.rank > 1 or call.mimo_x is not None or call.heads // call.groups % 2 or not can_copy(call.x):
+    sizes = call.headdim == 64 and call.d_state in (64, 128) and call.heads // call.groups % 2 == 0
+    if not sizes or not can_copy(call.x):
         return None
-    tokens = sum(triton.cdiv(b - a, CHUNK) for a, b in pairwise(bounds)) * CHUNK
-    if tokens * call.heads * call.headdim >= 2**31:
+    chunks = sum(triton.cdiv(b - a, call.tokens) for a, b in pairwise(bounds))
+    if chunks * CHUNK * call.heads * call.headdim >= 2**31:
         return None
-    return hopper_kernels("everstate.ops.trapezoid.triton_hopper", call.x)
+    # As models are published: with one rank half of the columns turn, with several all of them.
+    if call.rank == 1 and call.mimo_x is None and 4 * call.pairs == call.d_state:
+        return hopper_kernels("everstate.ops.trapezoid.triton_hopper", call.x)
+    if call.rank in (2, 4, 8) and 2 * call.pairs == call.d_state:
+        return hopper_kernels("everstate.ops.trapezoid.triton_hopper_mimo", call.x)
+    return None
 
 
 def _apart(sums: Float[Tensor, "h *n"], parts: int) -> Float[Tensor, "h *n"]:
@@ -276,7 +281,7 @@ class _Call:
         smallest = 32 if x.dtype == torch.float32 else 16
         filled = lambda size: max(triton.next_power_of_2(size), smallest)
         self.block_p, still = filled(self.headdim), self.d_state - 2 * self.pairs
-        self.hopper = _hopper(self, bounds) if not ends or all(end % CHUNK == 0 for end in ends) else None
+        self.hopper = _hopper(self, bounds) if not ends or all(end % self.tokens == 0 for end in ends) else None
         programs = (len(bounds) - 1) * self.heads * triton.cdiv(self.headdim, TILE_P)
         pieces = pieces_for(programs, x.device) if self.hopper is None else fill(programs // 2, x.device)
         self.plan = plan(bounds, self.tokens, pieces, x.device)
@@ -448,6 +453,11 @@ class _Call:
         entering = self._entering(state, dy, made)
         chunks = self.x.new_empty(count, self.heads, self.rows, self.width)
         last = torch.empty_like(state)
+        if self.hopper is not None and self.rank > 1:
+            hopper = hopper_kernels(self.hopper.__name__ + "_sweep", self.x)
+            assert hopper is not None
+            hopper.sweep(self, dy, entering, chunks, last, entered, turned)
+            return chunks, last, made
         make = made is None or len(self.plan.segments) == len(self.plan.sequences)
         self._sweep(dy, made, entering, chunks, last, None, entered, turned, make=make)
         return chunks, last, made
@@ -471,7 +481,7 @@ class _Call:
     def gradients(self, dy: Tensor, dssm: Tensor, dk: Tensor, dlast: Tensor, dangle: Tensor) -> list[Tensor | None]:
         """Those of all arguments, in their order; None for arguments that are not given."""
         dy = _rows(dy)
-        if self.hopper is not None and not can_copy(dy.squeeze(1)):
+        if self.hopper is not None and (self.rank > 1 or not can_copy(dy.squeeze(1))):
             dy = dy.contiguous()
         entering, ended, k = self._boundaries(self.enter())
         turned = self.steps.new_empty(len(self.plan.chunks), self.heads, self.rows // self.block, self.sizes["HALF"])
@@ -550,15 +560,16 @@ class _Call:
                 total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, TURN=turn,
                 num_warps=4 if self.block_p <= 64 else 8, num_stages=stages_for(self.x, 2),
             )  # fmt: skip
-        turns = self._turn_gradients(dangles, later)
+        turns = self.turn_gradients(dangles, later, self.ranks)
         dB, dC = (self._returned(joined(t)) for t in (dB, dC))
         dB_bias, dC_bias = (None if t is None else self._returned(t.sum(0)).squeeze(2) for t in (dB_bias, dC_bias))
         return _KeyGradients(dB, dC, dB_bias, dC_bias, *turns)
 
-    def _turn_gradients(
-        self, dangles: Float[Tensor, "chunks h e s"], later: Float[Tensor, "chunks h s"]
+    def turn_gradients(
+        self, dangles: Float[Tensor, "chunks h e s"], later: Float[Tensor, "chunks h s"], ranks: int
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of omega, and of dt, from those of the angles of entries and what later chunks say."""
+        """Gradients of omega, and of dt, from those of the angles of entries, of which a token has as many as `ranks`,
+        and what later chunks say."""
         count, steps = len(self.plan.chunks), self.steps
         splits = splits_of(self.heads, count, 4 * processors(self.x.device))
         omega = steps.new_empty(splits, self.batch * self.length, self.pairs)
@@ -566,11 +577,25 @@ class _Call:
         exact = self.x.dtype == torch.float32
         turn_gradients_kernel[(count * splits,)](
             dangles, steps, self.omega, later, dt, omega, self.plan.chunks, self.omega.stride(0),
-            self.batch * self.length, HEADS=self.heads, RANKS=self.ranks, TOKENS=self.tokens, PAIRS=self.pairs,
+            self.batch * self.length, HEADS=self.heads, RANKS=ranks, TOKENS=self.tokens, PAIRS=self.pairs,
             HALF=self.sizes["HALF"], BLOCK=max(self.tokens, 32), SPLITS=splits, PRECISION=self.sizes["PRECISION"],
             DTYPE=tl.float32 if exact else tl.bfloat16, num_stages=stages_for(self.x, 3),
         )  # fmt: skip
         return joined(omega), dt
+
+    def rank_gradients(
+        self, du: Float[Tensor, "t r h p"], numbers: Float[Tensor, "numbers chunks h e"], dD: Tensor | None
+    ) -> _InputGradients:
+        """Gradients of inputs, decays, scales and own weights from those of entries."""
+        count, steps = len(self.plan.chunks), self.steps
+        dx = self.x.new_empty(self.batch * self.length, self.heads, self.headdim)
+        sums = steps.new_empty(3, count, self.heads, self.tokens)
+        dmimo_x = None if self.mimo_x is None else steps.new_empty(count, self.heads, self.rank, self.headdim)
+        ranks_kernel[(count * self.heads,)](
+            self.x, self.mimo_x, du, numbers, dx, sums, dmimo_x, self.plan.chunks, count, *self.x.stride()[:2],
+            **only(self.sizes, ranks_kernel), BLOCK_P=self.block_p, num_warps=2, num_stages=1,
+        )  # fmt: skip
+        return _InputGradients(dx, sums[0], sums[1], sums[2], dmimo_x, dD)
 
     def _enter_gradients(self, dentered: Tensor) -> _EnterGradients:
         """Those of the start of a sequence, given that of the state that enters it."""

@@ -127,6 +127,28 @@ def _store_input_gradients(
 
 
 @triton.jit
+def ranks_kernel(
+    x, mimo_x, du, numbers, dx, sums, dmimo_x, chunks, count, x_token, x_head,
+    HEADS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk and head: from the gradients of entries to those of x and its factors, and sums over the
+    ranks of three numbers."""
+    chunk, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    place, p = chunk * HEADS + head, tl.arange(0, BLOCK_P)
+    start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    rows = entries(start, end, TOKENS, RANK, RANKS)
+    dinput = load_entries(du + head * P, rows, p, RANK * HEADS * P, HEADS * P, P).to(tl.float32)
+    _store_input_gradients(
+        x, mimo_x, dx, dmimo_x, dinput, place, rows, end, head, p, x_token, x_head, HEADS, P, RANK, RANKS
+    )
+    entry, token = tl.arange(0, TOKENS * RANKS), tl.arange(0, TOKENS)
+    for number in tl.static_range(3):
+        each = tl.load(numbers + (number * count * HEADS + place) * (TOKENS * RANKS) + entry)
+        tl.store(sums + (number * count * HEADS + place) * TOKENS + token, by_token(each, RANKS))
+
+
+@triton.jit
 def keys_kernel(
     x, mimo_x, dy, steps, cos, sin, keys, queries, entering, leaving, dB, dC, dB_bias, dC_bias, dangles, chunks,
     x_token, x_head, dy_token, dy_rank, dy_head, total,
