@@ -73,9 +73,8 @@ def turn(source, turn, bias, out, at, ROW: gl.constexpr, HALF: gl.constexpr):
     """16 keys of a head, from ROW on, into two tiles of `out`; `source` is rows of B, `bias` that of the head."""
     dtype: gl.constexpr = out.dtype
     a, b = source[0].to(gl.float32), source[1].to(gl.float32)
-    if bias is not None:
-        a += bias[0][None, :, :]
-        b += bias[1][None, :, :]
+    a += bias[0][None, :, :]
+    b += bias[1][None, :, :]
     c, s = turn[0].to(gl.float32)[:, None, :], turn[1].to(gl.float32)[:, None, :]
     out.index(2 * at).slice(ROW, PART).store((a * c - b * s).to(dtype).reshape([PART, HALF]))
     out.index(2 * at + 1).slice(ROW, PART).store((a * s + b * c).to(dtype).reshape([PART, HALF]))
@@ -95,18 +94,19 @@ def load_part(B, cos, sin, entry, angle, part: gl.constexpr, RANKS: gl.constexpr
 
 
 @gluon.jit
-def _load_bias(bias, head, at, RANKS: gl.constexpr, HALF: gl.constexpr):
-    own = bias + head * (RANKS * 2 * HALF)
-    return gl.load(own + at), gl.load(own + HALF + at)
+def load_bias(bias, at, HALF: gl.constexpr):
+    """What belongs to the first members of some pairs, and to the second; zeros if there is no bias."""
+    if bias is None:
+        return at.to(gl.float32) * 0.0, at.to(gl.float32) * 0.0
+    else:
+        return gl.load(bias + at), gl.load(bias + HALF + at)
 
 
 @gluon.jit
 def load_biases(bias, head, at, RANKS: gl.constexpr, HALF: gl.constexpr):
     """Those of two heads."""
-    if bias is None:
-        return None, None
-    else:
-        return _load_bias(bias, head, at, RANKS, HALF), _load_bias(bias, head + 1, at, RANKS, HALF)
+    own = at + head * (RANKS * 2 * HALF)
+    return load_bias(bias, own, HALF), load_bias(bias, own + RANKS * 2 * HALF, HALF)
 
 
 @gluon.jit
@@ -433,5 +433,5 @@ def scan_kernel(
                      INPUTS, KEYS)),
         ],
         [4, 4, 4],
-        [160, 72, 120],
+        [152, 80, 128],
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """The gradients of the trapezoid with several ranks on a Hopper GPU: one kernel for what a chunk says by itself.
 
 Groups of four warps share the work of a program, which takes the heads of a chunk one after the other. One moves tiles
-into shared memory ahead of time, makes keys, queries and inputs of the next head and what pairs of entries say to each
-other. One finds the gradients of inputs by entry. Two find those of keys and queries, each for a half of the pairs of
-columns, turn them back and sum them over the heads. Entries and columns lie as `triton_hopper_mimo` says.
+into shared memory ahead of time and makes keys, queries and inputs of the next head. One finds what pairs of entries
+say to each other, and the gradients of inputs by entry. Two find those of keys and queries, each for a half of the
+pairs of columns, turn them back and sum them over the heads. Entries and columns lie as `triton_hopper_mimo` says.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from everstate.ops.trapezoid.triton_hopper_mimo import (
     REGISTERS,
     fetch_head,
     laid,
+    load_bias,
     load_inputs,
     load_numbers,
     sizes_of,
@@ -127,9 +128,8 @@ def _turn(
     COLUMNS: gl.constexpr = HALF // 2
     a = _by_rank(bases.index(4 * which + half), part, RANKS, HALF, KEYS)
     b = _by_rank(bases.index(4 * which + 2 + half), part, RANKS, HALF, KEYS)
-    if bias is not None:
-        a += bias[0][None, :, :]
-        b += bias[1][None, :, :]
+    a += bias[0][None, :, :]
+    b += bias[1][None, :, :]
     c, s = angles[0].to(gl.float32)[:, None, :], angles[1].to(gl.float32)[:, None, :]
     out.index(4 * at + half).slice(32 * part, 32).store((a * c - b * s).to(dtype).reshape([32, COLUMNS]))
     out.index(4 * at + 2 + half).slice(32 * part, 32).store((a * s + b * c).to(dtype).reshape([32, COLUMNS]))
@@ -142,16 +142,8 @@ def _load_angles(cos, sin, angle, half: gl.constexpr, part: gl.constexpr, RANKS:
 
 
 @gluon.jit
-def _load_bias(bias, half: gl.constexpr, HALF: gl.constexpr):
-    if bias is None:
-        return None
-    else:
-        return gl.load(bias + half * (HALF // 2)), gl.load(bias + (HALF + half * (HALF // 2)))
-
-
-@gluon.jit
 def _turn_all(
-    bias, angles, biases, cos, sin, angle, bases, ks, qs, at,
+    bias, angles, biases, each, cos, sin, angle, bases, ks, qs, at,
     RANKS: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     """The keys and queries of a head in eight parts; biases and angles of the next are asked for before each."""
@@ -160,7 +152,7 @@ def _turn_all(
         if part < 7:
             following = _load_angles(cos, sin, angle, (part + 1) // 2 % 2, (part + 1) % 2, RANKS, HALF)
             if part % 2 == 1:
-                bias_ = _load_bias(biases[(part + 1) // 4], (part + 1) // 2 % 2, HALF)
+                bias_ = load_bias(biases[(part + 1) // 4], each + (part + 1) // 2 % 2 * (HALF // 2), HALF)
         _turn(bases, part // 4, bias, angles, ks if part < 4 else qs, at, part // 2 % 2, part % 2, RANKS, HALF, KEYS)
         angles, bias = following, bias_
 
@@ -201,15 +193,14 @@ def _make(
         numbers = load_numbers(steps + place * (NUMBERS * TOKENS), TOKENS)
         c, s = cos + place * (TOKENS * HALF), sin + place * (TOKENS * HALF)
         angles = _load_angles(c, s, angle, 0, 0, RANKS, HALF)
-        B_own = None if B_bias is None else B_bias + own * (RANKS * 2 * HALF) + each
-        C_own = None if C_bias is None else C_bias + own * (RANKS * 2 * HALF) + each
-        bias = _load_bias(B_own, 0, HALF)
+        mine_of = each + own * (RANKS * 2 * HALF)
+        bias = load_bias(B_bias, mine_of, HALF)
         mbarrier.wait(empty.index(at), (step // 2 & 1) ^ 1)
         _ask(tensors, tiles, full.index(at), at, chunk * HEADS + own, sequence, first, own, TOKENS, P, HALF)
         store_numbers(vectors, at, numbers)
         store_inputs(mine, us.index(at), RANKS, P, INPUTS)
         mbarrier.wait(ready.index(0), 0)
-        _turn_all(bias, angles, (B_own, C_own), c, s, angle, bases, ks, qs, at, RANKS, HALF, KEYS)
+        _turn_all(bias, angles, (B_bias, C_bias), mine_of, c, s, angle, bases, ks, qs, at, RANKS, HALF, KEYS)
         fence_async_shared()
         mbarrier.arrive(made.index(at), count=1)
 
@@ -237,11 +228,12 @@ def _trace(products):
 
 
 @gluon.jit
-def _weigh(u, du, ks, qs, pairs, vectors, at, weighed, downs, dD, place, none, RANKS: gl.constexpr):
+def _weigh(u, du, ks, qs, pairs, vectors, at, barriers, step, downs, dD, place, none, RANKS: gl.constexpr):
     """What pairs `[j, i]` say to each other, i receives from j: through keys and queries it goes to `pairs`, through
     inputs it is returned, with what entries gave to later tokens and received of earlier ones. And the gradients of own
     weights and of D."""
     sums, weighted, owns = vectors[:3]
+    weighed, free = barriers
     dtype: gl.constexpr = pairs.dtype
     j, i = gl.arange(0, ENTRIES, ROW), gl.arange(0, ENTRIES, COLUMN)
     received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
@@ -252,9 +244,10 @@ def _weigh(u, du, ks, qs, pairs, vectors, at, weighed, downs, dD, place, none, R
     if dD is not None:
         gl.store(dD + place, gl.sum(_trace(received), 0))
     given = (received * weights).to(dtype)
-    pairs.index(at).store(given)
+    mbarrier.wait(free.index(0), (step & 1) ^ 1)
+    pairs.store(given)
     fence_async_shared()
-    mbarrier.arrive(weighed, count=1)
+    mbarrier.arrive(weighed.index(0), count=1)
     first = (j // RANKS * RANKS)[:, None]
     after = i[None, :] >= first + RANKS
     same = gl.where(after, 0.0, gl.where(i[None, :] >= first, product * received, 0.0))
@@ -272,7 +265,7 @@ def _inputs(
     """Four warps: the gradients of inputs, decays, scales and own weights, by entry. Pairs are `[j, i]`."""
     dus, hs, dhs, _, _ = tiles
     sums, weighted, _, gives, takes, keeps = vectors
-    full, empty, made, weighed = barriers
+    full, empty, made, weighed, free = barriers
     dtype: gl.constexpr = pairs.dtype
     first: gl.constexpr = gl.DotOperandLayout(0, SQUARE, 2)
     j = gl.arange(0, ENTRIES, ROW)
@@ -287,7 +280,7 @@ def _inputs(
         mbarrier.wait(full.index(at), step // 2 & 1)
         mbarrier.wait(made.index(at), step // 2 & 1)
         weights, gave, gained = _weigh(
-            u, du, ks, qs, pairs, vectors, at, weighed.index(at), downs + place, dD, place // ENTRIES, none, RANKS
+            u, du, ks, qs, pairs, vectors, at, (weighed, free), step, downs + place, dD, place // ENTRIES, none, RANKS
         )
         earlier = weighted.index(at).load(ROW)
         # What went through the state.
@@ -335,11 +328,13 @@ def _turned_back(
 
 
 @gluon.jit
-def _store_sums(out, place, first, second, HALF: gl.constexpr):
-    """Sums over the tokens, by rank."""
+def _store_sums(out, place, first, second, HALF: gl.constexpr, TURNED: gl.constexpr):
+    """Sums over the tokens, by rank. Two in one: the warps have to meet for each."""
+    by_rank: gl.constexpr = gl.SliceLayout(0, TURNED)
     if out is not None:
-        gl.store(out + place, gl.sum(first, 0))
-        gl.store(out + HALF + place, gl.sum(second, 0))
+        first, second = gl.split(gl.sum(gl.join(first, second), 0))
+        gl.store(out + place, gl.convert_layout(first, by_rank))
+        gl.store(out + HALF + place, gl.convert_layout(second, by_rank))
 
 
 @gluon.jit
@@ -385,7 +380,7 @@ def _columns(
     """Four warps: the gradients of half of the pairs of columns of B and C, summed over the heads, and of angles."""
     dus, hs, dhs, cs, ss = tiles
     _, _, _, gives, takes, _ = vectors
-    full, empty, made, weighed = barriers
+    full, empty, made, weighed, free = barriers
     COLUMNS: gl.constexpr = HALF // 2
     TOKENS: gl.constexpr = ENTRIES // RANKS
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
@@ -397,30 +392,31 @@ def _columns(
     for step in range(EACH):
         at, place = step % 2, (chunk * HEADS + head + step).to(gl.int64)
         mine = 4 * at + OWN
-        u, du, pair = us.index(at), dus.index(at).reshape([ENTRIES, P]), pairs.index(at)
+        u, du = us.index(at), dus.index(at).reshape([ENTRIES, P])
         mbarrier.wait(full.index(at), step // 2 & 1)
         mbarrier.wait(made.index(at), step // 2 & 1)
         dk1 = warpgroup_mma(u, dhs.index(mine), nothing, use_acc=False, is_async=True)
         dk2 = warpgroup_mma(u, dhs.index(mine + 2), nothing, use_acc=False, is_async=True)
         weight = gives.index(at).load(side)[:, None]
         dk1, dk2 = warpgroup_mma_wait(0, (dk1, dk2))
-        mbarrier.wait(weighed.index(at), step // 2 & 1)
-        dk1 = warpgroup_mma(pair, qs.index(mine), dk1 * weight, is_async=True)
-        dk2 = warpgroup_mma(pair, qs.index(mine + 2), dk2 * weight, is_async=True)
+        mbarrier.wait(weighed.index(0), step & 1)
+        dk1 = warpgroup_mma(pairs, qs.index(mine), dk1 * weight, is_async=True)
+        dk2 = warpgroup_mma(pairs, qs.index(mine + 2), dk2 * weight, is_async=True)
         dk1, dk2 = warpgroup_mma_wait(0, (dk1, dk2))
         dphi, db1, db2 = _turned_back(dk1, dk2, ks, mine, cs, ss, 2 * at + OWN, db1, db2, RANKS, narrow, TURNED)
         dq1 = warpgroup_mma(du, hs.index(mine), nothing, use_acc=False, is_async=True)
         dq2 = warpgroup_mma(du, hs.index(mine + 2), nothing, use_acc=False, is_async=True)
         weight = takes.index(at).load(side)[:, None]
         dq1, dq2 = warpgroup_mma_wait(0, (dq1, dq2))
-        dq1 = warpgroup_mma(pair.permute((1, 0)), ks.index(mine), dq1 * weight, is_async=True)
-        dq2 = warpgroup_mma(pair.permute((1, 0)), ks.index(mine + 2), dq2 * weight, is_async=True)
-        _store_sums(dB_bias, place * (RANKS * 2 * HALF) + each, db1, db2, HALF)
+        dq1 = warpgroup_mma(pairs.permute((1, 0)), ks.index(mine), dq1 * weight, is_async=True)
+        dq2 = warpgroup_mma(pairs.permute((1, 0)), ks.index(mine + 2), dq2 * weight, is_async=True)
         dq1, dq2 = warpgroup_mma_wait(0, (dq1, dq2))
+        mbarrier.arrive(free.index(0), count=1)
         dphi2, dc1, dc2 = _turned_back(dq1, dq2, qs, mine, cs, ss, 2 * at + OWN, dc1, dc2, RANKS, narrow, TURNED)
         mbarrier.arrive(empty.index(at), count=1)
         gl.store(dangles + place * (TOKENS * HALF) + angle, dphi + dphi2)
-        _store_sums(dC_bias, place * (RANKS * 2 * HALF) + each, dc1, dc2, HALF)
+        _store_sums(dB_bias, place * (RANKS * 2 * HALF) + each, db1, db2, HALF, TURNED)
+        _store_sums(dC_bias, place * (RANKS * 2 * HALF) + each, dc1, dc2, HALF, TURNED)
     row = ((split.to(gl.int64) * total + start) * (RANKS * GROUPS) + group) * (2 * HALF)
     _store_columns(dB + row, db1, db2, start, end, OWN, GROUPS, HALF, RANKS, INTERLEAVED, TURNED)
     _store_columns(dC + row, dc1, dc2, start, end, OWN, GROUPS, HALF, RANKS, INTERLEAVED, TURNED)
@@ -449,15 +445,15 @@ def gradients_kernel(
     hs = gl.allocate_shared_memory(dy.dtype, [8, P, COLUMNS], entering.layout)
     dhs = gl.allocate_shared_memory(dy.dtype, [8, P, COLUMNS], leaving.layout)
     bases = gl.allocate_shared_memory(dy.dtype, [8, ENTRIES, COLUMNS], B.layout)
-    pairs = gl.allocate_shared_memory(dy.dtype, [2, ENTRIES, ENTRIES], square)
+    pairs = gl.allocate_shared_memory(dy.dtype, [ENTRIES, ENTRIES], square)
     cs = gl.allocate_shared_memory(cosines.dtype, [4, ENTRIES // RANKS, COLUMNS], cosines.layout)
     ss = gl.allocate_shared_memory(cosines.dtype, [4, ENTRIES // RANKS, COLUMNS], cosines.layout)
     vectors = vectors_for(2)
-    full, empty, made, weighed = barriers_of(2, 1), barriers_of(2, 3), barriers_of(2, 1), barriers_of(2, 1)
-    ready = barriers_of(1, 1)
+    full, empty, made, weighed = barriers_of(2, 1), barriers_of(2, 3), barriers_of(2, 1), barriers_of(1, 1)
+    ready, free = barriers_of(1, 1), barriers_of(1, 2)
     fence_async_shared()
     tensors, tiles = (dy, entering, leaving, cosines, sines), (dus, hs, dhs, cs, ss)
-    barriers = (full, empty, made, weighed)
+    barriers = (full, empty, made, weighed, free)
     gl.warp_specialize(
         [
             (_inputs, (us, ks, qs, tiles, vectors, pairs, barriers, du, D, ddecays, dscales, downs, dD, chunk, start,
