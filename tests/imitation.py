@@ -209,6 +209,8 @@ def _store(at: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
 
 def _assembly(asm: str, constraints: str, args: Sequence[Tensor], dtype: torch.dtype, **settings: Any) -> Tensor:
     """What a piece of assembly does, told by an instruction in it."""
+    if "prefetch" in asm:
+        return args[0]
     if "shfl.sync.bfly" in asm:
         # Between threads of a warp: each row of a tile `[warp, row, n...]` is four of them.
         return args[0][:, torch.arange(8) ^ int(asm.split(",")[2]) // 4]
@@ -228,7 +230,7 @@ def _language() -> SimpleNamespace:
         constexpr=int, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int16=torch.int16,
         int32=torch.int32, int64=torch.int64, static_range=range,
         NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SwizzledSharedLayout=layout,
-        SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout,
+        SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout, DistributedLinearLayout=layout,
         join=lambda a, b: torch.stack([a, b], -1), split=lambda t: t.unbind(-1),
         arange=lambda start, end, layout: torch.arange(start, end),
         zeros=lambda shape, dtype, layout: torch.zeros(shape),

@@ -209,12 +209,17 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 def _hopper(call: "_Call", bounds: Sequence[int]) -> ModuleType | None:
     """The kernels that are written for Hopper GPUs, where they serve."""
-    if not _suits_hopper(call.given.x, call.given.omega, call.given.B, call.mimo_x) or not can_copy(call.x):
+    x, omega, B = call.given.x, call.given.omega, call.given.B
+    chunks = sum(cdiv(b - a, call.tokens) for a, b in pairwise(bounds))
+    if not can_copy(call.x) or chunks * CHUNK * call.heads * call.headdim >= 2**31:
         return None
-    tokens = sum(cdiv(b - a, CHUNK) for a, b in pairwise(bounds)) * CHUNK
-    if tokens * call.heads * call.headdim >= 2**31:
-        return None
-    return hopper_kernels("everstate.ops.trapezoid.triton_hopper", call.x)
+    if _suits_hopper(x, omega, B, call.mimo_x):
+        return hopper_kernels("everstate.ops.trapezoid.triton_hopper", call.x)
+    sizes = call.headdim == 64 and call.d_state in (64, 128) and call.heads // call.groups % 2 == 0
+    # As models with several ranks are published, all of their columns turn.
+    if sizes and call.rank in (2, 4, 8) and 2 * call.pairs == call.d_state:
+        return hopper_kernels("everstate.ops.trapezoid.triton_hopper_mimo", call.x)
+    return None
 
 
 def _apart(sums: Float[Tensor, "h *n"], parts: int) -> Float[Tensor, "h *n"]:
@@ -243,7 +248,8 @@ class _Call:
         smallest = 32 if x.dtype == torch.float32 else 16
         filled = lambda size: max(power_of_2(size), smallest)
         self.block_p, still = filled(self.headdim), self.d_state - 2 * self.pairs
-        self.hopper = _hopper(self, bounds) if not ends or all(end % CHUNK == 0 for end in ends) else None
+        self.hopper = _hopper(self, bounds) if not ends or all(end % self.tokens == 0 for end in ends) else None
+        self.single = self.hopper is not None and self.rank == 1  # the kernels for one rank, which make more themselves
         programs = (len(bounds) - 1) * self.heads * cdiv(self.headdim, TILE_P)
         self.pieces = pieces_for(programs, x.device) if self.hopper is None else fill(programs // 2, x.device)
         self.bounds, self.plan = bounds, plan(bounds, self.tokens, self.pieces, x.device)
@@ -260,7 +266,7 @@ class _Call:
         if phases is not None:
             self.phases = phases
         # The states that enter segments, where forward has found them; members of pairs lie side by side.
-        self.found = kept is not None and self.hopper is not None and len(self.plan.segments) > len(bounds) - 1
+        self.found = kept is not None and self.single and len(self.plan.segments) > len(bounds) - 1
         self.kept = self._empty_kept(bounds) if kept is None else kept
 
     # What only some kernels ask for is made when they do.
@@ -269,7 +275,7 @@ class _Call:
     def arranged(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """B and C by chunk, group and entry, and their biases in float32, all with the columns in parts."""
         given = self.given
-        if self.hopper is not None:
+        if self.single:
             return self._arranged_on_hopper()
         first, second = (
             None if t is None else self._arranged(t.unsqueeze(2), torch.float32) for t in (given.B_bias, given.C_bias)
@@ -468,7 +474,7 @@ class _Call:
     @property
     def paired(self) -> bool:
         """Whether half of the columns turn, of one rank, and the members of a pair lie side by side."""
-        return self.hopper is not None and self.interleaved
+        return self.single and self.interleaved
 
     @property
     def rows(self) -> int:
@@ -524,7 +530,7 @@ class _Call:
         y = self.x.new_empty(self.batch, self.length, self.rank, self.heads, self.headdim)
         if self.hopper is not None:
             return y, *self.hopper.forward(self, y, final)
-        entering = self._entering(self.enter(), None, None)
+        entering = self.entering(self.enter())
         grid = (len(self.plan.segments) * self.heads * cdiv(self.headdim, TILE_P),)
         launch(
             scan_kernel, grid,
@@ -535,8 +541,8 @@ class _Call:
         )  # fmt: skip
         return y, final, self.final_angle
 
-    def _entering(
-        self, state: Tensor | None, dy: Tensor | None, made: Tensor | None
+    def entering(
+        self, state: Tensor | None, dy: Tensor | None = None, made: Tensor | None = None
     ) -> Float[Tensor, "segments h p w"] | None:
         """The state that enters each segment; given dy, the gradient of the state that leaves it. None is zeros."""
         segments, sequences = self.plan.segments, self.plan.sequences
@@ -578,7 +584,7 @@ class _Call:
         but for a Hopper GPU, all keys (queries). `sweep_kernel` says what it does with `entered` and `turned`."""
         count = len(self.plan.chunks)
         made = self.x.new_empty(count, self.heads, CHUNK, self.width) if self.hopper is None else None
-        entering = self._entering(state, dy, made)
+        entering = self.entering(state, dy, made)
         chunks = self.x.new_empty(count, self.heads, self.rows, self.width)
         last = self._empty_states(len(self.plan.sequences))
         make = made is None or len(self.plan.segments) == len(self.plan.sequences)
@@ -589,10 +595,10 @@ class _Call:
         self, dy: Tensor | None, made: Tensor | None, entering: Tensor | None, chunks: Tensor | None, ends: Tensor,
         kept: Tensor | None, entered: Tensor | None = None, turned: Tensor | None = None, *, make: bool,
     ) -> None:  # fmt: skip
-        if self.hopper is not None:
+        if self.hopper is not None and (self.single or kept is None):
             kernels = hopper_kernels(self.hopper.__name__ + "_sweep", self.x)
             assert kernels is not None
-            kernels.sweep(self, dy, entering, chunks, ends, kept, entered, turned)
+            kernels.sweep(self, dy, entering, chunks, ends, entered, turned, *([kept] if self.single else []))
             return
         grid = (len(self.plan.segments) * self.heads * cdiv(self.headdim, TILE_P),)
         x, keys, bias = (self.x, self.B, self.B_bias) if dy is None else (dy, self.C, self.C_bias)
@@ -613,7 +619,7 @@ class _Call:
         """Those of all arguments, in their order; None for arguments that are not given. Of what follows the last
         tokens, None stands for zeros."""
         dy = _rows(dy)
-        if self.hopper is not None and not can_copy(dy.squeeze(1)):
+        if self.hopper is not None and (self.rank > 1 or not can_copy(dy.squeeze(1))):
             dy = dy.contiguous()
         entering, ended, k = self._boundaries(self.enter())
         turned = self.steps.new_empty(len(self.plan.chunks), self.heads, self.rows // self.block, self.sizes["HALF"])
@@ -697,15 +703,16 @@ class _Call:
                 total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, TURN=turn,
                 num_warps=4 if self.block_p <= 64 else 8, num_stages=stages_for(self.x, 2),
             )  # fmt: skip
-        turns = self._turn_gradients(dangles, later)
+        turns = self.turn_gradients(dangles, later, self.ranks)
         dB, dC = (self._returned(joined(t)) for t in (dB, dC))
         dB_bias, dC_bias = (None if t is None else self._returned(t.sum(0)).squeeze(2) for t in (dB_bias, dC_bias))
         return KeyGradients(dB, dC, dB_bias, dC_bias, *turns)
 
-    def _turn_gradients(
-        self, dangles: Float[Tensor, "chunks h e s"], later: Float[Tensor, "chunks h s"]
+    def turn_gradients(
+        self, dangles: Float[Tensor, "chunks h e s"], later: Float[Tensor, "chunks h s"], ranks: int
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of omega, and of dt, from those of the angles of entries and what later chunks say."""
+        """Gradients of omega, and of dt, from those of the angles of entries, of which a token has as many as `ranks`,
+        and what later chunks say."""
         count, steps = len(self.plan.chunks), self.steps
         splits = splits_of(self.heads, count, 4 * processors(self.x.device))
         omega = steps.new_empty(splits, self.batch * self.length, self.pairs)
@@ -714,7 +721,7 @@ class _Call:
         launch(
             turn_gradients_kernel, (count * splits,),
             dangles, steps, self.omega, later, dt, omega, self.plan.chunks, self.omega.stride(0),
-            self.batch * self.length, HEADS=self.heads, RANKS=self.ranks, TOKENS=self.tokens, PAIRS=self.pairs,
+            self.batch * self.length, HEADS=self.heads, RANKS=ranks, TOKENS=self.tokens, PAIRS=self.pairs,
             HALF=self.sizes["HALF"], BLOCK=max(self.tokens, 32), SPLITS=splits, PRECISION=self.sizes["PRECISION"],
             DTYPE=tl.float32 if exact else tl.bfloat16, num_stages=stages_for(self.x, 3),
         )  # fmt: skip

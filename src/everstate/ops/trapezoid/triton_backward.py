@@ -3,8 +3,12 @@
 Matrices over pairs of entries are transposed, `[j, i]` for what i receives from j.
 """
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
 
 from everstate.ops.trapezoid.triton_keys import (
     DT,
@@ -27,7 +31,13 @@ from everstate.ops.trapezoid.triton_keys import (
     load_trig,
     store_entries,
 )
+from everstate.ops.trapezoid.triton_values import InputGradients
 from everstate.ops.triton_common import dot
+from everstate.ops.triton_launch import launch
+from everstate.ops.triton_segments import only
+
+if TYPE_CHECKING:
+    from everstate.ops.trapezoid.triton import _Call
 
 
 @triton.jit
@@ -124,6 +134,44 @@ def _store_input_gradients(
     if RANK != RANKS:
         dinput = tl.where(inside[:, None], dinput, 0.0)
     tl.store(out, by_token(dinput, RANKS).to(dx.dtype.element_ty), mask=mask)
+
+
+def rank_gradients(
+    call: "_Call", du: Float[Tensor, "t r h p"], numbers: Float[Tensor, "numbers chunks h e"], dD: Tensor | None
+) -> InputGradients:
+    """Gradients of inputs, decays, scales and own weights from those of entries."""
+    count, steps = len(call.plan.chunks), call.steps
+    dx = call.x.new_empty(call.batch * call.length, call.heads, call.headdim)
+    sums = steps.new_empty(3, count, call.heads, call.tokens)
+    dmimo_x = None if call.mimo_x is None else steps.new_empty(count, call.heads, call.rank, call.headdim)
+    launch(
+        ranks_kernel, (count * call.heads,),
+        call.x, call.mimo_x, du, numbers, dx, sums, dmimo_x, call.plan.chunks, count, *call.x.stride()[:2],
+        **only(call.sizes, ranks_kernel), BLOCK_P=call.block_p, num_warps=2, num_stages=1,
+    )  # fmt: skip
+    return InputGradients(dx, sums[0], sums[1], sums[2], dmimo_x, dD)
+
+
+@triton.jit
+def ranks_kernel(
+    x, mimo_x, du, numbers, dx, sums, dmimo_x, chunks, count, x_token, x_head,
+    HEADS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk and head: from the gradients of entries to those of x and its factors, and sums over the
+    ranks of three numbers."""
+    chunk, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    place, p = chunk * HEADS + head, tl.arange(0, BLOCK_P)
+    start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    rows = entries(start, end, TOKENS, RANK, RANKS)
+    dinput = load_entries(du + head * P, rows, p, RANK * HEADS * P, HEADS * P, P).to(tl.float32)
+    _store_input_gradients(
+        x, mimo_x, dx, dmimo_x, dinput, place, rows, end, head, p, x_token, x_head, HEADS, P, RANK, RANKS
+    )
+    entry, token = tl.arange(0, TOKENS * RANKS), tl.arange(0, TOKENS)
+    for number in tl.static_range(3):
+        each = tl.load(numbers + (number * count * HEADS + place) * (TOKENS * RANKS) + entry)
+        tl.store(sums + (number * count * HEADS + place) * TOKENS + token, by_token(each, RANKS))
 
 
 @triton.jit

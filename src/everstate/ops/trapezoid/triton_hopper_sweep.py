@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 def sweep(
     call: _Call, dy: Tensor | None, entering: Tensor | None, chunks: Tensor | None, ends: Tensor,
-    kept: Tensor | None, entered: Tensor | None, turned: Tensor | None,
+    entered: Tensor | None, turned: Tensor | None, kept: Tensor | None,
 ) -> None:  # fmt: skip
     """The states, forwards; or with dy their gradients, backwards."""
     x, keys, bias = (call.x, call.B, call.B_bias) if dy is None else (dy.squeeze(1), call.C, call.C_bias)
