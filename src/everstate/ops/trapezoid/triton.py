@@ -216,8 +216,10 @@ def _hopper(call: "_Call", bounds: Sequence[int]) -> ModuleType | None:
     if _suits_hopper(x, omega, B, call.mimo_x):
         return hopper_kernels("everstate.ops.trapezoid.triton_hopper", call.x)
     sizes = call.headdim == 64 and call.d_state in (64, 128) and call.heads // call.groups % 2 == 0
-    # As models with several ranks are published, all of their columns turn.
-    if sizes and call.rank in (2, 4, 8) and 2 * call.pairs == call.d_state:
+    # As models with several ranks are published, all of their columns turn. The gradients of two ranks with a state
+    # of 128 would need more shared memory than there is.
+    several = call.rank in (2, 4, 8) and 2 * call.pairs == call.d_state and (call.rank > 2 or call.d_state < 128)
+    if sizes and several:
         return hopper_kernels("everstate.ops.trapezoid.triton_hopper_mimo", call.x)
     return None
 

@@ -223,12 +223,11 @@ def _trace(products):
 
 
 @gluon.jit
-def _weigh(u, du, ks, qs, pairs, vectors, at, barriers, step, downs, dD, place, none, RANKS: gl.constexpr):
+def _weigh(u, du, ks, qs, pairs, vectors, at, weighed, downs, dD, place, none, RANKS: gl.constexpr):
     """What pairs `[j, i]` say to each other, i receives from j: through keys and queries it goes to `pairs`, through
     inputs it is returned, with what entries gave to later tokens and received of earlier ones. And the gradients of own
     weights and of D."""
     sums, weighted, owns = vectors[:3]
-    weighed, free = barriers
     dtype: gl.constexpr = pairs.dtype
     j, i = gl.arange(0, ENTRIES, ROW), gl.arange(0, ENTRIES, COLUMN)
     received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
@@ -239,10 +238,9 @@ def _weigh(u, du, ks, qs, pairs, vectors, at, barriers, step, downs, dD, place, 
     if dD is not None:
         gl.store(dD + place, gl.sum(_trace(received), 0))
     given = (received * weights).to(dtype)
-    mbarrier.wait(free.index(0), (step & 1) ^ 1)
     pairs.store(given)
     fence_async_shared()
-    mbarrier.arrive(weighed.index(0), count=1)
+    mbarrier.arrive(weighed, count=1)
     first = (j // RANKS * RANKS)[:, None]
     after = i[None, :] >= first + RANKS
     same = gl.where(after, 0.0, gl.where(i[None, :] >= first, product * received, 0.0))
@@ -260,7 +258,7 @@ def _inputs(
     """Four warps: the gradients of inputs, decays, scales and own weights, by entry. Pairs are `[j, i]`."""
     dus, hs, dhs, _, _ = tiles
     sums, weighted, _, gives, takes, keeps = vectors
-    full, empty, made, weighed, free = barriers
+    full, empty, made, weighed = barriers
     dtype: gl.constexpr = pairs.dtype
     first: gl.constexpr = gl.DotOperandLayout(0, SQUARE, 2)
     j = gl.arange(0, ENTRIES, ROW)
@@ -275,8 +273,9 @@ def _inputs(
         mbarrier.wait(full.index(at), step // 2 & 1)
         mbarrier.wait(made.index(at), step // 2 & 1)
         weights, gave, gained = _weigh(
-            u, du, ks, qs, pairs, vectors, at, (weighed, free), step, downs + place, dD, place // ENTRIES, none, RANKS
-        )
+            u, du, ks, qs, pairs.index(at), vectors, at, weighed.index(at), downs + place, dD, place // ENTRIES, none,
+            RANKS,
+        )  # fmt: skip
         earlier = weighted.index(at).load(ROW)
         # What went through the state.
         state = _across(ks, dhs, at, none)
@@ -323,13 +322,11 @@ def _turned_back(
 
 
 @gluon.jit
-def _store_sums(out, place, first, second, HALF: gl.constexpr, TURNED: gl.constexpr):
-    """Sums over the tokens, by rank. Two in one: the warps have to meet for each."""
-    by_rank: gl.constexpr = gl.SliceLayout(0, TURNED)
+def _store_sums(out, place, first, second, HALF: gl.constexpr):
+    """Sums over the tokens, by rank."""
     if out is not None:
-        first, second = gl.split(gl.sum(gl.join(first, second), 0))
-        gl.store(out + place, gl.convert_layout(first, by_rank))
-        gl.store(out + HALF + place, gl.convert_layout(second, by_rank))
+        gl.store(out + place, gl.sum(first, 0))
+        gl.store(out + HALF + place, gl.sum(second, 0))
 
 
 @gluon.jit
@@ -375,7 +372,7 @@ def _columns(
     """Four warps: the gradients of half of the pairs of columns of B and C, summed over the heads, and of angles."""
     dus, hs, dhs, cs, ss = tiles
     _, _, _, gives, takes, _ = vectors
-    full, empty, made, weighed, free = barriers
+    full, empty, made, weighed = barriers
     COLUMNS: gl.constexpr = HALF // 2
     TOKENS: gl.constexpr = ENTRIES // RANKS
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
@@ -387,31 +384,30 @@ def _columns(
     for step in range(EACH):
         at, place = step % 2, (chunk * HEADS + head + step).to(gl.int64)
         mine = 4 * at + OWN
-        u, du = us.index(at), dus.index(at).reshape([ENTRIES, P])
+        u, du, pair = us.index(at), dus.index(at).reshape([ENTRIES, P]), pairs.index(at)
         mbarrier.wait(full.index(at), step // 2 & 1)
         mbarrier.wait(made.index(at), step // 2 & 1)
         dk1 = warpgroup_mma(u, dhs.index(mine), nothing, use_acc=False, is_async=True)
         dk2 = warpgroup_mma(u, dhs.index(mine + 2), nothing, use_acc=False, is_async=True)
         weight = gives.index(at).load(side)[:, None]
         dk1, dk2 = warpgroup_mma_wait(0, (dk1, dk2))
-        mbarrier.wait(weighed.index(0), step & 1)
-        dk1 = warpgroup_mma(pairs, qs.index(mine), dk1 * weight, is_async=True)
-        dk2 = warpgroup_mma(pairs, qs.index(mine + 2), dk2 * weight, is_async=True)
+        mbarrier.wait(weighed.index(at), step // 2 & 1)
+        dk1 = warpgroup_mma(pair, qs.index(mine), dk1 * weight, is_async=True)
+        dk2 = warpgroup_mma(pair, qs.index(mine + 2), dk2 * weight, is_async=True)
         dk1, dk2 = warpgroup_mma_wait(0, (dk1, dk2))
         dphi, db1, db2 = _turned_back(dk1, dk2, ks, mine, cs, ss, 2 * at + OWN, db1, db2, RANKS, narrow, TURNED)
         dq1 = warpgroup_mma(du, hs.index(mine), nothing, use_acc=False, is_async=True)
         dq2 = warpgroup_mma(du, hs.index(mine + 2), nothing, use_acc=False, is_async=True)
         weight = takes.index(at).load(side)[:, None]
         dq1, dq2 = warpgroup_mma_wait(0, (dq1, dq2))
-        dq1 = warpgroup_mma(pairs.permute((1, 0)), ks.index(mine), dq1 * weight, is_async=True)
-        dq2 = warpgroup_mma(pairs.permute((1, 0)), ks.index(mine + 2), dq2 * weight, is_async=True)
+        dq1 = warpgroup_mma(pair.permute((1, 0)), ks.index(mine), dq1 * weight, is_async=True)
+        dq2 = warpgroup_mma(pair.permute((1, 0)), ks.index(mine + 2), dq2 * weight, is_async=True)
         dq1, dq2 = warpgroup_mma_wait(0, (dq1, dq2))
-        mbarrier.arrive(free.index(0), count=1)
         dphi2, dc1, dc2 = _turned_back(dq1, dq2, qs, mine, cs, ss, 2 * at + OWN, dc1, dc2, RANKS, narrow, TURNED)
         mbarrier.arrive(empty.index(at), count=1)
         gl.store(dangles + place * (TOKENS * HALF) + angle, dphi + dphi2)
-        _store_sums(dB_bias, place * (RANKS * 2 * HALF) + each, db1, db2, HALF, TURNED)
-        _store_sums(dC_bias, place * (RANKS * 2 * HALF) + each, dc1, dc2, HALF, TURNED)
+        _store_sums(dB_bias, place * (RANKS * 2 * HALF) + each, db1, db2, HALF)
+        _store_sums(dC_bias, place * (RANKS * 2 * HALF) + each, dc1, dc2, HALF)
     row = ((split.to(gl.int64) * total + start) * (RANKS * GROUPS) + group) * (2 * HALF)
     _store_columns(dB + row, db1, db2, start, end, OWN, GROUPS, HALF, RANKS, INTERLEAVED, TURNED)
     _store_columns(dC + row, dc1, dc2, start, end, OWN, GROUPS, HALF, RANKS, INTERLEAVED, TURNED)
@@ -440,15 +436,15 @@ def gradients_kernel(
     hs = gl.allocate_shared_memory(dy.dtype, [8, P, COLUMNS], entering.layout)
     dhs = gl.allocate_shared_memory(dy.dtype, [8, P, COLUMNS], leaving.layout)
     bases = gl.allocate_shared_memory(dy.dtype, [8, ENTRIES, COLUMNS], B.layout)
-    pairs = gl.allocate_shared_memory(dy.dtype, [ENTRIES, ENTRIES], square)
+    pairs = gl.allocate_shared_memory(dy.dtype, [2, ENTRIES, ENTRIES], square)
     cs = gl.allocate_shared_memory(cosines.dtype, [4, ENTRIES // RANKS, COLUMNS], cosines.layout)
     ss = gl.allocate_shared_memory(cosines.dtype, [4, ENTRIES // RANKS, COLUMNS], cosines.layout)
     vectors = vectors_for(2)
-    full, empty, made, weighed = barriers_of(2, 1), barriers_of(2, 3), barriers_of(2, 1), barriers_of(1, 1)
-    ready, free = barriers_of(1, 1), barriers_of(1, 2)
+    full, empty, made, weighed = barriers_of(2, 1), barriers_of(2, 3), barriers_of(2, 1), barriers_of(2, 1)
+    ready = barriers_of(1, 1)
     fence_async_shared()
     tensors, tiles = (dy, entering, leaving, cosines, sines), (dus, hs, dhs, cs, ss)
-    barriers = (full, empty, made, weighed, free)
+    barriers = (full, empty, made, weighed)
     gl.warp_specialize(
         [
             (_inputs, (us, ks, qs, tiles, vectors, pairs, barriers, du, D, ddecays, dscales, downs, dD, chunk, start,
