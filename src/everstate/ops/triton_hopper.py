@@ -67,6 +67,19 @@ def barriers_of(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
+def inner(a, tile):
+    """Inner products of rows."""
+    return gl.sum(a.to(gl.float32) * tile.load(SQUARE).to(gl.float32), 1)
+
+
+@gluon.jit
+def trace(products):
+    """The diagonal of a matrix, by row."""
+    j, i = gl.arange(0, products.shape[0], ROW), gl.arange(0, products.shape[1], COLUMN)
+    return gl.sum(gl.where(j[:, None] == i[None, :], products, 0.0), 1)
+
+
+@gluon.jit
 def place_of(segments, chunks, length, segment):
     """First chunk of a segment and their number, its sequence and first token."""
     first = gl.load(segments + 5 * segment)

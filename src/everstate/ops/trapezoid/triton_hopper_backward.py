@@ -38,7 +38,7 @@ from everstate.ops.trapezoid.triton_hopper import (
     sizes_of,
 )
 from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of, vectors_of
+from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of, inner, trace, vectors_of
 from everstate.ops.triton_launch import Form, Tiles, launch
 
 if TYPE_CHECKING:
@@ -247,19 +247,6 @@ def _make(
 
 
 @gluon.jit
-def _inner(a, tile):
-    """Inner products of rows."""
-    return gl.sum(a.to(gl.float32) * tile.load(SQUARE).to(gl.float32), 1)
-
-
-@gluon.jit
-def _trace(products):
-    """The diagonal of a matrix, by row."""
-    j, i = gl.arange(0, products.shape[0], ROW), gl.arange(0, products.shape[1], COLUMN)
-    return gl.sum(gl.where(j[:, None] == i[None, :], products, 0.0), 1)
-
-
-@gluon.jit
 def _store_rows(out, value, start, end, stride, layout: gl.constexpr):
     """Rows of a chunk, those that exist."""
     t = gl.arange(0, value.shape[0], gl.SliceLayout(1, layout))
@@ -324,7 +311,7 @@ def _inputs(
         received = warpgroup_mma_wait(2, (received,))
         _tell(received, decay, own, pairs, step, (weighed, free))
         product = warpgroup_mma_wait(0, (product,))
-        mine = _trace(product)
+        mine = trace(product)
         product *= decay
         weights = gl.convert_layout(product.to(dtype), gl.DotOperandLayout(0, SQUARE, 2))
         # Both sides of each pair are the same number: two entries of the same decay cancel, as they must.
@@ -533,12 +520,12 @@ def _answer(tiles, du, sums, last, answered, made, phase, at):
     j = gl.arange(0, BLOCK, ROW)
     none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
     kept = across(hs, dhs, at, none)
-    kept = _trace(warpgroup_mma_wait(0, (kept,)))
+    kept = trace(warpgroup_mma_wait(0, (kept,)))
     mbarrier.wait(made, phase)
     answers = across(qs, hs, at, none)
     kept = gl.sum(kept, 0) * gl.exp2(last)
     answers = warpgroup_mma_wait(0, (answers,))
-    answers = _inner(answers, du) * gl.exp2(sums.index(at).load(ROW))
+    answers = inner(answers, du) * gl.exp2(sums.index(at).load(ROW))
     answered.index(at).store(answers + gl.where(j == BLOCK - 1, kept, 0.0))
 
 

@@ -39,7 +39,7 @@ from everstate.ops.trapezoid.triton_hopper_mimo import (
     weights_of,
 )
 from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, rows_of
+from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, inner, rows_of, trace
 from everstate.ops.triton_launch import launch
 from everstate.ops.triton_segments import CHUNK
 
@@ -210,19 +210,6 @@ def _across(a, b, at, none):
 
 
 @gluon.jit
-def _inner(a, tile):
-    """Inner products of rows."""
-    return gl.sum(a.to(gl.float32) * tile.load(SQUARE).to(gl.float32), 1)
-
-
-@gluon.jit
-def _trace(products):
-    """The diagonal of a matrix, by row."""
-    j, i = gl.arange(0, products.shape[0], ROW), gl.arange(0, products.shape[1], COLUMN)
-    return gl.sum(gl.where(j[:, None] == i[None, :], products, 0.0), 1)
-
-
-@gluon.jit
 def _weigh(u, du, ks, qs, pairs, vectors, at, weighed, downs, dD, place, none, RANKS: gl.constexpr):
     """What pairs `[j, i]` say to each other, i receives from j: through keys and queries it goes to `pairs`, through
     inputs it is returned, with what entries gave to later tokens and received of earlier ones. And the gradients of own
@@ -236,7 +223,7 @@ def _weigh(u, du, ks, qs, pairs, vectors, at, weighed, downs, dD, place, none, R
     weights = weights_of(later, earlier, owns.index(at).load(ROW), j, i, RANKS)
     received, product = warpgroup_mma_wait(0, (received, product))
     if dD is not None:
-        gl.store(dD + place, gl.sum(_trace(received), 0))
+        gl.store(dD + place, gl.sum(trace(received), 0))
     given = (received * weights).to(dtype)
     pairs.store(given)
     fence_async_shared()
@@ -280,7 +267,7 @@ def _inputs(
         # What went through the state.
         state = _across(ks, dhs, at, none)
         state = warpgroup_mma_wait(0, (state,)) * gives.index(at).load(ROW)[:, None]
-        dlast = _inner(state, u)
+        dlast = inner(state, u)
         gave += dlast
         dinput = warpgroup_mma(gl.convert_layout(weights, first), du, state, is_async=True)
         gl.store(dscales + place + j, gave * gl.exp2(earlier - sums.index(at).load(ROW)))
@@ -291,8 +278,8 @@ def _inputs(
         gl.store(out + step * P + (j[:, None] * (HEADS * P) + p[None, :]), dinput.to(dtype), mask=there)
         answers = warpgroup_mma_wait(0, (answers,))
         kept = _across(hs, dhs, at, none)
-        ddecay = _inner(answers, du) * takes.index(at).load(ROW) + gained - gave
-        dlast += _trace(warpgroup_mma_wait(0, (kept,))) * keeps.index(at).load(ROW)
+        ddecay = inner(answers, du) * takes.index(at).load(ROW) + gained - gave
+        dlast += trace(warpgroup_mma_wait(0, (kept,))) * keeps.index(at).load(ROW)
         mbarrier.arrive(empty.index(at), count=1)
         dlast = gl.sum(dlast, 0)
         gl.store(ddecays + place + j, ddecay + gl.where(j == ENTRIES - 1, dlast, 0.0))
