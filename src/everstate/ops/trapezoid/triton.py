@@ -130,22 +130,26 @@ def _(
     lengths = [b - a for a, b in pairwise(ends)] if ends else [x.shape[1]] * x.shape[0]
     chunks = sum(cdiv(length, tokens) for length in lengths)
     phases = x.new_empty(chunks + len(lengths), *angle.shape[1:], dtype=torch.int32)
-    states = _count_kept(x.shape[2], lengths, x.device) if _suits_hopper(x, omega, B, mimo_x) else 0
-    kept = ssm.new_empty(states, *ssm.shape[2:])
+    kept = ssm.new_empty(_count_kept(x, omega, B, mimo_x, lengths), *ssm.shape[2:])
     return y, empty(ssm), empty(k), empty(last), empty(angle), phases, kept
 
 
-def _suits_hopper(x: Tensor, omega: Tensor, B: Tensor, mimo_x: Tensor | None) -> bool:
-    """Whether these sizes are those of the kernels for Hopper GPUs."""
-    (heads, headdim), (rank, groups, d_state) = x.shape[2:], B.shape[2:]
-    sizes = x.dtype.itemsize == 2 and headdim == 64 and d_state in (64, 128) and 4 * omega.shape[2] == d_state
-    return sizes and rank == 1 and mimo_x is None and heads // groups % 2 == 0 and capability(x.device)[0] == 9
+def _has_sizes(x: Tensor, B: Tensor) -> bool:
+    """Whether heads and states are of the sizes of the kernels for Hopper GPUs."""
+    (heads, headdim), (groups, d_state) = x.shape[2:], B.shape[3:]
+    return headdim == 64 and d_state in (64, 128) and heads // groups % 2 == 0
 
 
-def _count_kept(heads: int, lengths: Iterable[int], device: torch.device) -> int:
-    """How many states enter segments, where sequences of these lengths are cut for kernels for Hopper GPUs."""
-    chunks = [cdiv(length, CHUNK) for length in lengths]
-    pieces = fill(len(chunks) * heads // 2, device)
+def _is_single(x: Tensor, omega: Tensor, B: Tensor, mimo_x: Tensor | None) -> bool:
+    """Whether these suit the kernels for Hopper GPUs and one rank, of whose columns half turn."""
+    return _has_sizes(x, B) and B.shape[2] == 1 and mimo_x is None and 4 * omega.shape[2] == B.shape[4]
+
+
+def _count_kept(x: Tensor, omega: Tensor, B: Tensor, mimo_x: Tensor | None, lengths: Iterable[int]) -> int:
+    """How many states that enter segments are kept, of sequences of these lengths: where a Hopper GPU may ask."""
+    single = _is_single(x, omega, B, mimo_x) and x.dtype.itemsize == 2 and capability(x.device)[0] == 9
+    chunks, heads = [cdiv(length, CHUNK) for length in lengths], x.shape[2]
+    pieces = fill(len(chunks) * heads // 2, x.device) if single else 1
     return 0 if pieces == 1 else sum(cdiv(count, cdiv(count, pieces)) for count in chunks) * heads
 
 
@@ -213,13 +217,12 @@ def _hopper(call: "_Call", bounds: Sequence[int]) -> ModuleType | None:
     chunks = sum(cdiv(b - a, call.tokens) for a, b in pairwise(bounds))
     if not can_copy(call.x) or chunks * CHUNK * call.heads * call.headdim >= 2**31:
         return None
-    if _suits_hopper(x, omega, B, call.mimo_x):
+    if _is_single(x, omega, B, call.mimo_x):
         return hopper_kernels("everstate.ops.trapezoid.triton_hopper", call.x)
-    sizes = call.headdim == 64 and call.d_state in (64, 128) and call.heads // call.groups % 2 == 0
     # As models with several ranks are published, all of their columns turn. The gradients of two ranks with a state
     # of 128 would need more shared memory than there is.
     several = call.rank in (2, 4, 8) and 2 * call.pairs == call.d_state and (call.rank > 2 or call.d_state < 128)
-    if sizes and several:
+    if several and _has_sizes(x, B):
         return hopper_kernels("everstate.ops.trapezoid.triton_hopper_mimo", call.x)
     return None
 
@@ -563,9 +566,8 @@ class _Call:
         return ends
 
     def _empty_kept(self, bounds: Sequence[int]) -> Float[Tensor, "states p n"]:
-        given, states = self.given, 0
-        if _suits_hopper(given.x, given.omega, given.B, given.mimo_x):
-            states = _count_kept(self.heads, (b - a for a, b in pairwise(bounds)), self.x.device)
+        given, lengths = self.given, (b - a for a, b in pairwise(bounds))
+        states = _count_kept(given.x, given.omega, given.B, given.mimo_x, lengths)
         return given.ssm.new_empty(states, *given.ssm.shape[2:])
 
     @property

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from everstate.core.kernels import processors
 from everstate.ops.rotary.halves import deinterleave, interleave
 from everstate.ops.trapezoid import triton_prepare
+from everstate.ops.trapezoid.triton_prepare import VECTORS
 from everstate.ops.trapezoid.triton_tables import pieces
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, place_of, rows_of, vectors_of
 from everstate.ops.triton_launch import Form, Tiles, cdiv, launch
@@ -42,11 +43,7 @@ _PARTS = {width: Form(CHUNK, width, layout=gl.NVMMASharedLayout(2 * width, 16, 2
 _RATES = {pairs: Form(CHUNK, pairs, layout=gl.NVMMASharedLayout(4 * pairs, 32, 2)) for pairs in (16, 32)}
 """How half of the columns of B and C, of arranged keys and states, and rates lie in shared memory."""
 
-NUMBERS = gl.constexpr(5)
-"""Numbers per token and head, as in `triton_keys`: sums of log decays, those less log scales, scales, own weights."""
-
-VECTORS = gl.constexpr(7)
-"""Numbers per token and head that `triton_prepare.numbers_kernel` makes for the outputs; those that walkers read:"""
+# Of the numbers that `triton_prepare.numbers_kernel` makes for the outputs, those that walkers read:
 SUM = gl.constexpr(0)
 WEIGHTED = gl.constexpr(1)
 READ = gl.constexpr(2)

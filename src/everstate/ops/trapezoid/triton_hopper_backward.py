@@ -29,7 +29,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from everstate.ops.trapezoid.triton_hopper import (
-    NUMBERS,
     REGISTERS,
     across,
     angles_of,
@@ -37,6 +36,7 @@ from everstate.ops.trapezoid.triton_hopper import (
     rows,
     sizes_of,
 )
+from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of, inner, trace, vectors_of
 from everstate.ops.triton_launch import Form, Tiles, launch
@@ -76,7 +76,7 @@ def gradients(
         _rows_of(call.B_bias), _rows_of(call.C_bias), call.D, call.omega, later,
         inputs.x, inputs.decays, inputs.scales, inputs.owns, inputs.D, dB, dC,
         dB_bias, dC_bias, domega, ddt, call.plan.chunks, total, call.length, call.omega.stride(0),
-        **sizes_of(call), SPLITS=splits, INTERLEAVED=call.order["INTERLEAVED"], STAGES=2,
+        **sizes_of(call), SPLITS=splits, INTERLEAVED=call.interleaved, STAGES=2,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return inputs, KeyGradients(dB, dC, dB_bias, dC_bias, domega, ddt)

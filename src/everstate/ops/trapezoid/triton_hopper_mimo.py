@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of, place_of, rows_of
 from everstate.ops.triton_launch import Form, Tiles, launch
 
@@ -34,9 +35,6 @@ ENTRIES = gl.constexpr(64)
 PART = gl.constexpr(16)
 """Entries that the makers turn together."""
 
-NUMBERS = gl.constexpr(5)
-"""Numbers per token and head, as in `triton_keys`: sums of log decays, those less log scales, scales, own weights."""
-
 REGISTERS = 128
 """Registers of a thread when a program of four groups of 128 threads starts; they then share them out."""
 
@@ -48,7 +46,7 @@ def forward(call: _Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
         call.x, call.mimo_x, call.steps, call.B, call.C, call.B_bias, call.C_bias, call.cos, call.sin, call.D,
         call.entering(call.enter()), rows_of(y.flatten(0, 2), call.batch, call.length * call.ranks), final,
         call.plan.chunks, call.plan.segments, call.length, *call.x.stride()[:2], **sizes_of(call),
-        KEYS=laid(call.ranks, call.pairs, 8), INTERLEAVED=call.order["INTERLEAVED"], num_warps=4, maxnreg=REGISTERS,
+        KEYS=laid(call.ranks, call.pairs, 8), INTERLEAVED=call.interleaved, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return final, call.final_angle
 

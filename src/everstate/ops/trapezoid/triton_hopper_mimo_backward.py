@@ -24,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from everstate.ops.trapezoid.triton_backward import rank_gradients
 from everstate.ops.trapezoid.triton_hopper_mimo import (
     ENTRIES,
-    NUMBERS,
     REGISTERS,
     fetch_head,
     laid,
@@ -38,6 +37,7 @@ from everstate.ops.trapezoid.triton_hopper_mimo import (
     vectors_for,
     weights_of,
 )
+from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, inner, rows_of, trace
 from everstate.ops.triton_launch import launch
@@ -70,7 +70,7 @@ def gradients(
         call.B_bias, call.C_bias, call.D, du, *numbers.unbind(0), dD, dB, dC, dB_bias, dC_bias, dangles,
         call.plan.chunks, total, call.length, *call.x.stride()[:2], **sizes_of(call),
         KEYS=laid(call.ranks, call.pairs // 2, 4), TURNED=turned(call.ranks, call.pairs // 2),
-        SPLITS=splits, INTERLEAVED=call.order["INTERLEAVED"], num_warps=4, maxnreg=REGISTERS,
+        SPLITS=splits, INTERLEAVED=call.interleaved, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     domega, ddt = call.turn_gradients(dangles, later, 1)
     return rank_gradients(call, du, numbers, dD), KeyGradients(dB, dC, dB_bias, dC_bias, domega.unsqueeze(0), ddt)

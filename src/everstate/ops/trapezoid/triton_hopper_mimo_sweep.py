@@ -22,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from everstate.ops.trapezoid.triton_hopper_mimo import (
     ENTRIES,
-    NUMBERS,
     PART,
     fetch_chunk,
     laid,
@@ -39,6 +38,7 @@ from everstate.ops.trapezoid.triton_hopper_mimo import (
     turn,
     vectors_for,
 )
+from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.triton_hopper import barriers_of, place_of, rows_of
 from everstate.ops.triton_launch import launch
 

@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from everstate.ops.trapezoid.triton_hopper import (
-    NUMBERS,
     REGISTERS,
     angles_of,
     halves_of,
@@ -31,6 +30,7 @@ from everstate.ops.trapezoid.triton_hopper import (
     store_state,
 )
 from everstate.ops.trapezoid.triton_hopper_backward import column_of, halves, over_tokens, trig
+from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.triton_hopper import barriers_of, place_of, vectors_of
 from everstate.ops.triton_launch import launch
 
