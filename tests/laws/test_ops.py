@@ -349,9 +349,10 @@ def test_low_precision_agrees_with_its_reference(name: str, variant: str, backen
     got, after = run(name, backend, example)
     assert got.dtype == expected.dtype
     assert [t.dtype for t in tensors(after)] == [t.dtype for t in tensors(final)]
+    cut = INTERPRETED and backend == KERNELS
     close(
         (got.double() if not got.is_complex() else got, after),
         (expected.double() if not got.is_complex() else expected, final),
-        # The interpreter cuts where a GPU rounds to bfloat16.
-        1e-4 if dtype is torch.float32 else 3e-2 if backend == KERNELS and INTERPRETED else 2e-2,
+        # The interpreter cuts where a GPU rounds to bfloat16, which adds up along a whole layer.
+        1e-4 if dtype is torch.float32 else 3e-2 if cut and name == "mamba3_scan" else 2e-2,
     )
