@@ -49,8 +49,12 @@ def test_any_length(
     agree(draw(hopper, batch, length, heads, 64, groups, d_state, dtype=dtype))
 
 
-def test_halves_that_turn_and_no_biases(hopper: torch.device) -> None:
-    example = draw(hopper, 1, 70, 2, 64, 1, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("programs", [1, 8])
+def test_halves_that_turn_and_no_biases(programs: int, hopper: torch.device, fill: Callable[[int], None]) -> None:
+    """In one segment and in several, whose states the forward pass keeps with pairs side by side."""
+    fill(programs)
+    example = draw(hopper, 1, 140, 2, 64, 1, 64, dtype=torch.bfloat16)
+    assert len(call(example).plan.segments) == (1 if programs == 1 else 3)
     agree(example._replace(fixed={"interleaved": False}))
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from everstate.core.kernels import capability, kernel_op, processors
 from everstate.core.packing import Packing
-from everstate.ops.rotary.halves import interleave
+from everstate.ops.rotary.halves import deinterleave, interleave
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel, turn_gradients_kernel
 from everstate.ops.trapezoid.triton_forward import scan_kernel, sweep_kernel
@@ -357,13 +357,11 @@ class _Call:
         )  # fmt: skip
         return out
 
-    def _arranged(
-        self, t: Float[Tensor, "t r g n"], dtype: torch.dtype, *, interleaved: bool | None = None
-    ) -> Float[Tensor, "t r g w"]:
-        """`t` with its columns in parts; `interleaved` says how they lie, where not as the caller has them."""
+    def _arranged(self, t: Float[Tensor, "t r g n"], dtype: torch.dtype) -> Float[Tensor, "t r g w"]:
+        """`t` with its columns in parts."""
         t = t if t.stride(-1) == 1 else t.contiguous()
         out = t.new_empty(*t.shape[:-1], self.width, dtype=dtype)
-        self._arrange(t, out, t.stride()[:3], t.shape[1:3], back=False, interleaved=interleaved)
+        self._arrange(t, out, t.stride()[:3], t.shape[1:3], back=False)
         return out
 
     def _returned(self, t: Float[Tensor, "*rows w"]) -> Float[Tensor, "*rows n"]:
@@ -373,21 +371,13 @@ class _Call:
         return out
 
     def _arrange(
-        self,
-        t: Tensor,
-        out: Tensor,
-        strides: tuple[int, ...],
-        middle: tuple[int, ...],
-        *,
-        back: bool,
-        interleaved: bool | None = None,
+        self, t: Tensor, out: Tensor, strides: tuple[int, ...], middle: tuple[int, ...], *, back: bool
     ) -> None:
-        order = self.order if interleaved is None else {**self.order, "INTERLEAVED": interleaved}
         rows, block_n = math.prod(t.shape[:-1]), power_of_2(self.width)
         block = max(4096 // block_n, 1)
         launch(
             arrange_kernel, (cdiv(rows, block),),
-            t, out, rows, *strides, RANK=middle[0], GROUPS=middle[1], **order, WIDTH=self.width, BACK=back,
+            t, out, rows, *strides, RANK=middle[0], GROUPS=middle[1], **self.order, WIDTH=self.width, BACK=back,
             BLOCK=block, BLOCK_N=block_n,
         )  # fmt: skip
 
@@ -554,7 +544,8 @@ class _Call:
         if len(segments) == len(sequences):
             return state
         if dy is None and self.found:
-            return self._arranged(self.kept_states, torch.float32, interleaved=True)
+            kept = self.kept_states if self.interleaved else deinterleave(self.kept_states)
+            return self._arranged(kept, torch.float32)
         ends = self._empty_states(len(segments))
         kept = ends.new_empty(len(segments), self.heads)
         self._sweep(dy, made, None, None, ends, kept, make=True)

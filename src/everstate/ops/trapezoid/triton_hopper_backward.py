@@ -180,17 +180,19 @@ def _make_next(
 
 @gluon.jit
 def _add_turns(
-    angles, dts, rate, drate, barrier, later, ddt, place, at, phase, HALF: gl.constexpr, BLOCK: gl.constexpr,
+    angles, dts, rate, drate, barrier, later, ddt, place, total, at, phase, HALF: gl.constexpr, BLOCK: gl.constexpr,
     narrow: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the rates and of dt: a turn moves all angles from its token on, so they are sums from the right,
-    products with ones."""
+    products with ones. These are made such that the compiler knows none of them: ptxas 12.8 may set a register that
+    holds a constant only behind the product that reads it."""
     cs, ss = angles
     t, n = gl.arange(0, BLOCK, gl.SliceLayout(1, narrow)), gl.arange(0, HALF, gl.SliceLayout(0, narrow))
     dturn = gl.zeros((BLOCK, HALF), gl.float32, narrow) + gl.load(later + place * HALF + n)[None, :]
     first: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     row, column = gl.arange(0, BLOCK, gl.SliceLayout(1, first)), gl.arange(0, BLOCK, gl.SliceLayout(0, first))
-    ones = gl.where(row[:, None] <= column[None, :], 1.0, 0.0).to(dtype)
+    nought = (total < 0) * 1.0
+    ones = gl.where(row[:, None] <= column[None, :], 1.0 - nought, nought).to(dtype)
     mbarrier.wait(barrier, phase)
     dturn = warpgroup_mma(ones, cs.index(at), dturn, is_async=True)
     dturn = warpgroup_mma(ones, ss.index(at), dturn, is_async=True)
@@ -236,12 +238,12 @@ def _make(
         if step + 1 < EACH:
             _ask(tensors, tiles, vectors, full.index(before), before, place + 1, sequence, first, head + step + 1,
                  P, HALF, BLOCK)  # fmt: skip
-        drate = _add_turns((cs, ss), dts, rate, drate, told.index(before), later, ddt, place - 1, before, phase,
+        drate = _add_turns((cs, ss), dts, rate, drate, told.index(before), later, ddt, place - 1, total, before, phase,
                            HALF, BLOCK, narrow, ks.dtype)  # fmt: skip
         if step + 1 < EACH:
             _ask_angles(tensors, vectors, angled.index(before), before, place + 1, head + step + 1, HALF, BLOCK)
     drate = _add_turns((cs, ss), dts, rate, drate, told.index((EACH - 1) % STAGES), later, ddt,
-                       chunk * HEADS + head + EACH - 1,
+                       chunk * HEADS + head + EACH - 1, total,
                        (EACH - 1) % STAGES, (EACH - 1) // STAGES & 1, HALF, BLOCK, narrow, ks.dtype)  # fmt: skip
     _store_rows(domega + (part.to(gl.int64) * total + start) * HALF, drate, start, end, HALF, narrow)
 
