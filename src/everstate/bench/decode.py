@@ -19,6 +19,7 @@ from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
+from everstate.bench.build import build, preferred
 from everstate.bench.peer_decode import peer_steps
 from everstate.bench.report import Row, machine, publishing
 from everstate.bench.timing import Gate, Timing, relative_error, with_threads
@@ -44,8 +45,6 @@ class Plan:
     """One model, and how much it writes: `steps` tokens per measurement, `old` tokens read by the old stream."""
 
     kind: str
-    width: int
-    layers: int
     batches: tuple[int, ...]
     steps: int
     old: int
@@ -64,7 +63,7 @@ def run(
     if kind not in KINDS or size not in WIDTHS:
         raise ConfigError(f"bench decode: {model!r} is not one of {', '.join(KINDS)}, a dash, and {', '.join(WIDTHS)}")
     width, layers = TINY if quick else WIDTHS[size]
-    plan = Plan(kind, width, layers, batches, 32 if quick else 128, 512 if quick else 131_072, device)
+    plan = Plan(kind, batches, 32 if quick else 128, 512 if quick else 131_072, device)
     rows: list[Row] = []
     left_out: list[str] = []
     facts: dict[str, Any] = {"model": model, "quick": quick, "machine": machine(torch.device(device))}
@@ -74,7 +73,8 @@ def run(
         with_threads(cpu_threads()),
         Console(stderr=True).status(f"making {model}") as status,
     ):
-        lm = build(plan)
+        config = ModelConfig(d_model=width, vocab_size=VOCABULARY, layout=f"{layers} * ({kind})")
+        lm = build(config, device, preferred(device))
         facts["weight_bytes"] = weight_bytes(lm)
         for batch in batches:
             status.update(f"{batch} sequences")
@@ -89,13 +89,6 @@ def run(
                 status.update(f"{batch} sequences, int8 weights")
                 rows += speed(lm, plan, batch, torch.bfloat16)
     return result
-
-
-def build(plan: Plan) -> LM:
-    """The model, in the precision that its device prefers."""
-    config = ModelConfig(d_model=plan.width, vocab_size=VOCABULARY, layout=f"{plan.layers} * ({plan.kind})")
-    dtype = torch.float32 if plan.device == "cpu" else torch.bfloat16
-    return LM(config, device=plan.device, dtype=dtype)
 
 
 def weight_bytes(lm: LM) -> int:
