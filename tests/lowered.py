@@ -1,13 +1,18 @@
-"""What Triton makes of the kernels of an op for a Hopper GPU, found without one: `python -m tests.lowered OP VARIANT`.
+"""What Triton makes of kernels for a Hopper GPU, found without one.
 
-Triton 3.6 may change the order of numbers where a loop sums a tile, as it was loaded, along its last dimension: sums of
-some rows then have numbers of others (mended in triton-lang/triton#11186). The interpreter does not know that pass. It
-is said of each kernel whether it has such a sum. In a process of its own, because the interpreter and the compiler
-exclude each other.
+In a process of its own, because the interpreter and the compiler exclude each other.
+
+`python -m tests.lowered sums OP VARIANT` says of each kernel of an op whether it has a sum that Triton 3.6 may get
+wrong: it may change the order of numbers where a loop sums a tile, as it was loaded, along its last dimension, and sums
+of some rows then have numbers of others (mended in triton-lang/triton#11186). The interpreter does not know that pass.
+
+`python -m tests.lowered operands` says of each kernel of `trapezoid_scan` whether a product of matrices reads constants
+from registers: ptxas 12.8 may set such a register only behind the product that reads it.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +27,8 @@ from triton.runtime.jit import JITFunction
 
 from everstate.core.kernels import interpreting
 from everstate.ops import OPS, triton_launch, use
-from everstate.ops.example import EXAMPLES, Draw
+from everstate.ops.example import EXAMPLES, Draw, Example
+from tests.ops.test_trapezoid_triton import draw
 
 LENGTH = 131
 REORDERED = "allow_reorder"
@@ -46,14 +52,15 @@ class Lowered(Exception):  # noqa: N818
 
 
 @contextmanager
-def lowering() -> Iterator[dict[str, str]]:
-    """Inside the block kernels are lowered instead of launched: name of each -> its layouts and operations."""
-    found: dict[str, str] = {}
-    lower, launch = CUDABackend.make_ttgir, JITFunction.run
+def lowering(stage: str) -> Iterator[dict[str, list[str]]]:
+    """Inside the block kernels are lowered up to a stage instead of launched: name of each -> what becomes of it."""
+    found: dict[str, list[str]] = {}
+    given, launch = CUDABackend.__dict__[stage], JITFunction.run
+    lower = getattr(given, "__func__", given)
     latest = ""
 
-    def lower_and_stop(module: Any, *args: Any) -> None:
-        found[latest] = found.get(latest, "") + str(lower(module, *args))
+    def lower_and_stop(*args: Any) -> None:
+        found.setdefault(latest, []).append(str(lower(*args)))
         raise Lowered
 
     def launch_nothing(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **sizes: Any) -> None:
@@ -65,20 +72,21 @@ def lowering() -> Iterator[dict[str, str]]:
             return
         raise AssertionError(f"{latest} came from a cache")
 
-    CUDABackend.make_ttgir, JITFunction.run = staticmethod(lower_and_stop), launch_nothing
+    setattr(CUDABackend, stage, staticmethod(lower_and_stop) if isinstance(given, staticmethod) else lower_and_stop)
+    JITFunction.run = launch_nothing
     triton.runtime.driver.set_active(Hopper())
     known, triton_launch._KNOWN = triton_launch._KNOWN, False  # nothing is compiled that could be known
     with interpreting():
         yield found
-    CUDABackend.make_ttgir, JITFunction.run, triton_launch._KNOWN = staticmethod(lower), launch, known
+    setattr(CUDABackend, stage, given)
+    JITFunction.run, triton_launch._KNOWN = launch, known
 
 
-def lowered(name: str, variant: str) -> dict[str, str]:
-    """The kernels of an op, forward and backward, for the arguments that the laws draw."""
-    example = EXAMPLES[name][variant](Draw(dtype=torch.float32), 2, LENGTH, 2)
+def lowered(name: str, example: Example, stage: str) -> dict[str, list[str]]:
+    """The kernels of an op, forward and backward, each in all its variants."""
     leaf = lambda v: v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
     given = {k: each(leaf, v) for k, v in {**example.timed, **example.fixed, "state": example.state}.items()}
-    with lowering() as found, use("triton"):
+    with lowering(stage) as found, use("triton"):
         y, _ = OPS[name](**given)
         leaves = [t for v in given.values() for t in (v if isinstance(v, tuple) else [v]) if isinstance(t, Tensor)]
         torch.autograd.grad(y.sum(), leaves, allow_unused=True)
@@ -90,6 +98,26 @@ def each(function: Callable[[Any], Any], value: Any) -> Any:
     return type(value)(*map(function, value)) if hasattr(value, "_fields") else function(value)
 
 
+def multiplies_constants(ptx: str) -> bool:
+    """Whether a product takes its left side from registers, one of which holds a constant."""
+    constants = set(re.findall(r"mov\.[bu]32 \s*(%r\d+), (?:-?\d+|0x\w+);", ptx))
+    operands = re.findall(r"wgmma\.mma_async\S+ \{[^}]*\}, \{([^}]*)\}", ptx)
+    return any(not constants.isdisjoint(re.findall(r"%r\d+", registers)) for registers in operands)
+
+
+def sums(name: str, variant: str) -> None:
+    """For the arguments that the laws draw."""
+    example = EXAMPLES[name][variant](Draw(dtype=torch.float32), 2, LENGTH, 2)
+    for kernel, variants in lowered(name, example, "make_ttgir").items():
+        print(kernel, "reordered" if any(REORDERED in text for text in variants) else "in order")
+
+
+def operands() -> None:
+    """Of bfloat16, at a size that the kernels for Hopper GPUs take."""
+    example = draw(torch.device("cpu"), 1, 70, 2, 64, 1, 64, dtype=torch.bfloat16)
+    for kernel, variants in lowered("trapezoid_scan", example, "make_ptx").items():
+        print(kernel, "constants" if any(map(multiplies_constants, variants)) else "no constants")
+
+
 if __name__ == "__main__":
-    for kernel, text in lowered(*sys.argv[1:]).items():
-        print(kernel, "reordered" if REORDERED in text else "in order")
+    {"sums": sums, "operands": operands}[sys.argv[1]](*sys.argv[2:])

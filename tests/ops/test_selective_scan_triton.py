@@ -120,7 +120,7 @@ def test_segments_of_long_sequences(
 def test_no_sum_of_a_loaded_tile_is_reordered(tmp_path: Path) -> None:
     """Without a gate and a bias nothing changes steps before they are summed: such a sum along a tile was wrong."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.lowered", "selective_scan", "mamba1"]
+    command = [sys.executable, "-m", "tests.lowered", "sums", "selective_scan", "mamba1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     verdicts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert set(verdicts) == {"scan_kernel", "ends_kernel", "pass_kernel", "states_kernel", "writes_kernel"}
