@@ -105,6 +105,19 @@ def test_many_programs_agree_with_few_numbers_in_float64(name: str, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["ssd_scan", "trapezoid_scan"])
+def test_a_scan_with_a_gate(name: str, dtype: torch.dtype) -> None:
+    """Again and again, so that its launches are known."""
+    given = arguments(name, dtype, batch=3, length=453)
+    given["z"] = torch.randn_like(call(name, given)[0])
+    expected = outcome(name, widened(given), "torch")
+    first, *others = (outcome(name, given) for _ in range(4))
+    assert all(equal(first, other) for other in others)
+    for got, want in zip(first, expected, strict=True):
+        assert norm_error(got, want) <= (2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SCANS)
 def test_one_token_of_one_sequence(name: str, dtype: torch.dtype) -> None:
     given = arguments(name, dtype, batch=1, length=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from everstate.core.errors import BackendError
 from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
-from everstate.ops import ssd_scan, use
+from everstate.ops import gated, ssd_scan, use
 from everstate.ops.ssd import limits
 
 HAS_GPU = torch.cuda.is_available()
@@ -117,27 +117,33 @@ def test_the_same_call_gives_the_same_bits(kernel_device: torch.device) -> None:
 
 def test_views_of_one_projection_are_read_where_they_lie(kernel_device: torch.device) -> None:
     inputs = draw(kernel_device, 2, 70, 2, 16, 1, 16)
-    wide = torch.cat([inputs[name].flatten(2) for name in ("x", "B", "C")], -1)
-    x, B, C = wide.split([32, 16, 16], -1)
-    views = {**inputs, "x": x.unflatten(-1, (2, 16)), "B": B.unsqueeze(2), "C": C.unsqueeze(2)}
+    inputs["z"] = inputs["x"].flip(1)
+    wide = torch.cat([inputs[name].flatten(2) for name in ("z", "x", "B", "C")], -1)
+    z, x, B, C = wide.split([32, 32, 16, 16], -1)
+    z, x = (t.unflatten(-1, (2, 16)) for t in (z, x))
+    views = {**inputs, "z": z, "x": x, "B": B.unsqueeze(2), "C": C.unsqueeze(2)}
     with use("triton"):
         for got, expected in zip(ssd_scan(**views), ssd_scan(**inputs), strict=True):
             assert torch.equal(got, expected)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiler_can_trace_it(kernel_device: torch.device) -> None:
+@pytest.mark.parametrize("with_gate", [False, True])
+def test_a_compiler_can_trace_it(with_gate: bool, kernel_device: torch.device) -> None:
     inputs = draw(kernel_device, 1, 70, 2, 16, 1, 16)
+    if with_gate:
+        inputs["z"] = inputs["x"].flip(1)
     leaves = {name: value.requires_grad_() for name, value in inputs.items()}
     ssd_scan.load()
+    gated.load()
     with use("triton"):
         expected = ssd_scan(**leaves)
         got = torch.compile(ssd_scan, fullgraph=True, backend="aot_eager")(**leaves)
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one, other)
-        gradients = (torch.autograd.grad(t.sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
+        gradients = (torch.autograd.grad(t.sum(), list(leaves.values()), retain_graph=True, materialize_grads=True)
                      for t in (one, other))  # fmt: skip
-        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize(

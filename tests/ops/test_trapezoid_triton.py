@@ -13,7 +13,7 @@ from everstate.core.errors import BackendError
 from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.core.state import map_state, tensors
-from everstate.ops import TrapezoidState, trapezoid_scan, use
+from everstate.ops import TrapezoidState, gated, trapezoid_scan, use
 from everstate.ops.example import Draw, Example
 from everstate.ops.trapezoid import limits
 
@@ -174,10 +174,14 @@ def test_views_of_one_projection_are_read_where_they_lie(kernel_device: torch.de
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiler_can_trace_it(kernel_device: torch.device) -> None:
+@pytest.mark.parametrize("with_gate", [False, True])
+def test_a_compiler_can_trace_it(with_gate: bool, kernel_device: torch.device) -> None:
     example = draw(kernel_device, 1, 20, 2, 16, 1, 16)
+    if with_gate:
+        example.timed["z"] = example.timed["x"].flip(1).unsqueeze(2)
     leaves = {name: value.requires_grad_() for name, value in example.timed.items()}
     trapezoid_scan.load()
+    gated.load()
 
     def scan(**timed: Tensor) -> tuple[Tensor, TrapezoidState]:
         return trapezoid_scan(**timed, state=example.state, **example.fixed)

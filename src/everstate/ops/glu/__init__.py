@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,3 +38,16 @@ def gated(y: Float[Tensor, "*b f"], z: Float[Tensor, "*b f"]) -> Float[Tensor, "
 
 gated.add("triton", "everstate.ops.glu.triton:gated", accepts_gate)
 gated.add("torch", "everstate.ops.glu.plain:gated", anywhere)
+
+
+# Plain `Tensor`, because torch.compile traces this on the way to kernels and not through checks of shapes.
+def gate_heads(y: Tensor, z: Tensor | None) -> Tensor:
+    """`gated(y, z)` of the `(b, l, ..., h, p)` that a scan returns, or y itself where there is no gate.
+
+    Heads (and ranks) of a token are joined: one head is too few numbers for a program of the kernel.
+    """
+    if z is None:
+        return y
+    # y may still be float32 where z is not; the gate is then computed in float32 too.
+    z = z.to(torch.promote_types(y.dtype, z.dtype))
+    return gated(y.flatten(2), z.flatten(2)).view(y.shape)

@@ -27,6 +27,7 @@ def ssd_scan(
     *,
     diagonal: Float[Tensor, "b l h r"] | None = None,
     D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None = None,
+    z: Float[Tensor, "b l h p"] | None = None,
     packing: Packing | None = None,
     chunk_size: int = 64,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "seqs h p n"]]:
@@ -39,10 +40,13 @@ def ssd_scan(
     multiple of r, a group decays by the sum of its `a`, and what an entry receives from its own group is not
     `s B.C` but given: `y[i] = exp(a) state C[i] + sum_j diagonal[i, j] x[j]` over the r entries j of the group of i.
 
-    Source: Dao and Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), section 6.
+    With a gate `z`, what is returned is `y silu(z)`, D x included in y; the state does not see it.
+
+    Source: Dao and Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), section 6; of the gate, Gu and Dao 2023
+    (arXiv 2312.00752), section 3.4.
     """
     if packing is not None:
-        timed = {"x": x, "a": a, "s": s, "B": B, "C": C, "diagonal": diagonal}
+        timed = {"x": x, "a": a, "s": s, "B": B, "C": C, "diagonal": diagonal, "z": z}
         return each_sequence(ssd_scan.reference, packing, timed, state, D=D)
     dtype, heads, rank = state_dtype(x.dtype), x.shape[2], 1 if diagonal is None else diagonal.shape[-1]
     skip = None if D is None else D.to(dtype).view(heads, -1)
@@ -57,7 +61,8 @@ def ssd_scan(
         if diagonal is not None:
             y = y + torch.einsum("brhq,bqhp->brhp", diagonal[:, now].to(dtype), u[:, now])
         ys.append(y if skip is None else y + skip * u[:, now])
-    return torch.cat(ys, 1).to(x.dtype), h
+    y = torch.cat(ys, 1)
+    return (y if z is None else y * silu(z.to(dtype))).to(x.dtype), h
 
 
 @op

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
+from everstate.ops.glu import gate_heads
 
 # Tokens handled in one go on a CPU: the intermediate tensors of a longer stretch fall out of the cache.
 CPU_BLOCK = 512
@@ -34,6 +35,7 @@ def ssd_scan(
     *,
     diagonal: Float[Tensor, "b l h r"] | None = None,
     D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None = None,
+    z: Float[Tensor, "b l h p"] | None = None,
     packing: Packing | None = None,
     chunk_size: int = 64,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "seqs h p n"]]:
@@ -50,7 +52,7 @@ def ssd_scan(
         y, h = _block(parts[:5], h, rank, chunk)
         ys.append(_add_own_(y, parts[0], None if diagonal is None else parts[5], D))
     y = torch.cat(ys, 1) if len(ys) > 1 else ys[0]
-    return (y if packing is None else packing.unpad(y)).to(x.dtype), h
+    return gate_heads(y if packing is None else packing.unpad(y), z).to(x.dtype), h
 
 
 def _block(

@@ -28,4 +28,9 @@ def _given_diagonal(draw: Draw, batch: int, length: int, sequences: int) -> Exam
     return example._replace(timed={**example.timed, "diagonal": diagonal}, step=None)
 
 
-ssd_scan: Variants = {"mamba2": _mamba2, "given diagonal": _given_diagonal}
+def _gated(draw: Draw, batch: int, length: int, sequences: int) -> Example:
+    example = _mamba2(draw, batch, length, sequences)
+    return example._replace(timed={**example.timed, "z": draw.normal(batch, length, 4, 3)}, step=None)
+
+
+ssd_scan: Variants = {"mamba2": _mamba2, "given diagonal": _given_diagonal, "gate": _gated}

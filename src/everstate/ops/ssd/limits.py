@@ -29,10 +29,11 @@ def accepts_scan(
     *,
     diagonal: Tensor | None = None,
     D: Tensor | None = None,
+    z: Tensor | None = None,
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `ssd_scan` do not serve these arguments, or None."""
-    why = refusal(x, a, s, B, C, state, diagonal, D)
+    why = refusal(x, a, s, B, C, state, diagonal, D, z)
     if why is not None:
         return why
     why = refusal_of_heads(x.shape[-1], B.shape[-1], x)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
+from everstate.ops.glu import gate_heads
 from everstate.ops.triton_common import LOG2E, dot
 from everstate.ops.triton_launch import Tiles, cdiv, form, launch, power_of_2
 from everstate.ops.triton_replay import replayed
@@ -63,6 +64,7 @@ def ssd_scan(
     *,
     diagonal: Float[Tensor, "b l h r"] | None = None,
     D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None = None,
+    z: Float[Tensor, "b l h p"] | None = None,
     packing: Packing | None = None,
     chunk_size: int = CHUNK,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "seqs h p n"]]:
@@ -73,7 +75,8 @@ def ssd_scan(
         total = a.unflatten(1, (-1, rank)).sum(2, keepdim=True)
         a = torch.cat([total, torch.zeros_like(total).expand(-1, -1, rank - 1, -1)], 2).flatten(1, 2)
     ends = [] if packing is None else list(packing.cu_seqlens)
-    return _scan(x, a, s, B, C, state.to(torch.float32), diagonal, D, ends)
+    y, state = _scan(x, a, s, B, C, state.to(torch.float32), diagonal, D, ends)
+    return gate_heads(y, z), state
 
 
 @kernel_op("ssd_scan")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import silu
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
@@ -58,6 +59,7 @@ def trapezoid_scan(
     C_bias: Float[Tensor, "h r n"] | None = None,
     mimo_x: Float[Tensor, "h r p"] | None = None,
     D: Float[Tensor, " h"] | None = None,
+    z: Float[Tensor, "b l r h p"] | None = None,
     interleaved: bool = True,
     packing: Packing | None = None,
     chunk_size: int = 64,
@@ -66,34 +68,33 @@ def trapezoid_scan(
 
         angle += dt omega      k[r] = Rot(angle) (B[r] + B_bias[r])     q[r] likewise of C      u[r] = x mimo_x[r]
         state = exp(A dt) (state + (1 - lam) dt sum_r u'[r] k'[r]^T) + lam dt sum_r u[r] k[r]^T
-        y[r] = state q[r] + D u[r]
+        y[r] = (state q[r] + D u[r]) silu(z[r])      z has exactly the shape of y, its one or several ranks too
 
-    (u = x without `mimo_x`), where u', k' are those of the token before; `A` < 0 < `dt`, 0 < `lam` < 1. `omega` turns
-    the first s of the n / 2 pairs of entries, `(2j, 2j + 1)` if `interleaved`, else `(j, j + n / 2)`. Head h uses
-    group h // (heads / groups) of B and C. The state is float32 (float64 for float64 inputs).
+    (u = x without `mimo_x`, no gate without `z`), where u', k' are those of the token before; `A` < 0 < `dt` and
+    0 < `lam` < 1. `omega` turns the first s of the n / 2 pairs of entries, `(2j, 2j + 1)` if `interleaved`, else
+    `(j, j + n / 2)`. Head h uses group h // (heads / groups) of B and C. The state is float32 (float64 of float64).
 
-    Source: Lahoti et al. 2026, "Mamba-3" (arXiv 2603.15569).
+    Source: Lahoti et al. 2026, "Mamba-3" (arXiv 2603.15569); gate: Gu and Dao 2023 (arXiv 2312.00752), section 3.4.
     """
     if packing is not None:
-        timed = {"x": x, "dt": dt, "A": A, "lam": lam, "omega": omega, "B": B, "C": C}
+        timed = {"x": x, "dt": dt, "A": A, "lam": lam, "omega": omega, "B": B, "C": C, "z": z}
         fixed = {"B_bias": B_bias, "C_bias": C_bias, "mimo_x": mimo_x, "D": D, "interleaved": interleaved}
         return each_sequence(trapezoid_scan.reference, packing, timed, state, **fixed)
     dtype, heads = state_dtype(x.dtype), x.shape[2]
     skip = 0.0 if D is None else D.to(dtype).unsqueeze(-1)
     keys, queries = by_head(B.to(dtype), heads, B_bias), by_head(C.to(dtype), heads, C_bias)
-    inputs = by_rank(x.to(dtype), B.shape[2], mimo_x)
+    gate = 1.0 if z is None else silu(z.to(dtype))
     h, k_before, x_before, angle = (t.to(dtype) for t in state)
-    u_before, ys = by_rank(x_before, B.shape[2], mimo_x), []
+    (inputs, u_before), ys = (by_rank(v, B.shape[2], mimo_x) for v in (x.to(dtype), x_before)), []
     for t in range(x.shape[1]):
         u, step = inputs[:, t], dt[:, t].to(dtype)
         angle = wrap(angle + step.unsqueeze(-1) * omega[:, t, None].to(dtype))
-        cos, sin = torch.cos(angle).unsqueeze(1), torch.sin(angle).unsqueeze(1)
-        k, q = (rotate.reference(m[:, t], cos, sin, interleaved=interleaved) for m in (keys, queries))
+        k, q = (_turned(m[:, t], angle, interleaved) for m in (keys, queries))
         h = h + _outer((1 - lam[:, t].to(dtype)) * step, u_before, k_before)
         h = torch.exp(A[:, t].to(dtype) * step)[..., None, None] * h + _outer(lam[:, t].to(dtype) * step, u, k)
         ys.append(torch.einsum("bhpn,brhn->brhp", h, q) + skip * u)
         u_before, k_before = u, k
-    return torch.stack(ys, 1).to(x.dtype), TrapezoidState(h, k_before, x[:, -1].to(dtype, copy=True), angle)
+    return (torch.stack(ys, 1) * gate).to(x.dtype), TrapezoidState(h, k_before, x[:, -1].to(dtype, copy=True), angle)
 
 
 @op
@@ -122,6 +123,12 @@ def trapezoid_step_(
     )  # fmt: skip
     scatter_(state, slots, after)
     return y[:, 0]
+
+
+def _turned(m: Float[Tensor, "b r h n"], angle: Float[Tensor, "b h s"], interleaved: bool) -> Float[Tensor, "b r h n"]:
+    """Keys or queries of one token in the turning frame."""
+    cos, sin = torch.cos(angle).unsqueeze(1), torch.sin(angle).unsqueeze(1)
+    return rotate.reference(m, cos, sin, interleaved=interleaved)
 
 
 def _outer(

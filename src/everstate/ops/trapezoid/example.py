@@ -10,27 +10,29 @@ from everstate.ops.trapezoid import TrapezoidState, trapezoid_step_
 HEADS, HEADDIM, D_STATE = 4, 3, 6
 
 
-def _example(draw: Draw, batch: int, length: int, sequences: int, rank: int, groups: int, pairs: int) -> Example:
+def _example(
+    draw: Draw, batch: int, length: int, sequences: int, rank: int, groups: int, pairs: int, heads: int = HEADS
+) -> Example:
     return Example(
         timed={
-            "x": draw.normal(batch, length, HEADS, HEADDIM),
-            "dt": draw.uniform(batch, length, HEADS, low=0.1),
-            "A": -draw.uniform(batch, length, HEADS, low=0.01, high=2.0),
-            "lam": draw.uniform(batch, length, HEADS),
+            "x": draw.normal(batch, length, heads, HEADDIM),
+            "dt": draw.uniform(batch, length, heads, low=0.1),
+            "A": -draw.uniform(batch, length, heads, low=0.01, high=2.0),
+            "lam": draw.uniform(batch, length, heads),
             "omega": draw.uniform(batch, length, pairs, low=-math.pi, high=math.pi),
             "B": draw.normal(batch, length, rank, groups, D_STATE),
             "C": draw.normal(batch, length, rank, groups, D_STATE),
         },
         state=TrapezoidState(
-            ssm=draw.normal(sequences, HEADS, HEADDIM, D_STATE),
-            k=draw.normal(sequences, rank, HEADS, D_STATE),
-            x=draw.normal(sequences, HEADS, HEADDIM),
-            angle=draw.uniform(sequences, HEADS, pairs, low=-math.pi, high=math.pi),
+            ssm=draw.normal(sequences, heads, HEADDIM, D_STATE),
+            k=draw.normal(sequences, rank, heads, D_STATE),
+            x=draw.normal(sequences, heads, HEADDIM),
+            angle=draw.uniform(sequences, heads, pairs, low=-math.pi, high=math.pi),
         ),
         fixed={
-            "B_bias": draw.normal(HEADS, rank, D_STATE),
-            "C_bias": draw.normal(HEADS, rank, D_STATE),
-            "D": draw.normal(HEADS),
+            "B_bias": draw.normal(heads, rank, D_STATE),
+            "C_bias": draw.normal(heads, rank, D_STATE),
+            "D": draw.normal(heads),
         },
         step=trapezoid_step_,
     )
@@ -49,4 +51,10 @@ def _bare(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     return _example(draw, batch, length, sequences, rank=2, groups=4, pairs=1)._replace(fixed={})
 
 
-trapezoid_scan: Variants = {"siso": _siso, "mimo": _mimo, "no bias, no factors": _bare}
+def _gated(draw: Draw, batch: int, length: int, sequences: int) -> Example:
+    example = _example(draw, batch, length, sequences, rank=2, groups=1, pairs=1, heads=2)
+    gate = draw.normal(batch, length, 2, 2, HEADDIM)
+    return example._replace(timed={**example.timed, "z": gate}, fixed={"D": example.fixed["D"]}, step=None)
+
+
+trapezoid_scan: Variants = {"siso": _siso, "mimo": _mimo, "no bias, no factors": _bare, "gate": _gated}

@@ -30,10 +30,11 @@ def accepts_scan(
     C_bias: Tensor | None = None,
     mimo_x: Tensor | None = None,
     D: Tensor | None = None,
+    z: Tensor | None = None,
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `trapezoid_scan` do not serve these arguments, or None."""
-    why = refusal(x, dt, A, lam, omega, B, C, *state, B_bias, C_bias, mimo_x, D)
+    why = refusal(x, dt, A, lam, omega, B, C, *state, B_bias, C_bias, mimo_x, D, z)
     if why is not None:
         return why
     if torch.version.hip is not None:

@@ -44,6 +44,7 @@ def trapezoid_scan(
     C_bias: Float[Tensor, "h r n"] | None = None,
     mimo_x: Float[Tensor, "h r p"] | None = None,
     D: Float[Tensor, " h"] | None = None,
+    z: Float[Tensor, "b l r h p"] | None = None,
     interleaved: bool = True,
     packing: Packing | None = None,
     chunk_size: int = 64,
@@ -63,7 +64,8 @@ def trapezoid_scan(
     ys = []
     for start in range(0, length, block):
         timed = (t[:, start : start + block].to(dtype) for t in (x, dt, A, lam, omega, B, C))
-        y, state = segment(TrapezoidInputs(*timed), state)
+        gate = None if z is None else z[:, start : start + block]
+        y, state = segment(TrapezoidInputs(*timed), state, z=gate)
         ys.append(y.to(x.dtype))
     if interleaved:
         state = state._replace(ssm=interleave(state.ssm), k=interleave(state.k))
@@ -79,6 +81,7 @@ def _segment(
     C_bias: Tensor | None,
     mimo_x: Tensor | None,
     D: Tensor | None,
+    z: Float[Tensor, "b l r h p"] | None,
     chunk_size: int,
 ) -> tuple[Float[Tensor, "b l r h p"], TrapezoidState]:
     """One call of `ssd_scan`, with the ranks of a token as entries that follow each other.
@@ -98,7 +101,8 @@ def _segment(
     a = torch.stack([A * dt, *[torch.zeros_like(A)] * (rank - 1)], 2)
     y, ssm = ssd_scan(
         by_rank(x, rank, mimo_x).flatten(1, 2), a.flatten(1, 2), s.repeat_interleave(rank, 1), k.flatten(1, 2),
-        q.flatten(1, 2), state.ssm + entered, diagonal=diagonal.flatten(1, 2), D=D, chunk_size=chunk_size,
+        q.flatten(1, 2), state.ssm + entered, diagonal=diagonal.flatten(1, 2), D=D,
+        z=None if z is None else z.flatten(1, 2), chunk_size=chunk_size,
         packing=None if packing is None else Packing([rank * end for end in packing.cu_seqlens]),
     )  # fmt: skip
     after = TrapezoidState(ssm, _last(k, packing), _last(x, packing), _last(angle, packing))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from everstate.core.kernels import capability, kernel_op, processors
 from everstate.core.packing import Packing
+from everstate.ops.glu import gate_heads
 from everstate.ops.rotary.halves import deinterleave, interleave
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_backward import inputs_kernel, keys_kernel, turn_gradients_kernel
@@ -89,6 +90,7 @@ def trapezoid_scan(
     C_bias: Float[Tensor, "h r n"] | None = None,
     mimo_x: Float[Tensor, "h r p"] | None = None,
     D: Float[Tensor, " h"] | None = None,
+    z: Float[Tensor, "b l r h p"] | None = None,
     interleaved: bool = True,
     packing: Packing | None = None,
     chunk_size: int = CHUNK,
@@ -99,7 +101,7 @@ def trapezoid_scan(
     y, ssm, k, last, angle, _, _ = _scan(
         x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D, interleaved, ends
     )
-    return y, TrapezoidState(ssm, k, last, angle)
+    return gate_heads(y, z), TrapezoidState(ssm, k, last, angle)
 
 
 @kernel_op("trapezoid_scan")
