@@ -320,6 +320,17 @@ def test_inputs_may_lie_anyhow_in_memory(name: str, variant: str, backend: str) 
     close(run(name, backend, example, spread), run(name, backend, example), 1e-13)
 
 
+@pytest.mark.parametrize(("name", "variant", "backend"), [case for case in TIMED if case[0].endswith("_scan")])
+def test_no_sequences_give_no_outputs(name: str, variant: str, backend: str) -> None:
+    example = draw(name, variant, 2, 5, backend=backend)
+    timed, state = ({key: t[:0] for key, t in example.timed.items()}, map_state(lambda t: t[:0], example.state))
+    with use(backend, "torch"), interpreting():
+        y, after = OPS[name](**timed, state=state, **example.fixed)
+    whole, _ = run(name, backend, example)
+    assert y.shape == (0, *whole.shape[1:])
+    assert [t.shape for t in tensors(after)] == [t.shape for t in tensors(state)]
+
+
 @pytest.mark.parametrize(("name", "variant", "backend"), BACKENDS)
 def test_inputs_and_state_are_left_as_they_were(name: str, variant: str, backend: str) -> None:
     example = draw(name, variant, 2, 13, backend=backend)

@@ -11,4 +11,4 @@ from everstate.core.kernels import refusal
 
 def accepts_scan(a: Tensor, b: Tensor, state: Tensor, **settings: Any) -> str | None:
     """Why the kernels of `linear_scan` do not serve these arguments, or None."""
-    return refusal(a, b, state, pairs=True)
+    return "was given no sequences" if len(a) == 0 else refusal(a, b, state, pairs=True)

@@ -100,7 +100,7 @@ class _Scan(torch.autograd.Function):
 
 def _blocks(x: Float[Tensor, "l b d"], A: Float[Tensor, "n d"]) -> list[slice]:
     """Stretches of time whose `(l, b, n, d)` tensors have about BLOCK_NUMBERS numbers each."""
-    length = max(BLOCK_NUMBERS // (x.shape[1] * A.numel()), 1)
+    length = max(BLOCK_NUMBERS // max(x.shape[1] * A.numel(), 1), 1)
     return [slice(start, start + length) for start in range(0, x.shape[0], length)]
 
 

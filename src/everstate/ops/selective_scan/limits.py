@@ -30,6 +30,8 @@ def accepts_scan(
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `selective_scan` do not serve these arguments, or None."""
+    if len(x) == 0:
+        return "was given no sequences"
     why = refusal(x, dt, A, B, C, state, D, z, dt_bias)
     if why is None and A.shape[1] > LARGEST:
         why = f"takes states of up to {LARGEST} numbers per channel, not {A.shape[1]}"

@@ -33,6 +33,8 @@ def accepts_scan(
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `ssd_scan` do not serve these arguments, or None."""
+    if len(x) == 0:
+        return "was given no sequences"
     why = refusal(x, a, s, B, C, state, diagonal, D, z)
     if why is not None:
         return why

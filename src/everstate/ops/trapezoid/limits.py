@@ -34,6 +34,8 @@ def accepts_scan(
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `trapezoid_scan` do not serve these arguments, or None."""
+    if len(x) == 0:
+        return "was given no sequences"
     why = refusal(x, dt, A, lam, omega, B, C, *state, B_bias, C_bias, mimo_x, D, z)
     if why is not None:
         return why
