@@ -5,16 +5,14 @@ GPU. Here the answer of the first launch is kept under what it depends on: dtype
 multiples of 16, constants. A finer key than Triton's costs an entry and is never wrong.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from threading import local
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
-from triton import AsyncCompileMode, knobs
+from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -76,11 +74,10 @@ class Watcher(Protocol):
 
 class _Here(local):
     watcher: Watcher | None = None
-    compiling: bool = False
 
 
 here = _Here()
-"""Of each thread, who watches its launches, and whether kernels are only compiled."""
+"""Of each thread, who watches its launches."""
 
 _ready: dict[tuple[Any, ...], Ready] = {}
 
@@ -110,36 +107,15 @@ def watching(watcher: Watcher) -> Iterator[None]:
         knobs.runtime.launch_enter_hook.remove(triton_way)
 
 
-@contextmanager
-def compiling_together() -> Iterator[None]:
-    """Compile what this thread launches inside the `with` block, all at the same time, and run nothing of it.
-
-    So what is computed there is worthless. Errors of the compiler are left for the launch that comes later.
-    """
-    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
-        here.compiling = True
-        try:
-            yield
-        finally:
-            here.compiling = False
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
     """`kernel[grid](*args, **settings)`. Constants of the kernel are given by name, behind all other arguments."""
     watcher = here.watcher
-    if here.compiling:
-        kernel.warmup(*_checked(args), grid=grid, **settings)
-    elif watcher is not None:
+    if watcher is not None:
         watcher.launched(_launch(kernel, grid, args, settings), grid, args)
     elif launches_are_known():
         _launch(kernel, grid, args, settings)
     else:
-        kernel[grid](*_checked(args), **settings)
-
-
-def _checked(args: tuple[Any, ...]) -> list[Any]:
-    """Arguments as Triton takes them."""
-    return [a.checked if type(a) is Tiles else a for a in args]
+        kernel[grid](*(a.checked if type(a) is Tiles else a for a in args), **settings)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> Ready:
@@ -173,7 +149,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings:
 
 def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> Ready:
     """Launch in Triton's way, and return what the next such launch needs to know."""
-    compiled = kernel[grid](*_checked(args), **settings)
+    compiled = kernel[grid](*(a.checked if type(a) is Tiles else a for a in args), **settings)
     own, rest = kernel.params[: len(args)], kernel.params[len(args) :]
     assert len(grid) <= 2 and not any(parameter.is_constexpr for parameter in own)
     constants = tuple(settings[parameter.name] for parameter in rest)

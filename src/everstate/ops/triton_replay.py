@@ -2,11 +2,8 @@
 
 What a function does in Python before its launches, from strides to grids, follows from the dtypes, shapes and strides
 of its tensors and from its numbers, and takes the host longer than a GPU needs for small kernels. A `replayed` function
-runs as it is when it is first called with such arguments: that makes tables. The second time each piece of memory,
-launch and operation of PyTorch is written down, and from then on that list is gone through.
-
-Before a function runs for the very first time it is gone through without launching anything, to compile all its kernels
-side by side.
+runs as it is when it is first called with such arguments: that compiles kernels and makes tables. The second time each
+piece of memory, launch and operation of PyTorch is written down, and from then on that list is gone through.
 
 What a list cannot say, such as a number read from the device, makes a function run as it is for good.
 """
@@ -23,16 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
 from everstate.core.kernels import is_overlapping
-from everstate.ops.triton_launch import (
-    Ready,
-    Tiles,
-    compiling_together,
-    current_device,
-    here,
-    launches_are_known,
-    stream_of,
-    watching,
-)
+from everstate.ops.triton_launch import Ready, Tiles, current_device, here, launches_are_known, stream_of, watching
 
 R = TypeVar("R")
 
@@ -57,15 +45,15 @@ _EMPTY = frozenset(
 def replayed(function: Callable[..., R]) -> Callable[..., R]:
     """Let a function of tensors, lists of numbers and constants be replayed.
 
-    What it returns is new memory, and it launches kernels by `launch` alone. Besides its arguments it reads nothing but
-    tables of whole numbers, which never change, and it changes none of them.
+    What it returns is new memory. Besides its arguments it reads nothing but tables of whole numbers, which never
+    change.
     """
     known: dict[tuple[Any, ...], Any] = {}
     _lists.append(known)
 
     @wraps(function)
     def call(*args: Any) -> R:
-        if here.watcher is not None or here.compiling or not launches_are_known():
+        if here.watcher is not None or not launches_are_known():
             return function(*args)
         held: list[Any] = []
         addresses: list[int] = []
@@ -89,9 +77,6 @@ def replayed(function: Callable[..., R]) -> Callable[..., R]:
         if found is None:
             if len(known) >= MOST:
                 known.clear()
-            if not known:
-                with compiling_together():
-                    function(*args)
             known[made] = _NEW
             return function(*args)
         result, replay = _record(function, args, held)
