@@ -6,6 +6,7 @@ The laws of all ops (`tests/laws/test_ops.py`) run on a GPU too, at sizes of whi
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -171,6 +172,12 @@ def test_no_memory_is_read_before_it_is_written(name: str, poisoned_empty: None)
     assert equal(poisoned, outcome(name, given))
 
 
+def _allocated() -> int:
+    """Bytes of tensors, a moment later: the thread of a backward pass may let go of its last ones after it is done."""
+    time.sleep(0.02)
+    return torch.cuda.memory_allocated()
+
+
 @pytest.mark.parametrize("name", [*SCANS, *ROWS])
 def test_repeated_calls_hold_no_memory(name: str) -> None:
     given = arguments(name, torch.bfloat16, length=500)
@@ -178,7 +185,7 @@ def test_repeated_calls_hold_no_memory(name: str) -> None:
     for _ in range(12):
         outcome(name, given)
         gc.collect()
-        held.append(torch.cuda.memory_allocated())
+        held.append(min(_allocated() for _ in range(5)))
     # Less is no leak: tables that earlier tests made leave the caches of plans meanwhile.
     assert held[-1] <= held[2]
 
