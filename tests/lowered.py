@@ -6,8 +6,8 @@ In a process of its own, because the interpreter and the compiler exclude each o
 wrong: it may change the order of numbers where a loop sums a tile, as it was loaded, along its last dimension, and sums
 of some rows then have numbers of others (mended in triton-lang/triton#11186). The interpreter does not know that pass.
 
-`python -m tests.lowered operands` says of each kernel of `trapezoid_scan` whether a product of matrices reads constants
-from registers: ptxas 12.8 may set such a register only behind the product that reads it.
+`python -m tests.lowered operands` says of each kernel of `trapezoid_scan` and `ssd_scan` whether a product of matrices
+reads constants from registers: ptxas 12.8 may set such a register only behind the product that reads it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from triton.runtime.jit import JITFunction
 from everstate.core.kernels import interpreting
 from everstate.ops import OPS, triton_launch, use
 from everstate.ops.example import EXAMPLES, Draw, Example
-from tests.ops.test_trapezoid_triton import draw
+from tests.ops.test_ssd_triton import draw as draw_ssd
+from tests.ops.test_trapezoid_triton import draw as draw_trapezoid
 
 LENGTH = 131
 REORDERED = "allow_reorder"
@@ -82,10 +83,10 @@ def lowering(stage: str) -> Iterator[dict[str, list[str]]]:
     JITFunction.run, triton_launch._KNOWN = launch, known
 
 
-def lowered(name: str, example: Example, stage: str) -> dict[str, list[str]]:
+def lowered(name: str, given: dict[str, Any], stage: str) -> dict[str, list[str]]:
     """The kernels of an op, forward and backward, each in all its variants."""
     leaf = lambda v: v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
-    given = {k: each(leaf, v) for k, v in {**example.timed, **example.fixed, "state": example.state}.items()}
+    given = {k: each(leaf, v) for k, v in given.items()}
     with lowering(stage) as found, use("triton"):
         y, _ = OPS[name](**given)
         leaves = [t for v in given.values() for t in (v if isinstance(v, tuple) else [v]) if isinstance(t, Tensor)]
@@ -98,6 +99,10 @@ def each(function: Callable[[Any], Any], value: Any) -> Any:
     return type(value)(*map(function, value)) if hasattr(value, "_fields") else function(value)
 
 
+def arguments(example: Example) -> dict[str, Any]:
+    return {**example.timed, **example.fixed, "state": example.state}
+
+
 def multiplies_constants(ptx: str) -> bool:
     """Whether a product takes its left side from registers, one of which holds a constant."""
     constants = set(re.findall(r"mov\.[bu]32 \s*(%r\d+), (?:-?\d+|0x\w+);", ptx))
@@ -108,15 +113,18 @@ def multiplies_constants(ptx: str) -> bool:
 def sums(name: str, variant: str) -> None:
     """For the arguments that the laws draw."""
     example = EXAMPLES[name][variant](Draw(dtype=torch.float32), 2, LENGTH, 2)
-    for kernel, variants in lowered(name, example, "make_ttgir").items():
+    for kernel, variants in lowered(name, arguments(example), "make_ttgir").items():
         print(kernel, "reordered" if any(REORDERED in text for text in variants) else "in order")
 
 
 def operands() -> None:
-    """Of bfloat16, at a size that the kernels for Hopper GPUs take."""
-    example = draw(torch.device("cpu"), 1, 70, 2, 64, 1, 64, dtype=torch.bfloat16)
-    for kernel, variants in lowered("trapezoid_scan", example, "make_ptx").items():
-        print(kernel, "constants" if any(map(multiplies_constants, variants)) else "no constants")
+    """In bfloat16: of the trapezoid at a size that its kernels for Hopper GPUs take, of SSD at one for all GPUs."""
+    cpu, dtype = torch.device("cpu"), torch.bfloat16
+    trapezoid = arguments(draw_trapezoid(cpu, 1, 70, 2, 64, 1, 64, dtype=dtype))
+    ssd = draw_ssd(cpu, 1, 70, 2, 32, 1, 16, dtype=dtype)
+    for name, given in (("trapezoid_scan", trapezoid), ("ssd_scan", ssd)):
+        for kernel, variants in lowered(name, given, "make_ptx").items():
+            print(kernel, "constants" if any(map(multiplies_constants, variants)) else "no constants")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,18 +109,6 @@ def test_segments_of_long_sequences(
     packing = Packing.of_lengths(lengths)
     inputs = draw(kernel_device, 1, packing.total, 6, 4, sequences=len(lengths))
     agree(inputs, packing=packing)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(HAS_GPU, reason="on a GPU the laws compare what it computes")
-def test_no_sum_of_a_loaded_tile_is_reordered(tmp_path: Path) -> None:
-    """Without a gate and a bias nothing changes steps before they are summed: such a sum along a tile was wrong."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.lowered", "sums", "selective_scan", "mamba1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    verdicts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert set(verdicts) == {"scan_kernel", "ends_kernel", "pass_kernel", "states_kernel", "writes_kernel"}
-    assert set(verdicts.values()) == {"in order"}
 
 
 def test_float32_loses_no_digits_where_steps_are_long(kernel_device: torch.device) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +12,7 @@ from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.ops import trapezoid_scan, triton_segments, use
 from everstate.ops.example import Example
-from tests.ops.test_trapezoid_triton import HAS_GPU, agree_on_parts, draw, errors, outcome
+from tests.ops.test_trapezoid_triton import agree_on_parts, draw, errors, outcome
 
 
 def call(example: Example, packing: Packing | None = None) -> Any:
@@ -172,15 +168,3 @@ def test_the_same_call_gives_the_same_bits(hopper: torch.device) -> None:
     example = draw(hopper, *((8, 1030, 32) if cuda else (1, 130, 2)), 64, 1, 64, dtype=torch.bfloat16)
     first, *others = (outcome("triton", example) for _ in range(20 if cuda else 2))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(HAS_GPU, reason="on a GPU the other tests compare what is computed")
-def test_no_product_reads_constants_from_registers(tmp_path: Path) -> None:
-    """The sums of gradients of angles are products with ones, of which the compiler may know none."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.lowered", "operands"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    verdicts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert {"scan_kernel", "sweep_kernel", "gradients_kernel"} <= verdicts.keys()
-    assert set(verdicts.values()) == {"no constants"}

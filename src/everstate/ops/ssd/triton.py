@@ -564,6 +564,8 @@ def _scan_kernel(
     group, p0 = head // (HEADS // GROUPS), tile * BLOCK_P
     first, count = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
     start, end = tl.load(chunks + 2 * first), tl.load(chunks + 2 * (first + count) - 1)
+    # A zero that the compiler does not know: ptxas 12.8 may set a constant behind the product that reads it.
+    nought = tl.where(start < 0, 1.0, 0.0)
     at, p, n = tl.arange(0, BLOCK), p0 + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     place, exists = _place(p, n, P, N)
     h = tl.load(entering + (segment * HEADS + head) * P * N + place, mask=exists, other=0.0)
@@ -575,7 +577,7 @@ def _scan_kernel(
         k = _load_tile(B, start, at, inside, group * B_group, n, 0, B_token, N, FULL).to(u.dtype)
         q = _load_tile(C, start, at, inside, group * C_group, n, 0, C_token, N, FULL).to(u.dtype)
         weights = dot(q, tl.trans(k), None, PRECISION) * tl.exp2(cs[:, None] - cs[None, :]) * scale[None, :]
-        weights = tl.where(_receives(at[:, None], at[None, :], RANK), weights, 0.0)
+        weights = tl.where(_receives(at[:, None], at[None, :], RANK), weights, nought)
         if RANK > 1:
             weights += _own(diagonal, start, at[:, None], at[None, :], head, end, HEADS, RANK)
         out = dot(q, h.to(u.dtype), None, PRECISION) * tl.exp2(cs)[:, None]

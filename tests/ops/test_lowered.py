@@ -1,0 +1,39 @@
+"""What Triton and the assembler may get wrong in kernels, looked for in what becomes of them for a Hopper GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the laws compare what is computed"),
+]
+
+
+def verdicts(cache: Path, *command: str) -> dict[str, str]:
+    """What `tests/lowered.py` says of each kernel."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    command = (sys.executable, "-m", "tests.lowered", *command)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+
+
+def test_no_sum_of_a_loaded_tile_is_reordered(tmp_path: Path) -> None:
+    """Without a gate and a bias nothing changes steps before they are summed: such a sum along a tile was wrong."""
+    found = verdicts(tmp_path, "sums", "selective_scan", "mamba1")
+    assert set(found) == {"scan_kernel", "ends_kernel", "pass_kernel", "states_kernel", "writes_kernel"}
+    assert set(found.values()) == {"in order"}
+
+
+def test_no_product_reads_constants_from_registers(tmp_path: Path) -> None:
+    """Sums that are products with ones; what an entry does not receive from later ones: the compiler may know none."""
+    found = verdicts(tmp_path, "operands")
+    assert {"scan_kernel", "sweep_kernel", "gradients_kernel", "_scan_kernel", "_keys_kernel"} <= found.keys()
+    assert set(found.values()) == {"no constants"}
