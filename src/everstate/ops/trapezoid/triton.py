@@ -335,8 +335,7 @@ class _Call:
 
     @cached_property
     def sources(self) -> list[Float[Tensor, "t g n"]]:
-        given = ((t if self.interleaved else interleave(t)) for t in (self.given.B, self.given.C))
-        return [copyable(t.flatten(0, 1).squeeze(1)) for t in given]
+        return [copyable(self.side_by_side(t).flatten(0, 1).squeeze(1)) for t in (self.given.B, self.given.C)]
 
     @cached_property
     def biases(self) -> list[Float[Tensor, "h r n"] | None]:
@@ -345,8 +344,15 @@ class _Call:
         there = [t for t in given if t is not None]
         if len(there) == 1:
             given = [torch.zeros_like(there[0]) if t is None else t for t in given]
-        each = (t if t is None or self.interleaved else interleave(t) for t in given)
-        return [None if t is None else t.float().contiguous() for t in each]
+        return [None if t is None else self.side_by_side(t).float().contiguous() for t in given]
+
+    def side_by_side(self, t: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+        """From the caller's order of columns."""
+        return t if self.interleaved else interleave(t)
+
+    def as_given(self, t: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+        """The reverse of `side_by_side`."""
+        return t if self.interleaved else deinterleave(t)
 
     def _by_chunk(self, t: Float[Tensor, "t r g n"]) -> Float[Tensor, "rows w"]:
         """B or C by chunk, group and entry, with the columns in parts."""
@@ -546,8 +552,7 @@ class _Call:
         if len(segments) == len(sequences):
             return state
         if dy is None and self.found:
-            kept = self.kept_states if self.interleaved else deinterleave(self.kept_states)
-            return self._arranged(kept, torch.float32)
+            return self._arranged(self.as_given(self.kept_states), torch.float32)
         ends = self._empty_states(len(segments))
         kept = ends.new_empty(len(segments), self.heads)
         self._sweep(dy, made, None, None, ends, kept, make=True)

@@ -27,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from everstate.core.kernels import processors
-from everstate.ops.rotary.halves import deinterleave, interleave
 from everstate.ops.trapezoid import triton_prepare
 from everstate.ops.trapezoid.triton_prepare import VECTORS
 from everstate.ops.trapezoid.triton_tables import pieces
@@ -98,7 +97,7 @@ MASK = gl.constexpr("and.b32 $0, $1, $2;")
 
 def forward(call: _Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
     """Write outputs to `y`; the states and angles after each sequence, of which `final` may get the first."""
-    side_by_side = lambda t: (t if call.interleaved else interleave(t)).contiguous()
+    side_by_side = lambda t: call.side_by_side(t).contiguous()
     given, segments = call.given, len(call.plan.segments)
     angle = torch.empty_like(given.angle, memory_format=torch.contiguous_format)
     call.phases = call.empty_phases()
@@ -118,7 +117,7 @@ def forward(call: _Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
             HEADS=call.heads, P=call.headdim, PAIRS=call.pairs, STILL=2 * call.pairs, BLOCK_P=16,
         )  # fmt: skip
         scan(call, entering, None, starts, y, final, angle, call.phases)
-    return final if call.interleaved else deinterleave(final), angle
+    return call.as_given(final), angle
 
 
 def _parts(call: _Call) -> int:
