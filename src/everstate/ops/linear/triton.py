@@ -1,4 +1,4 @@
-"""Linear maps of a few rows on a GPU, where reading the weights takes all the time: once, in pieces of 16 bytes.
+"""Linear maps of a few rows on a GPU, where reading the weights takes all the time: once, 16 bytes at a time.
 
 A program owns some outputs and multiplies number by number: matrix units would wait for memory just as long. The norm
 needs no pass of its own: `W (x * norm)` and the sum of the squares of x grow together, and the one is divided at the
@@ -17,10 +17,10 @@ from everstate.ops.linear.triton_ends import constants, finish, window_of
 from everstate.ops.linear.triton_tiles import run_tiles
 from everstate.ops.triton_rows import dense, launch_options, start_next, wait_for_last
 
-WIDEST = 4096
-"""Numbers of a row of weights that a program holds at once."""
-HELD = 16_384
-"""Bytes of weights of a program: many programs, each with all that it reads in flight, fill a GPU best."""
+HELD = 4096
+"""Bytes of weights of a warp: many programs, each with all that it reads in flight, fill a GPU best."""
+MOST = 8192
+"""Bytes of weights that a warp asks for at once, where a row is longer than that: what registers hold."""
 
 
 def linear(
@@ -108,50 +108,94 @@ def _run(
 
 
 def _sizes(rows: int, width: int, weight: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """Tiles and warps: what a program asks for at once is 16 KB of weights, 32 KB where rows are long."""
-    block = min(triton.next_power_of_2(width), WIDEST)
-    held = (HELD if block < WIDEST else 2 * HELD) // weight.element_size()
-    sizes = {"BLOCK_N": max(held // block, 1), "BLOCK_K": block, "ROWS": rows, "BLOCK_B": triton.next_power_of_2(rows)}
-    return sizes, {"num_warps": 4 if block < WIDEST else 8}
+    """Tiles and warps, as they were fastest.
+
+    In 16 bits all warps of a program share its rows, a warp for each KB, and so read x once. A thread takes 16 weights
+    of 8 bits at once, but 8 numbers of x: these are read again for each row, so that threads need not exchange them.
+    """
+    size, row = weight.element_size(), width * weight.element_size()
+    if size == 1:
+        warps, n = 4, 4 if row < HELD else 2
+        piece = _piece(row, 2048 // n)
+    else:
+        piece = _piece(row, HELD)
+        warps = max(min(triton.next_power_of_2(row + 1) // 2048, piece // 512, 8), 1)
+        n = triton.next_power_of_2(triton.cdiv(HELD * warps, row))
+    pieces, ahead = triton.cdiv(row, piece), max(MOST * warps // (n * piece), 1)
+    tile = {"BLOCK_N": n, "BLOCK_K": piece // size, "AHEAD": min(pieces, ahead), "LINES": n if size == 1 else 1}
+    return {**tile, "ROWS": rows, "BLOCK_B": triton.next_power_of_2(rows)}, {"num_warps": warps}
+
+
+def _piece(row: int, most: int) -> int:
+    """Bytes in which a row is read: up to `most`, the longest that fill it up by no more than an eighth."""
+    piece = min(triton.next_power_of_2(row), most)
+    while piece > 512 and 8 * triton.cdiv(row, piece) * piece > 9 * row:
+        piece //= 2
+    return piece
 
 
 @triton.jit
 def _linear_kernel(
     x, weight, bias, scale, norm, y, taps, conv_bias, pool, slots,
     x_row, pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels,
-    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, OVERLAP: tl.constexpr,
+    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of outputs, for all rows."""
+    """One program per block of outputs, for all rows; the first AHEAD pieces of its weights are asked for at once."""
     start_next(OVERLAP)
+    PIECES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     n, k, b = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_B)
-    own = weight + tl.program_id(0).to(tl.int64) * BLOCK_N * K + tl.arange(0, BLOCK_N)[:, None] * K + k[None, :]
-    inside = (n < outputs)[:, None] & (k < K)[None, :]
-    w = tl.load(own, mask=inside, other=0.0, eviction_policy="evict_first")
-    g = tl.full((BLOCK_K,), 1.0, tl.float32)
+    own = weight + tl.program_id(0).to(tl.int64) * BLOCK_N * K + tl.arange(0, BLOCK_N)[:, None] * K
+    held, norms = (), ()
+    for piece in tl.static_range(AHEAD):
+        held = held + (_weights(own, n, piece * BLOCK_K + k, outputs, K, BLOCK_K),)  # type: ignore[assignment]
     if norm is not None:
-        g = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+        for piece in tl.static_range(AHEAD):
+            norms = norms + (_numbers(norm, piece * BLOCK_K + k, LINES, K, BLOCK_K),)  # type: ignore[assignment]
     factor, offset, conv_offset, factors = constants(bias, scale, taps, conv_bias, n, outputs, start, channels, TAPS)
     wait_for_last(OVERLAP)
     past, mine, window = n, n, ()
     if TAPS > 0:
         past, mine, window = window_of(pool, slots, n - start, b, pool_slot, pool_d, pool_k, rows, channels, TAPS)
-    sums, squares = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((BLOCK_B,), tl.float32)
-    for block in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-        at = block * BLOCK_K + k
-        if block > 0:
-            inside = (n < outputs)[:, None] & (at < K)[None, :]
-            w = tl.load(own + block * BLOCK_K, mask=inside, other=0.0, eviction_policy="evict_first")
+    sums, squares = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((LINES, BLOCK_B), tl.float32)
+    for row in tl.static_range(ROWS):
+        part, square = tl.zeros((BLOCK_N, BLOCK_K), tl.float32), tl.zeros((LINES, BLOCK_K), tl.float32)
+        for piece in tl.static_range(AHEAD):
+            u = _numbers(x + row * x_row, piece * BLOCK_K + k, LINES, K, BLOCK_K).to(tl.float32)
             if norm is not None:
-                g = tl.load(norm + at, mask=at < K, other=0.0).to(tl.float32)
-        wide = w.to(tl.float32)
+                square += u * u
+                u = u * norms[piece].to(tl.float32)
+            part += held[piece].to(tl.float32) * u
+        sums += tl.where((b == row)[None, :], tl.sum(part, 1)[:, None], 0.0)
+        if norm is not None:
+            squares += tl.where((b == row)[None, :], tl.sum(square, 1)[:, None], 0.0)
+    for piece in tl.static_range(AHEAD, PIECES):
+        w = _weights(own, n, piece * BLOCK_K + k, outputs, K, BLOCK_K).to(tl.float32)
         for row in tl.static_range(ROWS):
-            u = tl.load(x + row * x_row + at, mask=at < K, other=0.0).to(tl.float32)
+            u = _numbers(x + row * x_row, piece * BLOCK_K + k, LINES, K, BLOCK_K).to(tl.float32)
             if norm is not None:
-                squares += tl.where(b == row, tl.sum(u * u, 0), 0.0)
-                u = u * g
-            sums += tl.where((b == row)[None, :], tl.sum(wide * u[None, :], 1)[:, None], 0.0)
+                squares += tl.where((b == row)[None, :], tl.sum(u * u, 1)[:, None], 0.0)
+                u = u * _numbers(norm, piece * BLOCK_K + k, LINES, K, BLOCK_K).to(tl.float32)
+            sums += tl.where((b == row)[None, :], tl.sum(w * u, 1)[:, None], 0.0)
     if norm is not None:
-        sums = sums * tl.rsqrt(squares / K + eps)[None, :]
+        sums = sums * tl.rsqrt(squares / K + eps)
     sums = sums * factor[:, None] + offset[:, None]
     finish(sums, y, conv_offset, factors, past, mine, window, n, b, pool_k, rows, outputs, TAPS, SILU)
+
+
+@triton.jit
+def _weights(own, n, at, outputs, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A piece of some rows; each weight is read once, and stays in no cache."""
+    inside = (n < outputs)[:, None]
+    if K % BLOCK_K != 0:
+        inside = inside & (at < K)[None, :]
+    return tl.load(own + at[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _numbers(x, at, LINES: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A piece of a vector as one row or more, so that a thread reads what it multiplies."""
+    inside = tl.arange(0, LINES)[:, None] >= 0
+    if K % BLOCK_K != 0:
+        inside = inside & (at < K)[None, :]
+    return tl.load(x + at[None, :] + tl.arange(0, LINES)[:, None] * 0, mask=inside, other=0.0)
