@@ -11,7 +11,7 @@ from torch import Tensor
 from everstate.core.errors import BackendError
 from everstate.core.kernels import overlapping
 from everstate.core.op import REFERENCE
-from everstate.ops import add_rms_norm, argmax, linear, linear_conv_step_, mamba2_step_, use
+from everstate.ops import add_rms_norm, argmax, linear, linear_conv_step_, mamba1_step_, mamba2_step_, use
 
 BACKENDS = ["triton", "torch"]
 LOW = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
@@ -59,6 +59,23 @@ def test_linear(
                 got = linear(x, weight, scale=scale, **settings)
             assert got.dtype is dtype
             close(got, exact(linear, x, weight, scale=scale, **settings), tolerance)
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+def test_a_row_longer_than_a_program_holds(
+    quantise: bool, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    kernels = pytest.importorskip("everstate.ops.linear.triton")
+    draw = draws(kernel_device, torch.bfloat16)
+    x, weight, norm = draw(2, 2600), draw(9, 2600), draw(2600)
+    weight, scale = quantised(weight) if quantise else (weight, None)
+    whole = kernels._sizes(2, 2600, weight)[0]["AHEAD"]
+    monkeypatch.setattr(kernels, "MOST", 1024)
+    assert kernels._sizes(2, 2600, weight)[0]["AHEAD"] < whole
+    for settings in ({}, {"norm": norm}):
+        with use("triton"):
+            got = linear(x, weight, scale=scale, **settings)
+        close(got, exact(linear, x, weight, scale=scale, **settings), 2e-2)
 
 
 @pytest.fixture(params=[1, 2], ids=["whole sums", "split sums"])
@@ -165,6 +182,36 @@ def test_a_step_of_mamba2(
         close(got, expected, max(tolerance, 6e-3 if low else 0))
         close(here, there, 6e-3 if low else 1e-5)
         assert torch.equal(here[[1, 3]], pool[[1, 3]])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), LOW)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_of_mamba1(
+    backend: str, state_dtype: torch.dtype, dtype: torch.dtype, tolerance: float, kernel_device: torch.device
+) -> None:
+    draw, narrow = draws(kernel_device, dtype), draws(kernel_device, torch.float32)
+    rows, channels, d_state = 3, 70, 12
+    x, z, dt, B, C = (draw(rows, n) for n in (channels, channels, channels, d_state, d_state))
+    A_log, dt_bias, D, pool = (
+        narrow(channels, d_state),
+        narrow(channels) - 2,
+        narrow(channels),
+        narrow(5, channels, d_state),
+    )
+    pool, delta_t = narrow(5, channels, d_state).to(state_dtype), narrow(rows).abs()
+    slots = torch.tensor([4, 0, 2], device=kernel_device)
+    for settings, where in (({"z": z, "D": D}, slots), ({"delta_t": delta_t}, slots), ({"z": z, "D": D}, None)):
+        here = pool.clone() if where is not None else pool[:rows].clone()
+        there = here.double()
+        with use(backend):
+            got = mamba1_step_(x, dt, A_log, B, C, here, where, dt_bias=dt_bias, **settings)
+        expected = exact(mamba1_step_, x, dt, A_log, B, C, there, where, dt_bias=dt_bias, **settings)
+        assert got.dtype is dtype and here.dtype is state_dtype
+        low = state_dtype is torch.bfloat16
+        close(got, expected, max(tolerance, 6e-3 if low else 0))
+        close(here, there, 6e-3 if low else 1e-5)
+        assert where is None or torch.equal(here[[1, 3]], pool[[1, 3]])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), LOW)

@@ -29,7 +29,7 @@ from everstate.mixers.base import (
     log_uniform,
     uniform_,
 )
-from everstate.ops import causal_conv1d, causal_conv1d_step_, rms_norm, selective_scan, selective_step_
+from everstate.ops import causal_conv1d, linear_conv_step_, mamba1_step_, rms_norm, selective_scan
 
 
 class Mamba1Config(TimeSteps):
@@ -122,7 +122,10 @@ class Mamba1(Mixer):
             return forward_by_segments(self, x, state, delta_t)
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv = causal_conv1d(u, self.conv_weight, self.conv_bias, state.conv, activation="silu", packing=packing)
-        dt, dt_bias, B, C = self._select(u, delta_t)
+        dt, B, C = self._select(u)
+        dt_bias: Tensor | None = self.dt_bias
+        if delta_t is not None:
+            dt, dt_bias = softplus(dt.to(state_dtype(u.dtype)).add(self.dt_bias)) * delta_t.unsqueeze(-1), None
         A = -torch.exp(self.A_log)
         y, ssm = selective_scan(u, dt, A, B, C, state.ssm, D=self.D, z=z, dt_bias=dt_bias, packing=packing)
         return self.out_proj(y), Mamba1State(conv, ssm)
@@ -134,11 +137,15 @@ class Mamba1(Mixer):
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b d"]:
-        u, z = self.in_proj(x).chunk(2, -1)
-        u = causal_conv1d_step_(u, self.conv_weight, self.conv_bias, state.conv, slots, activation="silu")
-        dt, dt_bias, B, C = self._select(u, delta_t)
-        A = -torch.exp(self.A_log)
-        return self.out_proj(selective_step_(u, dt, A, B, C, state.ssm, slots, D=self.D, z=z, dt_bias=dt_bias))
+        _, u, z = linear_conv_step_(
+            x, self.in_proj.weight, self.in_proj.bias, self.conv_weight, self.conv_bias, state.conv, slots,
+            activation="silu", scale=self.in_proj.scale,
+        )  # fmt: skip
+        dt, B, C = self._select(u)
+        y = mamba1_step_(
+            u, dt, self.A_log, B, C, state.ssm, slots, dt_bias=self.dt_bias, D=self.D, z=z, delta_t=delta_t
+        )
+        return self.out_proj(y)
 
     def flops_per_token(self, context: int) -> int:
         linears = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
@@ -146,16 +153,12 @@ class Mamba1(Mixer):
         return 2 * matrices + 7 * self.A_log.numel()
 
     def _select(
-        self, u: Float[Tensor, "*b e"], delta_t: Float[Tensor, "*b"] | None
-    ) -> tuple[Float[Tensor, "*b e"], Float[Tensor, " e"] | None, Float[Tensor, "*b n"], Float[Tensor, "*b n"]]:
-        """The step of each channel (with a bias, before its softplus), B and C, all chosen by the token."""
+        self, u: Float[Tensor, "*b e"]
+    ) -> tuple[Float[Tensor, "*b e"], Float[Tensor, "*b n"], Float[Tensor, "*b n"]]:
+        """The step of each channel before its bias and softplus, B and C, all chosen by the token."""
         low, B, C = self.x_proj(u).split([self.dt_rank, self.config.d_state, self.config.d_state], -1)
         low, B, C = self._norm(low, self.dt_norm), self._norm(B, self.B_norm), self._norm(C, self.C_norm)
-        dt = self.dt_proj(low)
-        if delta_t is None:
-            return dt, self.dt_bias, B, C
-        dt = softplus(dt.to(state_dtype(u.dtype)).add_(self.dt_bias))
-        return dt * delta_t.unsqueeze(-1), None, B, C
+        return self.dt_proj(low), B, C
 
     def _norm(self, x: Float[Tensor, "*b n"], learned: RMSNorm | None) -> Float[Tensor, "*b n"]:
         if learned is not None:

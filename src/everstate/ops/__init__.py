@@ -21,7 +21,7 @@ from everstate.ops.mamba3 import mamba3_scan, mamba3_step_
 from everstate.ops.mamba3.ends import Mamba3Layer
 from everstate.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 from everstate.ops.rotary import rotary, rotate
-from everstate.ops.selective_scan import selective_scan, selective_step_
+from everstate.ops.selective_scan import mamba1_step_, selective_scan, selective_step_
 from everstate.ops.ssd import mamba2_step_, ssd_scan, ssd_step_
 from everstate.ops.trapezoid import TrapezoidState, trapezoid_scan, trapezoid_step_
 
@@ -57,6 +57,7 @@ __all__ = [
     "lti_dplr_step_",
     "lti_kernel_diagonal",
     "lti_kernel_dplr",
+    "mamba1_step_",
     "mamba2_scan",
     "mamba2_step_",
     "mamba3_scan",

@@ -10,6 +10,9 @@ from everstate.core.kernels import overlaps, processors
 WAVES = 8
 """Programs per multiprocessor below which a tile is halved: enough loads in flight to keep the memory busy."""
 
+EARLY_ROWS = 16
+"""Rows up to which states are read, as weights are, while the kernel before still runs; more would slow that down."""
+
 
 def dense(tensor: Tensor) -> Tensor:
     """The tensor itself if the entries of its last dimension lie side by side, as in a view cut out of a projection."""

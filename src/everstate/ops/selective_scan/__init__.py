@@ -11,7 +11,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
-from everstate.ops.selective_scan.limits import accepts_scan, accepts_step
+from everstate.ops.selective_scan.limits import accepts_mamba1_step, accepts_scan, accepts_step
 
 
 @op
@@ -74,7 +74,36 @@ def selective_step_(
     return y[:, 0]
 
 
+@op
+def mamba1_step_(
+    x: Float[Tensor, "b d"],
+    dt: Float[Tensor, "b d"],
+    A_log: Float[Tensor, "d n"],
+    B: Float[Tensor, "b n"],
+    C: Float[Tensor, "b n"],
+    state: Float[Tensor, "slots d n"],
+    slots: Slots = None,
+    *,
+    dt_bias: Float[Tensor, " d"],
+    D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b d"] | None = None,
+    delta_t: Float[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b d"]:
+    """What a Mamba-1 layer does with one token between its projections: `selective_step_` and what leads to it.
+
+    The step is `delta_t softplus(dt + dt_bias)`, with `delta_t` (default 1) the time that passes before this token, and
+    A is `-exp(A_log)`. The rows `slots` of the pool are written in place.
+    """
+    dtype = state_dtype(x.dtype)
+    dt = softplus(dt.to(dtype) + dt_bias.to(dtype))
+    if delta_t is not None:
+        dt = dt * delta_t.unsqueeze(-1)
+    return selective_step_.reference(x, dt, -torch.exp(A_log.to(dtype)), B, C, state, slots, D=D, z=z)
+
+
 selective_scan.add("triton", "everstate.ops.selective_scan.triton:selective_scan", accepts_scan)
 selective_scan.add("torch", "everstate.ops.selective_scan.blocked:selective_scan", anywhere)
 selective_step_.add("triton", "everstate.ops.selective_scan.triton_step:selective_step_", accepts_step)
 selective_step_.add("torch", "everstate.ops.selective_scan.step:selective_step_", anywhere)
+mamba1_step_.add("triton", "everstate.ops.selective_scan.triton_step:mamba1_step_", accepts_mamba1_step)
+mamba1_step_.add("torch", "everstate.ops.selective_scan.step:mamba1_step_", anywhere)

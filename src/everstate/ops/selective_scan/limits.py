@@ -60,3 +60,22 @@ def accepts_step(
     if state.stride(-1) != 1:
         return f"takes a pool whose last dimension is dense, not one of strides {state.stride()}"
     return None
+
+
+def accepts_mamba1_step(
+    x: Tensor,
+    dt: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    slots: Slots = None,
+    *,
+    dt_bias: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_t: Tensor | None = None,
+) -> str | None:
+    """Why the kernel of `mamba1_step_` does not serve these arguments, or None."""
+    why = accepts_step(x, dt, A_log, B, C, state, slots, D=D, z=z, dt_bias=dt_bias)
+    return why or step_refusal(state, delta_t)

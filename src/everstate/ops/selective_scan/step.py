@@ -38,3 +38,24 @@ def selective_step_(
     if D is not None:
         y = y + D.to(dtype) * u
     return (y if z is None else y * silu(z.to(dtype))).to(x.dtype)
+
+
+def mamba1_step_(
+    x: Float[Tensor, "b d"],
+    dt: Float[Tensor, "b d"],
+    A_log: Float[Tensor, "d n"],
+    B: Float[Tensor, "b n"],
+    C: Float[Tensor, "b n"],
+    state: Float[Tensor, "slots d n"],
+    slots: Slots = None,
+    *,
+    dt_bias: Float[Tensor, " d"],
+    D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b d"] | None = None,
+    delta_t: Float[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b d"]:
+    """See `everstate.ops.mamba1_step_`."""
+    dt = softplus(dt.to(state_dtype(x.dtype)) + dt_bias)
+    if delta_t is not None:
+        dt = dt * delta_t.unsqueeze(-1)
+    return selective_step_(x, dt, -torch.exp(A_log), B, C, state, slots, D=D, z=z)

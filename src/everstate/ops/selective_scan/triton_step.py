@@ -8,7 +8,17 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.triton_common import LOG2E, softplus
-from everstate.ops.triton_rows import dense, silu, slot_of, tile_of, warps_of
+from everstate.ops.triton_rows import (
+    EARLY_ROWS,
+    dense,
+    launch_options,
+    silu,
+    slot_of,
+    start_next,
+    tile_of,
+    wait_for_last,
+    warps_of,
+)
 
 
 def selective_step_(
@@ -28,25 +38,30 @@ def selective_step_(
     return _step(x, dt, A, B, C, state, slots, D, z, dt_bias)
 
 
+def mamba1_step_(
+    x: Float[Tensor, "b d"],
+    dt: Float[Tensor, "b d"],
+    A_log: Float[Tensor, "d n"],
+    B: Float[Tensor, "b n"],
+    C: Float[Tensor, "b n"],
+    state: Float[Tensor, "slots d n"],
+    slots: Slots = None,
+    *,
+    dt_bias: Float[Tensor, " d"],
+    D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b d"] | None = None,
+    delta_t: Float[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b d"]:
+    """See `everstate.ops.mamba1_step_`."""
+    return _mamba1_step(x, dt, A_log, B, C, state, slots, dt_bias, D, z, delta_t)
+
+
 @kernel_op("selective_step_", mutates={"state"})
 def _step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    (batch, dim), n = x.shape, A.shape[1]
-    y = x.new_empty(batch, dim)
-    if batch == 0:
-        return y
-    x, dt, A, B, C = dense(x), dense(dt), dense(A), dense(B), dense(C)
-    z, D, dt_bias = (None if t is None else dense(t) for t in (z, D, dt_bias))
-    width = triton.next_power_of_2(n)
-    tile = tile_of(dim, width, batch, x.device, least=max(512 // width, 1))
-    _step_kernel[(batch * triton.cdiv(dim, tile),)](
-        x, dt, A, B, C, state, slots, D, z, dt_bias, y,
-        x.stride(0), dt.stride(0), A.stride(0), B.stride(0), C.stride(0), 0 if z is None else z.stride(0),
-        *state.stride()[:2], DIM=dim, N=n, BLOCK_D=tile, BLOCK_N=width, num_warps=warps_of(tile * width),
-    )  # fmt: skip
-    return y
+    return _run(x, dt, A, B, C, state, slots, D, z, dt_bias, None, of_layer=False)
 
 
 @_step.register_fake
@@ -57,31 +72,89 @@ def _(
     return x.new_empty(x.shape)
 
 
+@kernel_op("mamba1_step_", mutates={"state"})
+def _mamba1_step(
+    x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, dt_bias: Tensor,
+    D: Tensor | None, z: Tensor | None, delta_t: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return _run(x, dt, A_log, B, C, state, slots, D, z, dt_bias, delta_t, of_layer=True)
+
+
+@_mamba1_step.register_fake
+def _(
+    x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, dt_bias: Tensor,
+    D: Tensor | None, z: Tensor | None, delta_t: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape)
+
+
+def _run(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, delta_t: Tensor | None, *, of_layer: bool,
+) -> Float[Tensor, "b d"]:  # fmt: skip
+    """Launch the kernel. `of_layer` means that A, D and dt_bias are parameters, A as the logarithm of -A."""
+    (batch, dim), n = x.shape, A.shape[1]
+    y = x.new_empty(batch, dim)
+    if batch == 0:
+        return y
+    x, dt, A, B, C = dense(x), dense(dt), dense(A), dense(B), dense(C)
+    z, D, dt_bias = (None if t is None else dense(t) for t in (z, D, dt_bias))
+    width = triton.next_power_of_2(n)
+    tile = tile_of(dim, width, batch, x.device, least=max(512 // width, 1))
+    _step_kernel[(batch * triton.cdiv(dim, tile),)](
+        x, dt, A, B, C, state, slots, D, z, dt_bias, delta_t, y,
+        x.stride(0), dt.stride(0), A.stride(0), B.stride(0), C.stride(0), 0 if z is None else z.stride(0),
+        *state.stride()[:2], 0 if delta_t is None else delta_t.stride(0), DIM=dim, N=n, BLOCK_D=tile, BLOCK_N=width,
+        OF_LAYER=of_layer, EARLY=of_layer and slots is None and batch <= EARLY_ROWS,
+        num_warps=warps_of(tile * width), **launch_options(x.device),
+    )  # fmt: skip
+    return y
+
+
 @triton.jit
 def _step_kernel(
-    x, dt, A, B, C, state, slots, D, z, dt_bias, y,
-    x_row, dt_row, A_row, B_row, C_row, z_row, state_slot, state_d,
+    x, dt, A, B, C, state, slots, D, z, dt_bias, delta_t, y,
+    x_row, dt_row, A_row, B_row, C_row, z_row, state_slot, state_d, delta_row,
     DIM: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    OF_LAYER: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per row and tile of channels, which nobody else reads or writes."""
+    start_next(OVERLAP)
     TILES: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
     row = (tl.program_id(0) // TILES).to(tl.int64)
     d, n = tl.program_id(0) % TILES * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     exists = (d < DIM)[:, None] & (n < N)[None, :]
-    own = state + slot_of(slots, row) * state_slot + (d[:, None] * state_d + n[None, :])
-    h = tl.load(own, mask=exists, other=0.0).to(tl.float32)
+    # What belongs to the layer and not to the token may be read before the last kernel has ended.
+    if not OF_LAYER:
+        wait_for_last(OVERLAP)
     a = tl.load(A + (d[:, None] * A_row + n[None, :]), mask=exists, other=0.0).to(tl.float32)
+    bias, skip = d * 0.0, d * 0.0
+    if dt_bias is not None:
+        bias = tl.load(dt_bias + d, mask=d < DIM, other=0.0).to(tl.float32)
+    if D is not None:
+        skip = tl.load(D + d, mask=d < DIM, other=0.0).to(tl.float32)
+    if OF_LAYER and not EARLY:
+        wait_for_last(OVERLAP)
+    own = state + slot_of(slots, row) * state_slot + (d[:, None] * state_d + n[None, :])
+    held = tl.load(own, mask=exists, other=0.0)
+    if EARLY:
+        wait_for_last(OVERLAP)
+    h = held.to(tl.float32)
     u = tl.load(x + row * x_row + d, mask=d < DIM, other=0.0).to(tl.float32)
     step = tl.load(dt + row * dt_row + d, mask=d < DIM, other=0.0).to(tl.float32)
     k = tl.load(B + row * B_row + n, mask=n < N, other=0.0).to(tl.float32)
     q = tl.load(C + row * C_row + n, mask=n < N, other=0.0).to(tl.float32)
     if dt_bias is not None:
-        step = softplus(step + tl.load(dt_bias + d, mask=d < DIM, other=0.0).to(tl.float32))
+        step = softplus(step + bias)
+    if delta_t is not None:
+        step = step * tl.load(delta_t + row * delta_row).to(tl.float32)
+    if OF_LAYER:
+        a = -tl.exp2(a * LOG2E)
     h = h * tl.exp2(a * (step * LOG2E)[:, None]) + (step * u)[:, None] * k[None, :]
     tl.store(own, h.to(state.dtype.element_ty), mask=exists)
     out = tl.sum(h * q[None, :], 1)
     if D is not None:
-        out += tl.load(D + d, mask=d < DIM, other=0.0).to(tl.float32) * u
+        out += skip * u
     if z is not None:
         out *= silu(tl.load(z + row * z_row + d, mask=d < DIM, other=0.0).to(tl.float32))
     tl.store(y + row * DIM + d, out.to(y.dtype.element_ty), mask=d < DIM)

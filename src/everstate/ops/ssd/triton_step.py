@@ -11,6 +11,7 @@ from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.triton_common import softplus
 from everstate.ops.triton_rows import (
+    EARLY_ROWS,
     dense,
     launch_options,
     silu,
@@ -20,9 +21,6 @@ from everstate.ops.triton_rows import (
     wait_for_last,
     warps_of,
 )
-
-EARLY_ROWS = 16
-"""Rows up to which states are read, as weights are, while the kernel before still runs; more would slow that down."""
 
 
 def ssd_step_(
