@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from everstate.bench import kernels
 from everstate.bench.report import Row
 from everstate.bench.shapes import SHAPES, STEPS
-from everstate.bench.timing import Gate
+from everstate.bench.timing import Gate, Timing
 from everstate.core.errors import ConfigError
 from everstate.core.state import tensors
 from everstate.ops import OPS
@@ -63,10 +64,29 @@ def test_tokens_are_cut_into_sequences() -> None:
     assert example.state.shape[0] == 4
 
 
+def test_a_peer_that_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    same = partial(kernels.run_op, "ssd_scan")
+    peers = {"same": same, "other": lambda example: [2 * same(example)[0]]}
+    monkeypatch.setattr(kernels, "peers_of", lambda op, example: peers)
+    found = kernels.disagreements("ssd_scan", SHAPES["ssd_scan"](Draw(dtype=torch.float32), 128, 12))
+    assert found == {"other": "ssd_scan of other: its outputs differ from ours by 1e+00, of norms"}
+
+
+def test_ours_is_compared_with_the_fastest_peer() -> None:
+    gate, ours, slow, fast = Gate(0.0, 1.0), Timing((1.0, 1.0)), Timing((4.0, 4.0)), Timing((2.0, 2.0))
+    first, *others = kernels.beside("op", 8, gate, ours, {"slow": slow, "fast": fast})
+    assert (first.ratio, first.ratio_of) == (2.0, "fast's speed")
+    assert [(row.name, row.timing) for row in others] == [("  slow", slow), ("  fast", fast)]
+    (alone,) = kernels.beside("op", 8, gate, ours, {})
+    assert alone.ratio is None
+
+
 @pytest.mark.gpu
-def test_a_quick_run_passes_its_gates(tmp_path: Path) -> None:
+def test_a_quick_run_passes_its_gates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+    # Peers tune for minutes.
+    monkeypatch.setattr(kernels, "peers_of", lambda op, example: {})
     result = kernels.run(quick=True, output=tmp_path / "kernels.json", now=datetime.now(UTC), device="cuda")
     assert result["passed"]
     assert all("seconds" in row for row in result["rows"])

@@ -1,4 +1,4 @@
-"""`everstate bench ops --device cuda`: the kernels of a GPU at the sizes of a 1.3B layer, beside those of `mamba_ssm`.
+"""`everstate bench ops --device cuda`: the kernels of a GPU at the sizes of a 1.3B layer, beside those of its peers.
 
 64k tokens as many short sequences, some, and one long one; and one token of many sequences. bfloat16 activations,
 float32 states. Times are those of the GPU alone, as in a captured graph: what Python adds before is not in them.
@@ -6,7 +6,6 @@ float32 states. Times are those of the GPU alone, as in a captured graph: what P
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -18,15 +17,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from everstate.bench.peer_ops import Run, peers_of, step_peer
 from everstate.bench.report import Row, machine, publishing
 from everstate.bench.shapes import GPU_SHAPES, STEPS
 from everstate.bench.timing import Gate, Timing, interleave
 from everstate.core.errors import ConfigError
 from everstate.core.op import REFERENCE
 from everstate.core.state import clone, map_state, nbytes, tensors
-from everstate.ops import OPS, rms_norm, use
+from everstate.ops import OPS, use
 from everstate.ops.example import Draw, Example
-from everstate.ops.mamba3.ends import enter
 
 D_INNER, TOKENS = 4096, 65_536
 QUICK_D_INNER, QUICK_TOKENS = 128, 512
@@ -38,8 +37,11 @@ LOW = ("x", "B", "C", "z", "projected")
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of an output or a gradient against float64, of norms. Gradients of decays and angles, which are
 what is left of large sums, have the largest."""
+PEERS_ALLOWED = 5e-2
+"""Largest difference between the outputs of a peer and ours, of norms: whether both compute the same."""
 GATE_TOKENS, REPEATS = 300, 20
 
+OURS = "everstate"
 Call = Callable[[], object]
 
 
@@ -54,7 +56,9 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
     d_inner, total = (QUICK_D_INNER, QUICK_TOKENS) if quick else (D_INNER, TOKENS)
     first_call_s: dict[str, float] = {}
     rows: list[Row] = []
+    left_out: list[str] = []
     facts = {"quick": quick, "machine": machine(torch.device(device)), "d_inner": d_inner, "first_call_s": first_call_s}
+    facts["left_out"] = left_out
     with (
         publishing("kernels", rows, facts, now, output) as result,
         Console(stderr=True).status("starting") as status,
@@ -62,13 +66,15 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
         for name in only or known:
             status.update(name)
             if name in STEPS:
-                rows += steps(name, d_inner, STEP_BATCHES[:2] if quick else STEP_BATCHES, device)
+                rows += steps(name, d_inner, STEP_BATCHES[:2] if quick else STEP_BATCHES, device, left_out)
             else:
-                rows += scans(name, d_inner, total, device, first_call_s)
+                rows += scans(name, d_inner, total, device, first_call_s, left_out)
     return result
 
 
-def scans(op: str, d_inner: int, total: int, device: str, first_call_s: dict[str, float]) -> Iterator[Row]:
+def scans(
+    op: str, d_inner: int, total: int, device: str, first_call_s: dict[str, float], left_out: list[str]
+) -> Iterator[Row]:
     """Forward, and forward with backward, of one op on the same tokens cut into more or fewer sequences."""
     draw = Draw(dtype=torch.float32, device=device, drawn_on=device)
     small = lower(GPU_SHAPES[op](draw, min(d_inner, 512), GATE_TOKENS))
@@ -76,23 +82,49 @@ def scans(op: str, d_inner: int, total: int, device: str, first_call_s: dict[str
     error = gate_error(op, small)
     first_call_s[op] = time.perf_counter() - started
     gate = Gate(error, ALLOWED[torch.bfloat16])
+    left_out += (differing := disagreements(op, small)).values()
     long = lower(GPU_SHAPES[op](draw, d_inner, total))
     for batch in SPLITS:
         example = cut(long, batch)
-        forward, both = calls(partial(run_op, op), example)
-        candidates = {"forward": forward, "both": both}
-        if (peer := peer_of(op, example)) is not None:
-            candidates["peer forward"], candidates["peer both"] = calls(peer, example)
+        runs = {name: run for name, run in peers_of(op, example).items() if name not in differing}
+        everyone: dict[str, Run] = {OURS: partial(run_op, op), **runs}
+        candidates = {
+            f"{name} {kind}": call
+            for name, run in everyone.items()
+            for kind, call in zip(("forward", "both"), calls(run, example), strict=True)
+        }
         timings = interleave(candidates, gate, REPEATS, device, on_device=True)
         for kind in ("forward", "both"):
-            name = f"{op} {batch} x {total // batch}" + (" + backward" if kind == "both" else "")
-            ours, theirs = timings.get(kind), timings.get(f"peer {kind}")
-            yield Row(name, total, gate, ours, **compared(theirs, ours))
-            if theirs is not None:
-                yield Row("  mamba_ssm", total, gate, theirs)
+            title = f"{op} {batch} x {total // batch}" + (" + backward" if kind == "both" else "")
+            theirs = {name: timings[f"{name} {kind}"] for name in runs if timings}
+            yield from beside(title, total, gate, timings.get(f"{OURS} {kind}"), theirs)
 
 
-def steps(name: str, d_inner: int, batches: tuple[int, ...], device: str) -> Iterator[Row]:
+def beside(title: str, tokens: int, gate: Gate, ours: Timing | None, theirs: dict[str, Timing]) -> Iterator[Row]:
+    """A row of ours, compared with the fastest peer, and one of each peer."""
+    compared: dict[str, Any] = {}
+    if ours is not None and theirs:
+        fastest = min(theirs, key=lambda name: theirs[name].median)
+        compared = {"ratio": theirs[fastest].ratio(ours), "ratio_of": f"{fastest}'s speed"}
+    yield Row(title, tokens, gate, ours, **compared)
+    for name, timing in theirs.items():
+        yield Row(f"  {name}", tokens, gate, timing)
+
+
+def disagreements(op: str, example: Example) -> dict[str, str]:
+    """Peer -> why it is left out: what it computes is not what our op does."""
+    # Those that have no skip connection are compared without one.
+    plain = example._replace(fixed={name: value for name, value in example.fixed.items() if name != "D"})
+    sentences = {}
+    with torch.no_grad():
+        for name, run in peers_of(op, example).items():
+            asked = plain if name == "fla" else example
+            if reason := disagreement(f"{op} of {name}", run(asked)[0], run_op(op, asked)[0]):
+                sentences[name] = reason
+    return sentences
+
+
+def steps(name: str, d_inner: int, batches: tuple[int, ...], device: str, left_out: list[str]) -> Iterator[Row]:
     """One token for each of many sequences: how fast the states move through memory."""
     op, shape = STEPS[name]
     for batch in batches:
@@ -103,19 +135,22 @@ def steps(name: str, d_inner: int, batches: tuple[int, ...], device: str) -> Ite
             gate = Gate(step_error(op, token, pool), ALLOWED[torch.bfloat16])
             # Several pools in turn, so that none is left in the cache.
             pools = [pool, *(clone(pool) for _ in range(256_000_000 // nbytes(pool)))][:32]
-            candidates: dict[str, Call] = {"step": partial(step_each, partial(OPS[op], **token), pools)}
-            if dtype == torch.float32 and (peer := peer_of_step(name, token, pool)) is not None:
-                candidates["peer"] = partial(step_each, peer, pools)
+            candidates: dict[str, Call] = {OURS: partial(step_each, partial(OPS[op], **token), pools)}
+            if (peer := step_peer(name, token, pool)) is not None:
+                if reason := step_disagreement(op, token, pool, peer):
+                    left_out.append(reason)
+                else:
+                    candidates["mamba_ssm"] = partial(step_each, peer, pools)
             timings = {
                 key: Timing(tuple(seconds / len(pools) for seconds in timing.seconds))
                 for key, timing in interleave(candidates, gate, REPEATS, device, on_device=True).items()
             }
             title = f"{name} of {batch}, {str(dtype).removeprefix('torch.')} state"
-            ours, theirs = timings.get("step"), timings.get("peer")
+            ours = timings.pop(OURS, None)
             speed = None if ours is None else 2 * nbytes(pool) / ours.median / 1e12
             yield Row(title, batch, gate, ours, ratio=speed, ratio_of="TB/s of states")
-            if theirs is not None:
-                yield Row("  mamba_ssm", batch, gate, theirs)
+            for other, theirs in timings.items():
+                yield Row(f"  {other}", batch, gate, theirs)
 
 
 def step_each(step: Callable[..., object], pools: list[Any]) -> None:
@@ -134,6 +169,18 @@ def step_error(op: str, token: dict[str, Any], pool: Any) -> float:
             expected = OPS[op](**{name: widen(value) for name, value in token.items()}, state=exact)
     pairs = zip([got, *tensors(mine)], [expected, *tensors(exact)], strict=True)
     return max(norm_error(one, other) for one, other in pairs)
+
+
+def step_disagreement(op: str, token: dict[str, Any], pool: Any, peer: Callable[..., object]) -> str | None:
+    """Why the step of a peer is left out, or None."""
+    with torch.no_grad():
+        return disagreement(f"{op} of mamba_ssm", tensors(peer(clone(pool)))[0], OPS[op](**token, state=clone(pool)))
+
+
+def disagreement(what: str, theirs: Tensor, ours: Tensor) -> str | None:
+    """A sentence about outputs that are not ours, or None."""
+    error = norm_error(theirs.reshape(ours.shape), ours.double())
+    return None if error <= PEERS_ALLOWED else f"{what}: its outputs differ from ours by {error:.0e}, of norms"
 
 
 def in_precision(state: Any, dtype: torch.dtype) -> Any:
@@ -170,7 +217,7 @@ def run_op(op: str, example: Example) -> list[Tensor]:
     return tensors(OPS[op](**example.timed, **state, **example.fixed))
 
 
-def calls(function: Callable[[Example], list[Tensor]], example: Example) -> tuple[Call, Call]:
+def calls(function: Run, example: Example) -> tuple[Call, Call]:
     """Forward without gradients, and forward with backward."""
     leaves = differentiable(example)
     with torch.no_grad():
@@ -216,75 +263,3 @@ def gate_error(op: str, example: Example) -> float:
 def norm_error(got: Tensor, expected: Tensor) -> float:
     """Norm of the difference, relative to the norm of what is expected."""
     return ((got.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-
-
-def peer_of(op: str, example: Example) -> Callable[[Example], list[Tensor]] | None:
-    """The same op of `mamba_ssm`, where it is installed and has one."""
-    peers = {"ssd_scan": mamba2_peer, "trapezoid_scan": mamba3_peer}
-    try:
-        return peers[op](example) if op in peers else None
-    except ImportError:
-        return None
-
-
-def mamba2_peer(example: Example) -> Callable[[Example], list[Tensor]]:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    # The peer takes dt and A, and multiplies them itself.
-    A = (example.timed["a"][0, 0] / example.timed["s"][0, 0]).detach().requires_grad_()
-
-    def scan(one: Example) -> list[Tensor]:
-        x, dt, B, C = (one.timed[name] for name in ("x", "s", "B", "C"))
-        settings = {"D": one.fixed["D"], "initial_states": one.state, "return_final_states": True}
-        return list(mamba_chunk_scan_combined(x, dt, A, B, C, 256, **settings))
-
-    return scan
-
-
-def peer_of_step(name: str, token: dict[str, Any], pool: Any) -> Callable[..., object] | None:
-    """The same step of `mamba_ssm`, where it is installed and has one. It makes a new state and leaves the old one.
-
-    Its norms of B and C and its dt are made outside of its kernel, and are not timed.
-    """
-    if name != "mamba3_step_":
-        return None
-    try:
-        from mamba_ssm.ops.triton.mamba3.mamba3_siso_step import mamba3_siso_step
-    except ImportError:
-        return None
-    layer, projected, heads = token["layer"], token["projected"], pool.x.shape[1]
-    z, inputs = enter(projected, None, layer, pool, rms_norm)
-    z, lam, omega = z.unflatten(-1, (heads, -1)), torch.logit(inputs.lam), torch.atanh(inputs.omega / math.pi)
-    turns = omega.unsqueeze(1).repeat(1, heads, 1)
-    given = (
-        inputs.C[:, 0], inputs.B[:, 0], inputs.x, inputs.A * inputs.dt, inputs.dt, lam,
-        layer.C_bias[:, 0], layer.B_bias[:, 0], turns, layer.D, z,
-    )  # fmt: skip
-    dense = [tensor.contiguous() for tensor in given]
-    return lambda state: mamba3_siso_step(*dense, (state.angle, state.ssm, state.k[:, 0], state.x))
-
-
-def mamba3_peer(example: Example) -> Callable[[Example], list[Tensor]]:
-    from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
-
-    # The peer takes numbers by head and token, A times dt, and a rate for each head, of which it takes pi tanh.
-    timed, heads = {name: value.detach() for name, value in example.timed.items()}, example.timed["x"].shape[2]
-    dt, lam = (timed[name].transpose(1, 2).contiguous() for name in ("dt", "lam"))
-    rates = torch.atanh((timed["omega"] / torch.pi).clamp(-0.999, 0.999)).to(torch.bfloat16)
-    prepared = (timed["A"].transpose(1, 2) * dt, dt, lam, rates.unsqueeze(2).expand(-1, -1, heads, -1))
-    ADT, DT, Trap, Angles = (t.requires_grad_() for t in prepared)
-
-    def scan(one: Example) -> list[Tensor]:
-        B, C, x = (one.timed[name].squeeze(2) if name in "BC" else one.timed[name] for name in ("B", "C", "x"))
-        B_bias, C_bias = (one.fixed[name].squeeze(1) for name in ("B_bias", "C_bias"))
-        ssm, k, last, angle = one.state
-        states = (angle, ssm, k.squeeze(1), last)
-        settings = {"D": one.fixed["D"], "Input_States": states, "return_final_states": True}
-        return list(mamba3_siso_combined(C, B, x, ADT, DT, Trap, C_bias, B_bias, Angles, **settings))
-
-    return scan
-
-
-def compared(theirs: Timing | None, ours: Timing | None) -> dict[str, Any]:
-    """The fields of a row that say how many times as fast as the peer ours is."""
-    return {} if theirs is None or ours is None else {"ratio": theirs.ratio(ours), "ratio_of": "mamba_ssm's speed"}

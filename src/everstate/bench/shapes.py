@@ -151,6 +151,7 @@ GPU_SHAPES = {**SHAPES, "rotary": _rotary, "linear_cross_entropy": _linear_cross
 
 STEPS: dict[str, tuple[str, Callable[[Draw, int, int], Example]]] = {
     "ssd_step_": ("ssd_step_", _ssd_scan),
+    "selective_step_": ("selective_step_", _selective_scan),
     "mamba3_step_": ("mamba3_step_", partial(_mamba3_scan, rank=1)),
     "mamba3_step_, 4 ranks": ("mamba3_step_", partial(_mamba3_scan, rank=4)),
 }

@@ -1,0 +1,124 @@
+"""What is given to peers, and what comes back: against plain forms of theirs under their names."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from everstate.bench import kernels
+from everstate.bench.peer_ops import PEERS, peers_of, step_peer
+from everstate.bench.shapes import GPU_SHAPES, STEPS
+from everstate.core.state import clone
+from everstate.ops import OPS
+from everstate.ops.example import Draw
+
+TOKENS = 9
+
+
+def chunk_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, scale: float, initial_state: Tensor, **settings: bool
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys `(b, l, h, n)`, values `(b, l, h, p)`, log decays `(b, l, h)`, states `(b, h, p, n)`."""
+    assert settings == {"output_final_state": True, "state_v_first": True}
+    state, outputs = initial_state, []
+    for t in range(q.shape[1]):
+        state = g[:, t, :, None, None].exp() * state + v[:, t, :, :, None] * k[:, t, :, None]
+        outputs.append(scale * torch.einsum("bhpn,bhn->bhp", state, q[:, t]))
+    return torch.stack(outputs, 1), state
+
+
+def chunk_hgrn(x: Tensor, g: Tensor, initial_state: Tensor, output_final_state: bool) -> tuple[Tensor, Tensor]:
+    state, outputs = initial_state, []
+    for t in range(x.shape[1]):
+        state = g[:, t].exp() * state + x[:, t]
+        outputs.append(state)
+    return torch.stack(outputs, 1), state
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, *, activation: str, initial_state: Tensor, output_final_state: bool
+) -> tuple[Tensor, Tensor]:
+    """States `(b, d, k)` hold the last k inputs, the newest last."""
+    past = torch.cat([initial_state[:, :, 1:], x.transpose(1, 2)], 2)
+    outputs = (past.unfold(2, weight.shape[1], 1) * weight[:, None]).sum(3) + bias[:, None]
+    return torch.nn.functional.silu(outputs).transpose(1, 2), past[:, :, -weight.shape[1] :]
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def fused_linear_cross_entropy_loss(x: Tensor, target: Tensor, weight: Tensor, *, reduction: str) -> Tensor:
+    return torch.nn.functional.cross_entropy(x @ weight.T, target, reduction=reduction)
+
+
+def selective_state_update(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None = None,
+    dt_bias: Tensor | None = None, dt_softplus: bool = False,
+) -> Tensor:  # fmt: skip
+    """States `(b, d, n)` or `(b, h, d, n)`, written in place; one number for each channel of all others but B and C."""
+    step = dt if dt_bias is None else dt + dt_bias
+    step = torch.nn.functional.softplus(step) if dt_softplus else step
+    keys, queries = (t.unsqueeze(-2) for t in (B, C))
+    state.copy_(state * (step[..., None] * A).exp() + (step * x)[..., None] * keys)
+    y = (state * queries).sum(-1) + D * x
+    return y if z is None else y * torch.nn.functional.silu(z)
+
+
+NAMES = {
+    "fla.ops.simple_gla": chunk_simple_gla,
+    "fla.ops.hgrn": chunk_hgrn,
+    "fla.modules.causal_conv1d": causal_conv1d,
+    "fla.modules.rotary": rotary_embedding,
+    "fla.modules.fused_linear_cross_entropy": fused_linear_cross_entropy_loss,
+    "mamba_ssm.ops.triton.selective_state_update": selective_state_update,
+}
+
+
+@pytest.fixture(autouse=True)
+def _plain_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fla", "mamba_ssm"):
+        for known in [module for module in sys.modules if module.split(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, known)
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name, function in NAMES.items():
+        for i in range(1, name.count(".") + 1):
+            parent = name.rsplit(".", i)[0]
+            if parent not in sys.modules:
+                monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+        module: Any = ModuleType(name)
+        setattr(module, function.__name__, function)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("op", [op for op, peers in PEERS.items() if "fla" in peers])
+def test_fla_computes_what_our_op_does(op: str) -> None:
+    example = GPU_SHAPES[op](Draw(dtype=torch.float32), 128, TOKENS)
+    assert list(peers_of(op, example)) == ["fla"]
+    assert kernels.disagreements(op, example) == {}
+
+
+@pytest.mark.parametrize("name", ["ssd_step_", "selective_step_"])
+def test_a_step_of_mamba_ssm_computes_what_ours_does(name: str) -> None:
+    op, shape = STEPS[name]
+    example = kernels.cut(shape(Draw(dtype=torch.float32), 128, 3), 3)
+    token = {key: value[:, 0] for key, value in example.timed.items()} | example.fixed
+    peer = step_peer(name, token, example.state)
+    assert peer is not None
+    assert kernels.step_disagreement(op, token, example.state, peer) is None
+    wrong = lambda state: 2 * OPS[op](**token, state=clone(state))
+    assert "differ from ours by 1e+00" in str(kernels.step_disagreement(op, token, example.state, wrong))
+
+
+def test_a_peer_that_is_not_installed_is_not_there() -> None:
+    example = GPU_SHAPES["trapezoid_scan"](Draw(dtype=torch.float32), 128, TOKENS)
+    assert peers_of("trapezoid_scan", example) == {}
+    assert peers_of("selective_scan", GPU_SHAPES["selective_scan"](Draw(dtype=torch.float32), 128, TOKENS)) == {}
+    assert step_peer("mamba3_step_", {}, None) is None
