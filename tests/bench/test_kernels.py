@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from everstate.bench import kernels
 from everstate.bench.report import Row
@@ -18,7 +19,7 @@ from everstate.bench.timing import Gate, Timing
 from everstate.core.errors import ConfigError
 from everstate.core.state import tensors
 from everstate.ops import OPS
-from everstate.ops.example import Draw
+from everstate.ops.example import Draw, Example
 
 
 def test_the_gate_sees_a_kernel_and_its_gradients(kernel_device: torch.device) -> None:
@@ -70,6 +71,21 @@ def test_a_peer_that_computes_something_else_is_left_out(monkeypatch: pytest.Mon
     monkeypatch.setattr(kernels, "peers_of", lambda op, example: peers)
     found = kernels.disagreements("ssd_scan", SHAPES["ssd_scan"](Draw(dtype=torch.float32), 128, 12))
     assert found == {"other": "ssd_scan of other: its outputs differ from ours by 1e+00, of norms"}
+
+
+def fails(example: Example) -> list[Tensor]:
+    raise RuntimeError("\nnot on this GPU\nand more")
+
+
+def test_a_peer_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = SHAPES["ssd_scan"](Draw(dtype=torch.float32), 128, 12)
+    monkeypatch.setattr(kernels, "peers_of", lambda op, example: {"peer": fails})
+    assert kernels.disagreements("ssd_scan", example) == {"peer": "ssd_scan of peer: not on this GPU"}
+    left_out: list[str] = []
+    # Forward alone works.
+    forward_only = lambda one: fails(one) if torch.is_grad_enabled() else kernels.run_op("ssd_scan", one)
+    assert [kind for kind, _ in kernels.working("ssd_scan", "peer", forward_only, example, left_out)] == ["forward"]
+    assert left_out == ["ssd_scan of peer, with backward: not on this GPU"]
 
 
 def test_ours_is_compared_with_the_fastest_peer() -> None:

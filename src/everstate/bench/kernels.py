@@ -41,6 +41,8 @@ PEERS_ALLOWED = 5e-2
 """Largest difference between the outputs of a peer and ours, of norms: whether both compute the same."""
 GATE_TOKENS, REPEATS = 300, 20
 
+KINDS = ("forward", "both")
+"""What is timed of an op: forward without gradients, and forward with backward."""
 OURS = "everstate"
 Call = Callable[[], object]
 
@@ -86,18 +88,32 @@ def scans(
     long = lower(GPU_SHAPES[op](draw, d_inner, total))
     for batch in SPLITS:
         example = cut(long, batch)
-        runs = {name: run for name, run in peers_of(op, example).items() if name not in differing}
-        everyone: dict[str, Run] = {OURS: partial(run_op, op), **runs}
-        candidates = {
-            f"{name} {kind}": call
-            for name, run in everyone.items()
-            for kind, call in zip(("forward", "both"), calls(run, example), strict=True)
-        }
+        candidates = dict(zip(KINDS, calls(partial(run_op, op), example), strict=True))
+        for name, run in peers_of(op, example).items():
+            if name not in differing:
+                candidates |= {f"{name} {kind}": call for kind, call in working(op, name, run, example, left_out)}
         timings = interleave(candidates, gate, REPEATS, device, on_device=True)
-        for kind in ("forward", "both"):
+        for kind in KINDS:
+            theirs = {key.split()[0]: timing for key, timing in timings.items() if key.endswith(f" {kind}")}
             title = f"{op} {batch} x {total // batch}" + (" + backward" if kind == "both" else "")
-            theirs = {name: timings[f"{name} {kind}"] for name in runs if timings}
-            yield from beside(title, total, gate, timings.get(f"{OURS} {kind}"), theirs)
+            yield from beside(title, total, gate, timings.get(kind), theirs)
+
+
+def working(op: str, peer: str, run: Run, example: Example, left_out: list[str]) -> Iterator[tuple[str, Call]]:
+    """The calls of a peer that do not fail; those that do are left out."""
+    for place, kind in enumerate(KINDS):
+        try:
+            call = calls(run, example)[place]
+            call()
+        except Exception as error:
+            left_out.append(f"{op} of {peer}, {'with backward' if kind == 'both' else kind}: {first_line(error)}")
+        else:
+            yield kind, call
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its name."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def beside(title: str, tokens: int, gate: Gate, ours: Timing | None, theirs: dict[str, Timing]) -> Iterator[Row]:
@@ -112,14 +128,18 @@ def beside(title: str, tokens: int, gate: Gate, ours: Timing | None, theirs: dic
 
 
 def disagreements(op: str, example: Example) -> dict[str, str]:
-    """Peer -> why it is left out: what it computes is not what our op does."""
+    """Peer -> why it is left out: it fails, or what it computes is not what our op does."""
     # Those that have no skip connection are compared without one.
     plain = example._replace(fixed={name: value for name, value in example.fixed.items() if name != "D"})
     sentences = {}
     with torch.no_grad():
         for name, run in peers_of(op, example).items():
-            asked = plain if name == "fla" else example
-            if reason := disagreement(f"{op} of {name}", run(asked)[0], run_op(op, asked)[0]):
+            asked, what = plain if name == "fla" else example, f"{op} of {name}"
+            try:
+                reason = disagreement(what, run(asked)[0], run_op(op, asked)[0])
+            except Exception as error:
+                reason = f"{what}: {first_line(error)}"
+            if reason:
                 sentences[name] = reason
     return sentences
 
