@@ -15,6 +15,7 @@ class Kernel:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
+        self.compiled: list[Any] = []
         self.run: list[tuple[Any, ...]] = []
         self.params = [SimpleNamespace(name=name, is_constexpr=name.isupper()) for name in ("x", "n", "SIZE")]
 
@@ -28,6 +29,12 @@ class Kernel:
             return SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
 
         return ask
+
+    def warmup(self, *args: Any, grid: tuple[int, ...], **settings: Any) -> None:
+        from triton.runtime._async_compile import active_mode
+
+        assert active_mode.get() is not None
+        self.compiled.append((grid, args, settings))
 
 
 @pytest.fixture
@@ -82,6 +89,41 @@ def test_tiles_of_another_form_are_another_kernel(kernel: Kernel) -> None:
         launch(kernel, (1,), Tiles(x, x.shape, x.stride(), form(*sides)), 32, SIZE=8)
     assert [args[0].block_shape for _, args, _ in kernel.asked] == [[2, 8], [4, 8]]
     assert len(kernel.run) == 1
+
+
+def test_kernels_of_a_function_are_compiled_together(kernel: Kernel) -> None:
+    from everstate.ops.triton_launch import compile_together, launch
+
+    calls: list[int] = []
+
+    def function(x: Tensor) -> Tensor:
+        calls.append(len(kernel.compiled))
+        launch(kernel, (3,), x, 32, SIZE=8)
+        launch(kernel, (3,), x, 32, SIZE=16)
+        return x + 1
+
+    x = aligned()
+    assert torch.equal(compile_together(function, x), x + 1)
+    # Up to the first that is not compiled; to see which there are; and as it is.
+    assert calls == [0, 0, 2]
+    assert [settings["SIZE"] for _, _, settings in kernel.compiled] == [8, 16]
+    assert [settings["SIZE"] for _, _, settings in kernel.asked] == [8, 16] and not kernel.run
+    compile_together(function, x)
+    assert calls == [0, 0, 2, 2] and len(kernel.asked) == len(kernel.run) == 2
+
+
+def test_what_fails_is_reported_by_the_function_itself(kernel: Kernel) -> None:
+    from everstate.ops.triton_launch import compile_together, here, launch
+
+    def function(x: Tensor) -> Tensor:
+        launch(kernel, (3,), x, 32, SIZE=8)
+        raise ValueError(f"asked {len(kernel.asked)} times")
+
+    for times in (1, 1):
+        with pytest.raises(ValueError, match=f"asked {times} times"):
+            compile_together(function, aligned())
+        assert not here.trying and not here.rehearsing
+    assert len(kernel.compiled) == 1
 
 
 def test_numbers_without_triton() -> None:

@@ -83,6 +83,7 @@ def imitation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_replay, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(triton_launch, "_ready", {})
     monkeypatch.setattr(triton_launch, "TensorDescriptor", Described)
+    monkeypatch.setattr(triton_replay, "compile_together", lambda function, *args: function(*args))
 
 
 class Counted:

@@ -6,10 +6,11 @@ multiples of 16, constants. A finer key than Triton's costs an entry and is neve
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from threading import local
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 from triton import knobs
@@ -18,6 +19,11 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from everstate.ops.triton_common import INTERPRETED, TRIED
+
+R = TypeVar("R")
+
+COMPILERS = 8
+"""Threads that compile kernels."""
 
 # How a compiled kernel is run is no interface of Triton: other versions are asked in the ordinary way.
 _KNOWN = TRIED and not INTERPRETED.value
@@ -72,12 +78,19 @@ class Watcher(Protocol):
         """Be told of a launch; `ready` is None for those in Triton's way."""
 
 
+class NotCompiled(Exception):  # noqa: N818
+    """No error: a kernel is launched for the first time."""
+
+
 class _Here(local):
     watcher: Watcher | None = None
+    trying = False
+    rehearsing = False
 
 
 here = _Here()
-"""Of each thread, who watches its launches."""
+"""Of each thread, who watches its launches; and whether a kernel that is not compiled raises `NotCompiled`, and whether
+kernels are compiled and not launched."""
 
 _ready: dict[tuple[Any, ...], Ready] = {}
 
@@ -107,15 +120,52 @@ def watching(watcher: Watcher) -> Iterator[None]:
         knobs.runtime.launch_enter_hook.remove(triton_way)
 
 
+def compile_together(function: Callable[..., R], *args: Any) -> R:
+    """`function(*args)`, whose kernels are compiled at the same time, where they are not yet.
+
+    What it returns is new memory, and it changes nothing else. It is called until it wants to launch a kernel that is
+    not compiled; then to see which kernels there are, with results that nobody reads; and then once more.
+    """
+    here.trying = True
+    try:
+        return function(*args)
+    except NotCompiled:
+        pass
+    finally:
+        here.trying = False
+    # What fails here fails again below, and is reported from there.
+    with suppress(Exception):
+        _rehearse(function, args)
+    return function(*args)
+
+
+def _rehearse(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    from triton.runtime._async_compile import AsyncCompileMode  # not in every Triton
+
+    here.rehearsing = True
+    try:
+        with ThreadPoolExecutor(COMPILERS) as pool, AsyncCompileMode(pool, ignore_errors=True):
+            function(*args)
+    finally:
+        here.rehearsing = False
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
     """`kernel[grid](*args, **settings)`. Constants of the kernel are given by name, behind all other arguments."""
     watcher = here.watcher
-    if watcher is not None:
+    if here.rehearsing:
+        kernel.warmup(*_in_triton_way(args), grid=grid, **settings)
+    elif watcher is not None:
         watcher.launched(_launch(kernel, grid, args, settings), grid, args)
     elif launches_are_known():
         _launch(kernel, grid, args, settings)
     else:
-        kernel[grid](*(a.checked if type(a) is Tiles else a for a in args), **settings)
+        kernel[grid](*_in_triton_way(args), **settings)
+
+
+def _in_triton_way(args: tuple[Any, ...]) -> Iterator[Any]:
+    """Arguments as Triton takes them."""
+    return (a.checked if type(a) is Tiles else a for a in args)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> Ready:
@@ -141,6 +191,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings:
     made = tuple(key)
     known = _ready.get(made)
     if known is None:
+        if here.trying:
+            raise NotCompiled
         known = _ready[made] = _compile(kernel, grid, args, settings)
         return known
     known.run(grid[0], grid[1] if len(grid) > 1 else 1, 1, stream_of(device), *known.first, *given, *known.constants)
@@ -149,7 +201,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings:
 
 def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> Ready:
     """Launch in Triton's way, and return what the next such launch needs to know."""
-    compiled = kernel[grid](*(a.checked if type(a) is Tiles else a for a in args), **settings)
+    compiled = kernel[grid](*_in_triton_way(args), **settings)
     own, rest = kernel.params[: len(args)], kernel.params[len(args) :]
     assert len(grid) <= 2 and not any(parameter.is_constexpr for parameter in own)
     constants = tuple(settings[parameter.name] for parameter in rest)

@@ -2,7 +2,8 @@
 
 What a function does in Python before its launches, from strides to grids, follows from the dtypes, shapes and strides
 of its tensors and from its numbers, and takes the host longer than a GPU needs for small kernels. A `replayed` function
-runs as it is when it is first called with such arguments: that compiles kernels and makes tables. The second time each
+runs as it is when it is first called with such arguments: that makes tables and compiles kernels, all at the same time,
+because a function that only writes new memory can be asked beforehand which it will launch. The second time each
 piece of memory, launch and operation of PyTorch is written down, and from then on that list is gone through.
 
 What a list cannot say, such as a number read from the device, makes a function run as it is for good.
@@ -20,7 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
 from everstate.core.kernels import is_overlapping
-from everstate.ops.triton_launch import Ready, Tiles, current_device, here, launches_are_known, stream_of, watching
+from everstate.ops.triton_launch import (
+    Ready,
+    Tiles,
+    compile_together,
+    current_device,
+    here,
+    launches_are_known,
+    stream_of,
+    watching,
+)
 
 R = TypeVar("R")
 
@@ -53,7 +63,7 @@ def replayed(function: Callable[..., R]) -> Callable[..., R]:
 
     @wraps(function)
     def call(*args: Any) -> R:
-        if here.watcher is not None or not launches_are_known():
+        if here.watcher is not None or here.trying or here.rehearsing or not launches_are_known():
             return function(*args)
         held: list[Any] = []
         addresses: list[int] = []
@@ -78,7 +88,7 @@ def replayed(function: Callable[..., R]) -> Callable[..., R]:
             if len(known) >= MOST:
                 known.clear()
             known[made] = _NEW
-            return function(*args)
+            return compile_together(function, *args)
         result, replay = _record(function, args, held)
         known[made] = replay or _PLAIN
         return result
