@@ -1,4 +1,4 @@
-"""What a Mamba-3 layer does before its scan, in one pass, at sizes of real layers: on a GPU, or in the interpreter."""
+"""The kernels of a Mamba-3 layer between its projections at sizes of real layers: on a GPU, or in the interpreter."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from everstate.bench.kernels import norm_error
 from everstate.core.op import REFERENCE
+from everstate.core.packing import Packing
 from everstate.ops import Mamba3Layer, TrapezoidState, mamba3_scan, use
 from everstate.ops.mamba3.ends import enter
 from everstate.ops.norm import rms_norm
@@ -102,3 +103,60 @@ def test_what_is_refused(kernel_device: torch.device) -> None:
     assert explain(given["projected"]) == "accepts"
     assert "float64" in explain(given["projected"].double())
     assert "no tokens" in explain(given["projected"][:, :0])
+
+
+def layer_outcome(function: Any, given: dict[str, Tensor], packing: Packing | None, **settings: Any) -> list[Tensor]:
+    """Outputs, states and gradients of everything, of a whole layer."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in given.items()}
+    parts = dict(leaves)
+    state = TrapezoidState(*(parts.pop(name) for name in TrapezoidState._fields))
+    projected, out_proj = parts.pop("projected"), parts.pop("out_proj", None)
+    y, after = function(projected, state, layer=Mamba3Layer(**parts, **settings), out_proj=out_proj, packing=packing)
+    outputs, generator = [y, *after], torch.Generator().manual_seed(1)
+    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), upstream)]
+
+
+def draw_layer(
+    device: torch.device, length: int, d_state: int, dtype: torch.dtype, sequences: int = 2, **more: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """Four heads of 64, whose rows of projected lie apart."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator)
+    heads, headdim, pairs = 4, 64, d_state // 4
+    width = 2 * heads * headdim + 2 * d_state + 3 * heads + pairs
+    low = {"projected": normal(2, length, width), **{name: normal(*shape) for name, shape in more.items()}}
+    low |= {"B_norm": normal(d_state) + 1, "C_norm": normal(d_state) + 1}
+    full = {
+        "dt_bias": torch.rand(heads, generator=generator) * 3 - 4, "D": normal(heads),
+        "B_bias": normal(heads, 1, d_state), "C_bias": normal(heads, 1, d_state),
+        "ssm": normal(sequences, heads, headdim, d_state), "k": normal(sequences, 1, heads, d_state),
+        "x": normal(sequences, heads, headdim), "angle": normal(sequences, heads, pairs),
+    }  # fmt: skip
+    return {name: t.to(device, dtype) for name, t in low.items()} | {name: t.to(device) for name, t in full.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "more", "packed"),
+    [
+        (torch.bfloat16, {"out_proj": (24, 256)}, False),
+        (torch.bfloat16, {"norm": (256,), "out_proj": (24, 256)}, True),
+        (torch.float32, {}, False),
+    ],
+    ids=["gate and projection", "norm, packed", "float32"],
+)  # fmt: skip
+def test_one_operator_gives_what_its_parts_give(
+    dtype: torch.dtype, more: dict[str, tuple[int, ...]], packed: bool, hopper: torch.device
+) -> None:
+    from everstate.ops.mamba3.triton import _in_parts, mamba3_scan
+
+    packing = Packing([0, 64, 192]) if packed else None
+    given = draw_layer(hopper, 96 if packed else 70, 64, dtype, **more)
+    in_parts = lambda projected, state, *, layer, out_proj, packing: _in_parts(
+        projected, state, None, layer, out_proj, packing
+    )
+    with use("triton"):
+        got, expected = (layer_outcome(f, given, packing) for f in (mamba3_scan, in_parts))
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert norm_error(one, other.double()) <= (1e-5 if dtype == torch.float32 else 5e-3)

@@ -22,7 +22,7 @@ def call(example: Example, packing: Packing | None = None) -> Any:
     fixed = {**dict.fromkeys(("B_bias", "C_bias", "mimo_x", "D")), **example.fixed}
     interleaved = fixed.pop("interleaved", True)
     state = (t.float() for t in example.state)
-    return kernels._Call(kernels.Arguments(*example.timed.values(), *state, **fixed), interleaved, ends)
+    return kernels.Call(kernels.Arguments(*example.timed.values(), *state, **fixed), interleaved, ends)
 
 
 def agree(example: Example, **settings: Any) -> None:

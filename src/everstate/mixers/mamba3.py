@@ -130,10 +130,13 @@ class Mamba3(Mixer):
     ) -> tuple[Float[Tensor, "b l d"], TrapezoidState]:
         if is_long(x, packing):
             return forward_by_segments(self, x, state, delta_t)
+        out_proj = self.out_proj
+        plain = out_proj.bias is None and out_proj.scale is None
         y, state = mamba3_scan(
-            self.in_proj(x), state, delta_t, layer=self._layer(), packing=packing, chunk_size=self.config.chunk_size
-        )
-        return self.out_proj(y), state
+            self.in_proj(x), state, delta_t, layer=self._layer(), out_proj=out_proj.weight if plain else None,
+            packing=packing, chunk_size=self.config.chunk_size,
+        )  # fmt: skip
+        return y if plain else out_proj(y), state
 
     def step_(
         self,

@@ -12,16 +12,15 @@ import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from everstate.core.kernels import kernel_op
 from everstate.core.packing import Packing
 from everstate.ops.conv1d import triton as conv1d
-from everstate.ops.glu import triton as glu
 from everstate.ops.mamba2.ends import Mamba2Layer, Mamba2State
-from everstate.ops.norm import triton as norm
 from everstate.ops.ssd.triton import BLOCK_H, Call
 from everstate.ops.triton_common import LOG2E, softplus
+from everstate.ops.triton_ends import leave, leave_gradients
 from everstate.ops.triton_launch import cdiv, launch
 from everstate.ops.triton_replay import replayed
 from everstate.ops.triton_rows import dense
@@ -64,11 +63,7 @@ def _scan(
     _weigh(call, given.dt, dt_bias, A_log, low, high)
     y, final = call.scan(ssm)
     y = y.flatten(2)
-    if scale is None:
-        out = glu.apply(given.z.flatten(0, 1), y.flatten(0, 1), True).view(y.shape)
-    else:
-        out = norm.normalise(y, given.z, scale, eps, ngroups, _mode(before))
-    return out if out_proj is None else nn.functional.linear(out, out_proj.to(out.dtype)), last, final, y
+    return leave(y, given.z, scale, out_proj, eps, ngroups, before), last, final, y
 
 
 @_scan.register_fake
@@ -97,7 +92,7 @@ def _backward(
     given = _Parts(projected, conv_weight, dt_bias)
     dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
     wants = _Parts(dprojected, conv_weight, dt_bias)
-    dy, dscale, dout_proj = _gate_gradients(dout, y, given.z, scale, out_proj, eps, ngroups, before, wants.z)
+    dy, dscale, dout_proj = leave_gradients(dout, y, given.z, scale, out_proj, eps, ngroups, before, wants.z)
     convolved, _ = conv1d.convolve(given.xBC, conv_weight, conv_bias, conv, ends, True)
     call = _call(convolved, ssm, D, ngroups, ends)
     _weigh(call, given.dt, dt_bias, A_log, low, high)
@@ -175,30 +170,6 @@ def _inputs(xBC: Float[Tensor, "b l d"], ssm: Float[Tensor, "seqs h p n"], ngrou
 def _call(convolved: Float[Tensor, "b l d"], ssm: Tensor, D: Tensor, ngroups: int, ends: Sequence[int]) -> Call:
     x, B, C = _inputs(convolved, ssm, ngroups)
     return Call(x, B, C, None, D, ends)
-
-
-def _gate_gradients(
-    dout: Tensor, y: Tensor, z: Tensor, scale: Tensor | None, out_proj: Tensor | None, eps: float, ngroups: int,
-    before: bool, dz: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of y, of the scale of the norm, and of out_proj; that of z is written into `dz`."""
-    projected, again = dout.flatten(0, 1), None
-    if out_proj is not None:
-        dout, again = (projected @ out_proj.to(y.dtype)).view(y.shape), torch.empty_like(y)
-    if scale is not None:
-        dy, dscale = norm.differentiate(dout, y, z, scale, eps, ngroups, _mode(before), dz, again)
-    else:
-        dy, dscale = torch.empty_like(y), None
-        gate, up, dgate, dup = (t.flatten(0, 1) for t in (z, y, dz, dy))
-        glu.differentiate(dout, gate, up, dgate, dup, True)
-        again = None if again is None else glu.apply(gate, up, True)
-    if out_proj is None or again is None:
-        return dy, dscale, None
-    return dy, dscale, (projected.T @ again.view(-1, y.shape[2])).to(out_proj.dtype)
-
-
-def _mode(before: bool) -> int:
-    return norm.GATE_LAST if before else norm.GATE_FIRST
 
 
 def _weigh(

@@ -8,6 +8,7 @@ from torch import Tensor
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.ops.glu import gated
+from everstate.ops.linear import linear
 from everstate.ops.mamba3.ends import Mamba3Layer, enter, leave
 from everstate.ops.norm import gated_rms_norm, rms_norm
 from everstate.ops.trapezoid import TrapezoidState, trapezoid_scan, trapezoid_step_
@@ -19,16 +20,18 @@ def mamba3_scan(
     delta_t: Float[Tensor, "b l"] | None = None,
     *,
     layer: Mamba3Layer,
+    out_proj: Float[Tensor, "d e"] | None = None,
     packing: Packing | None = None,
     chunk_size: int = 64,
-) -> tuple[Float[Tensor, "b l e"], TrapezoidState]:
+) -> tuple[Float[Tensor, "b l d"], TrapezoidState]:
     """See `everstate.ops.mamba3_scan`."""
     z, inputs = enter(projected, delta_t, layer, state, rms_norm)
     y, state = trapezoid_scan(
         *inputs, state, B_bias=layer.B_bias, C_bias=layer.C_bias, mimo_x=layer.mimo_x, D=layer.D,
         interleaved=layer.interleaved, packing=packing, chunk_size=chunk_size,
     )  # fmt: skip
-    return leave(y, z, layer, gated, gated_rms_norm), state
+    out = leave(y, z, layer, gated, gated_rms_norm)
+    return out if out_proj is None else linear(out, out_proj.to(out.dtype)), state
 
 
 def mamba3_step_(

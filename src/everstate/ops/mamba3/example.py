@@ -54,6 +54,11 @@ def _siso_norm(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     return _example(draw, batch, length, sequences, rank=1, pairs=3, ngroups=1, **more)
 
 
+def _projected(draw: Draw, batch: int, length: int, sequences: int) -> Example:
+    example = _siso(draw, batch, length, sequences)
+    return example._replace(fixed={**example.fixed, "out_proj": draw.normal(7, HEADS * HEADDIM)}, step=None)
+
+
 def _mimo(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     factors = {name: draw.normal(HEADS, 3, HEADDIM) for name in ("mimo_x", "mimo_z", "mimo_o")}
     more = {"interleaved": False, "A_activation": "heavy_tail", **factors}
@@ -66,4 +71,10 @@ def _mimo_norm(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     return _example(draw, batch, length, sequences, rank=2, pairs=1, ngroups=4, **more)
 
 
-mamba3_scan: Variants = {"siso": _siso, "siso, norm": _siso_norm, "mimo": _mimo, "mimo, norm": _mimo_norm}
+mamba3_scan: Variants = {
+    "siso": _siso,
+    "siso, norm": _siso_norm,
+    "projected": _projected,
+    "mimo": _mimo,
+    "mimo, norm": _mimo_norm,
+}

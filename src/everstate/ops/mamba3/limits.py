@@ -19,6 +19,7 @@ def accepts_scan(
     delta_t: Tensor | None = None,
     *,
     layer: Any,
+    out_proj: Tensor | None = None,
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `mamba3_scan` do not serve these arguments, or None."""
@@ -27,7 +28,7 @@ def accepts_scan(
     heads, _, d_state = layer.B_bias.shape
     if max(heads, d_state, state.angle.shape[-1]) > WIDEST:
         return f"takes up to {WIDEST} heads and {WIDEST} numbers per channel, not {heads} and {d_state}"
-    return refusal(projected, delta_t, *state, *(part for part in layer if isinstance(part, Tensor)))
+    return refusal(projected, delta_t, out_proj, *state, *(part for part in layer if isinstance(part, Tensor)))
 
 
 def accepts_step(

@@ -12,7 +12,7 @@ a Hopper GPU; and from both states, what all later chunks say of the angles. The
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from types import ModuleType
@@ -112,9 +112,9 @@ def _scan(
     B_bias: Tensor | None, C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None,
     interleaved: bool, ends: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Outputs, the state at the end, and what backward asks for: `_Call.phases` and `_Call.kept`."""
+    """Outputs, the state at the end, and what backward asks for: `Call.phases` and `Call.kept`."""
     given = Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
-    call = _Call(given, interleaved, ends)
+    call = Call(given, interleaved, ends)
     y, final, final_angle = call.scan()
     return y, final, *call.leave(final_angle), final_angle, call.phases, call.kept
 
@@ -128,12 +128,17 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty(*x.shape[:2], B.shape[2], *x.shape[2:])
     empty = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)
-    tokens = CHUNK // power_of_2(B.shape[2])
+    given = Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
+    return y, empty(ssm), empty(k), empty(last), empty(angle), *phases_and_kept(given, ends)
+
+
+def phases_and_kept(given: Arguments, ends: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Memory for what forward keeps for backward."""
+    x, B = given.x, given.B
     lengths = [b - a for a, b in pairwise(ends)] if ends else [x.shape[1]] * x.shape[0]
-    chunks = sum(cdiv(length, tokens) for length in lengths)
-    phases = x.new_empty(chunks + len(lengths), *angle.shape[1:], dtype=torch.int32)
-    kept = ssm.new_empty(_count_kept(x, omega, B, mimo_x, lengths), *ssm.shape[2:])
-    return y, empty(ssm), empty(k), empty(last), empty(angle), phases, kept
+    chunks = sum(cdiv(length, CHUNK // power_of_2(B.shape[2])) for length in lengths)
+    phases = x.new_empty(chunks + len(lengths), *given.angle.shape[1:], dtype=torch.int32)
+    return phases, _empty_kept(given, lengths)
 
 
 def _has_sizes(x: Tensor, B: Tensor) -> bool:
@@ -147,12 +152,14 @@ def _is_single(x: Tensor, omega: Tensor, B: Tensor, mimo_x: Tensor | None) -> bo
     return _has_sizes(x, B) and B.shape[2] == 1 and mimo_x is None and 4 * omega.shape[2] == B.shape[4]
 
 
-def _count_kept(x: Tensor, omega: Tensor, B: Tensor, mimo_x: Tensor | None, lengths: Iterable[int]) -> int:
-    """How many states that enter segments are kept, of sequences of these lengths: where a Hopper GPU may ask."""
-    single = _is_single(x, omega, B, mimo_x) and x.dtype.itemsize == 2 and capability(x.device)[0] == 9
+def _empty_kept(given: Arguments, lengths: Sequence[int]) -> Float[Tensor, "states p n"]:
+    """For states that enter segments of sequences of these lengths: where a Hopper GPU may ask."""
+    x = given.x
+    single = _is_single(x, given.omega, given.B, given.mimo_x) and x.dtype.itemsize == 2
     chunks, heads = [cdiv(length, CHUNK) for length in lengths], x.shape[2]
-    pieces = fill(len(chunks) * heads // 2, x.device) if single else 1
-    return 0 if pieces == 1 else sum(cdiv(count, cdiv(count, pieces)) for count in chunks) * heads
+    pieces = fill(len(chunks) * heads // 2, x.device) if single and capability(x.device)[0] == 9 else 1
+    states = 0 if pieces == 1 else sum(cdiv(count, cdiv(count, pieces)) for count in chunks) * heads
+    return given.ssm.new_empty(states, *given.ssm.shape[2:])
 
 
 @kernel_op("trapezoid_scan_backward")
@@ -166,7 +173,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of all arguments that are given, in their order."""
     given = Arguments(x, dt, A, lam, omega, B, C, ssm, k, last, angle, B_bias, C_bias, mimo_x, D)
-    grads = _Call(given, interleaved, ends, phases, kept).gradients(dy, dssm, dk, dlast, dangle)
+    grads = Call(given, interleaved, ends, phases, kept).gradients(dy, dssm, dk, dlast, dangle)
     return [grad.to(t.dtype) for grad, t in zip(grads, given, strict=True) if t is not None and grad is not None]
 
 
@@ -213,7 +220,7 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _hopper(call: "_Call", bounds: Sequence[int]) -> ModuleType | None:
+def _hopper(call: "Call", bounds: Sequence[int]) -> ModuleType | None:
     """The kernels that are written for Hopper GPUs, where they serve."""
     x, omega, B = call.given.x, call.given.omega, call.given.B
     chunks = sum(cdiv(b - a, call.tokens) for a, b in pairwise(bounds))
@@ -235,7 +242,7 @@ def _apart(sums: Float[Tensor, "h *n"], parts: int) -> Float[Tensor, "h *n"]:
     return torch.cat([each[:, :1], each.diff(dim=1)], 1).flatten(0, 1)
 
 
-class _Call:
+class Call:
     """The arguments as the kernels want them, and the launches that forward and backward share."""
 
     def __init__(
@@ -274,7 +281,7 @@ class _Call:
             self.phases = phases
         # The states that enter segments, where forward has found them; members of pairs lie side by side.
         self.found = kept is not None and self.single and len(self.plan.segments) > len(bounds) - 1
-        self.kept = self._empty_kept(bounds) if kept is None else kept
+        self.kept = _empty_kept(given, [b - a for a, b in pairwise(bounds)]) if kept is None else kept
 
     # What only some kernels ask for is made when they do.
 
@@ -563,11 +570,6 @@ class _Call:
         )  # fmt: skip
         return ends
 
-    def _empty_kept(self, bounds: Sequence[int]) -> Float[Tensor, "states p n"]:
-        given, lengths = self.given, (b - a for a, b in pairwise(bounds))
-        states = _count_kept(given.x, given.omega, given.B, given.mimo_x, lengths)
-        return given.ssm.new_empty(states, *given.ssm.shape[2:])
-
     @property
     def kept_states(self) -> Float[Tensor, "segments h p n"]:
         return self.kept[: len(self.plan.segments) * self.heads].unflatten(0, (-1, self.heads))
@@ -616,10 +618,12 @@ class _Call:
         )  # fmt: skip
 
     def gradients(
-        self, dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None
-    ) -> list[Tensor | None]:
+        self, dy: Tensor, dssm: Tensor | None, dk: Tensor | None, dlast: Tensor | None, dangle: Tensor | None,
+        into: Float[Tensor, "t h p"] | None = None,
+    ) -> list[Tensor | None]:  # fmt: skip
         """Those of all arguments, in their order; None for arguments that are not given. Of what follows the last
-        tokens, None stands for zeros."""
+        tokens, None stands for zeros. That of x is written `into` memory of the caller, if there is such."""
+        self.into = into
         dy = _rows(dy)
         if self.hopper is not None and (self.rank > 1 or not can_copy(dy.squeeze(1))):
             dy = dy.contiguous()
@@ -632,6 +636,8 @@ class _Call:
         inputs, keys = self._chunk_gradients(dy, k, q, entering, leaving, later)
         del entering, leaving, k, q
         enter = self._enter_gradients(dentered)
+        if into is not None and inputs.x is not into:
+            inputs = inputs._replace(x=into.copy_(inputs.x))
         if dlast is not None:
             inputs.x[self.homes.last] += dlast.to(inputs.x.dtype)
         dB_bias = keys.B_bias
@@ -686,8 +692,7 @@ class _Call:
 
     def _splits(self) -> int:
         """Programs among which the heads of a group are divided in the gradients: as few as fill the GPU."""
-        programs = len(self.plan.chunks) * self.groups
-        return splits_of(self.heads // self.groups, programs, 2 * processors(self.x.device))
+        return splits_of(self.heads // self.groups, len(self.plan.chunks) * self.groups, 2 * processors(self.x.device))
 
     def _key_gradients(
         self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor, later: Tensor

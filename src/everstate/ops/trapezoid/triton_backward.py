@@ -37,7 +37,7 @@ from everstate.ops.triton_launch import launch
 from everstate.ops.triton_segments import only
 
 if TYPE_CHECKING:
-    from everstate.ops.trapezoid.triton import _Call
+    from everstate.ops.trapezoid.triton import Call
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _store_input_gradients(
 
 
 def rank_gradients(
-    call: "_Call", du: Float[Tensor, "t r h p"], numbers: Float[Tensor, "numbers chunks h e"], dD: Tensor | None
+    call: "Call", du: Float[Tensor, "t r h p"], numbers: Float[Tensor, "numbers chunks h e"], dD: Tensor | None
 ) -> InputGradients:
     """Gradients of inputs, decays, scales and own weights from those of entries."""
     count, steps = len(call.plan.chunks), call.steps

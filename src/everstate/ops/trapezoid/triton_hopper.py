@@ -35,7 +35,7 @@ from everstate.ops.triton_launch import Form, Tiles, cdiv, launch
 from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
-    from everstate.ops.trapezoid.triton import _Call
+    from everstate.ops.trapezoid.triton import Call
 
 _KEYS = {width: Form(1, CHUNK, width, layout=gl.NVMMASharedLayout(2 * width, 16, 3)) for width in (32, 64)}
 _PARTS = {width: Form(CHUNK, width, layout=gl.NVMMASharedLayout(2 * width, 16, 2)) for width in (16, 32, 64)}
@@ -95,7 +95,7 @@ WIDEN = gl.constexpr("""{
 MASK = gl.constexpr("and.b32 $0, $1, $2;")
 
 
-def forward(call: _Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
+def forward(call: Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
     """Write outputs to `y`; the states and angles after each sequence, of which `final` may get the first."""
     side_by_side = lambda t: call.side_by_side(t).contiguous()
     given, segments = call.given, len(call.plan.segments)
@@ -120,7 +120,7 @@ def forward(call: _Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
     return call.as_given(final), angle
 
 
-def _parts(call: _Call) -> int:
+def _parts(call: Call) -> int:
     """Parts of a segment that are swept by themselves: such that programs fill whole rounds of the GPU, and with
     the time for two chunks until one is under way."""
     available, count = processors(call.x.device), len(call.plan.segments) - len(call.plan.sequences)
@@ -130,7 +130,7 @@ def _parts(call: _Call) -> int:
 
 
 def scan(
-    call: _Call, entering: Tensor, owed: tuple[Tensor, Tensor] | None, starts: Tensor | None, y: Tensor, final: Tensor,
+    call: Call, entering: Tensor, owed: tuple[Tensor, Tensor] | None, starts: Tensor | None, y: Tensor, final: Tensor,
     final_angle: Tensor, phases: Tensor,
 ) -> None:  # fmt: skip
     """Outputs, and states and angles at the end. Members of a pair lie side by side in keys and states.
@@ -152,7 +152,7 @@ def scan(
     )  # fmt: skip
 
 
-def sweep(call: _Call, pieces: Tensor, ends: Tensor, kept: Tensor, turns: Tensor) -> None:
+def sweep(call: Call, pieces: Tensor, ends: Tensor, kept: Tensor, turns: Tensor) -> None:
     """What each piece of a sequence adds to a state of zeros, as if all angles started from zero; the log of how much
     of an older state it keeps; and the phases by which it turns. `pieces` is made as `Plan.segments`.
     """
@@ -165,17 +165,17 @@ def sweep(call: _Call, pieces: Tensor, ends: Tensor, kept: Tensor, turns: Tensor
     )  # fmt: skip
 
 
-def sizes_of(call: _Call) -> dict[str, int]:
+def sizes_of(call: Call) -> dict[str, int]:
     return {
         "HEADS": call.heads, "GROUPS": call.groups, "P": call.headdim, "HALF": call.pairs, "BLOCK": call.tokens
     }  # fmt: skip
 
 
-def rows(call: _Call, t: Float[Tensor, "*b h p"]) -> Tiles:
+def rows(call: Call, t: Float[Tensor, "*b h p"]) -> Tiles:
     return rows_of(t, call.batch, call.length)
 
 
-def _keys_of(call: _Call, t: Float[Tensor, "t g n"]) -> Tiles:
+def _keys_of(call: Call, t: Float[Tensor, "t g n"]) -> Tiles:
     """Tiles of half of the columns of B or C."""
     step = t.stride(0)
     shape, strides = (call.batch, call.length, t.shape[1] * t.shape[2]), (call.length * step, step, 1)

@@ -42,7 +42,7 @@ from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of
 from everstate.ops.triton_launch import Form, Tiles, launch
 
 if TYPE_CHECKING:
-    from everstate.ops.trapezoid.triton import _Call
+    from everstate.ops.trapezoid.triton import Call
 
 
 SWAP_ROWS = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 4, 0x1f, 0xffffffff;")
@@ -53,7 +53,7 @@ threads of a warp share a row."""
 
 
 def gradients(
-    call: _Call, dy: Tensor, entering: Tensor, leaving: Tensor, later: Tensor, splits: int
+    call: Call, dy: Tensor, entering: Tensor, leaving: Tensor, later: Tensor, splits: int
 ) -> tuple[InputGradients, KeyGradients]:
     """Those of inputs; those of B, C and omega, by part of the heads, and of dt, given what later chunks say of angles.
 
@@ -61,9 +61,10 @@ def gradients(
     """
     count, total, steps = len(call.plan.chunks), call.batch * call.length, call.steps
     by_head = lambda *sizes: steps.new_empty(count, call.heads, *sizes)
+    dx = call.x.new_empty(total, call.heads, call.headdim) if call.into is None else call.into
     inputs = InputGradients(
-        call.x.new_empty(total, call.heads, call.headdim), by_head(call.tokens), by_head(call.tokens),
-        by_head(call.tokens), None, None if call.D is None else by_head(),
+        dx, by_head(call.tokens), by_head(call.tokens), by_head(call.tokens), None,
+        None if call.D is None else by_head(),
     )  # fmt: skip
     dtype = call.x.dtype
     dB, dC = call.B.new_empty(2, splits, *call.given.B.shape, dtype=torch.float32 if splits > 1 else dtype).unbind(0)
@@ -76,7 +77,7 @@ def gradients(
         _rows_of(call.B_bias), _rows_of(call.C_bias), call.D, call.omega, later,
         inputs.x, inputs.decays, inputs.scales, inputs.owns, inputs.D, dB, dC,
         dB_bias, dC_bias, domega, ddt, call.plan.chunks, total, call.length, call.omega.stride(0),
-        **sizes_of(call), SPLITS=splits, INTERLEAVED=call.interleaved, STAGES=2,
+        **sizes_of(call), SPLITS=splits, DX=dx.stride(0), INTERLEAVED=call.interleaved, STAGES=2,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return inputs, KeyGradients(dB, dC, dB_bias, dC_bias, domega, ddt)
@@ -290,7 +291,8 @@ def _own_weights(mine, direct, own, D, head, dD, place):
 @gluon.jit
 def _inputs(
     tiles, vectors, pairs, answered, barriers, dx, D, ddecays, dscales, downs, dD, chunk, start, end, head,
-    HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, DX: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the gradients of x, the decays, scales, own weights and D, and on the way what pairs of entries say
     to each other. Pairs are `[j, i]`: i receives from j."""
@@ -336,8 +338,7 @@ def _inputs(
         gl.store(ddecays + place * BLOCK + j, ddecay + gl.where(j == BLOCK - 1, gl.sum(through, 0), 0.0))
         dinput = warpgroup_mma_wait(0, (dinput,)) + mine[:, None] * answers
         mbarrier.arrive(empty.index(at), count=1)
-        row = start.to(gl.int64) * (HEADS * P) + (head + step) * P
-        _store_rows(dx + row, dinput, start, end, HEADS * P, SQUARE)
+        _store_rows(dx + (start.to(gl.int64) * DX + (head + step) * P), dinput, start, end, DX, SQUARE)
 
 
 @gluon.jit
@@ -596,7 +597,7 @@ def gradients_kernel(
     x, dy, steps, B, C, entering, leaving, cos, sin, B_bias, C_bias, D, omega, later, dx, ddecays, dscales, downs, dD,
     dB, dC, dB_bias, dC_bias, domega, ddt, chunks, total, length, omega_token,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
-    SPLITS: gl.constexpr, INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
+    SPLITS: gl.constexpr, DX: gl.constexpr, INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program per chunk, group and part of its heads."""
     EACH: gl.constexpr = HEADS // GROUPS // SPLITS
@@ -626,8 +627,8 @@ def gradients_kernel(
     tensors = (x, dy, steps, B, C, entering, leaving, cos, sin, B_bias, C_bias)
     gl.warp_specialize(
         [
-            (_inputs, (tiles, vectors, pairs, answered, (full, empty, made, weighed, free, asked),
-                       dx, D, ddecays, dscales, downs, dD, chunk, start, end, head, HEADS, EACH, P, BLOCK, STAGES)),
+            (_inputs, (tiles, vectors, pairs, answered, (full, empty, made, weighed, free, asked), dx, D, ddecays,
+                       dscales, downs, dD, chunk, start, end, head, HEADS, EACH, P, DX, BLOCK, STAGES)),
             (_turning, (tiles, vectors, pairs, (full, angled, empty, made, weighed, free, told), dB, dC,
                         dB_bias, dC_bias, chunk, start, end, total, head, group, split,
                         HEADS, GROUPS, EACH, P, HALF, BLOCK, INTERLEAVED, STAGES)),

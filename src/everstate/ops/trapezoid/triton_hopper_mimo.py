@@ -27,7 +27,7 @@ from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of
 from everstate.ops.triton_launch import Form, Tiles, launch
 
 if TYPE_CHECKING:
-    from everstate.ops.trapezoid.triton import _Call
+    from everstate.ops.trapezoid.triton import Call
 
 ENTRIES = gl.constexpr(64)
 """Entries of a chunk."""
@@ -39,7 +39,7 @@ REGISTERS = 128
 """Registers of a thread when a program of four groups of 128 threads starts; they then share them out."""
 
 
-def forward(call: _Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
+def forward(call: Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
     """Write outputs to `y`; the states and angles after each sequence."""
     launch(
         scan_kernel, (len(call.plan.segments) * call.heads // 2,),
@@ -62,7 +62,7 @@ def tiles_of(t: Tensor, rows: int, parts: int) -> Tiles:
     return Tiles(flat, tuple(flat.shape), flat.stride(), _form_of(rows, t.shape[-1] // parts))
 
 
-def sizes_of(call: _Call) -> dict[str, Any]:
+def sizes_of(call: Call) -> dict[str, Any]:
     return {
         "HEADS": call.heads, "GROUPS": call.groups, "P": call.headdim, "HALF": call.pairs, "RANKS": call.ranks,
         "INPUTS": laid(call.ranks, call.headdim, 8),

@@ -44,11 +44,11 @@ from everstate.ops.triton_launch import launch
 from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
-    from everstate.ops.trapezoid.triton import _Call
+    from everstate.ops.trapezoid.triton import Call
 
 
 def gradients(
-    call: _Call, dy: Tensor, entering: Tensor, leaving: Tensor, later: Tensor, splits: int
+    call: Call, dy: Tensor, entering: Tensor, leaving: Tensor, later: Tensor, splits: int
 ) -> tuple[InputGradients, KeyGradients]:
     """Those of inputs; those of B, C and omega, by part of the heads, and of dt, given what later chunks say of angles.
 

@@ -43,7 +43,7 @@ from everstate.ops.triton_hopper import barriers_of, place_of, rows_of
 from everstate.ops.triton_launch import launch
 
 if TYPE_CHECKING:
-    from everstate.ops.trapezoid.triton import _Call
+    from everstate.ops.trapezoid.triton import Call
 
 
 REGISTERS = 168
@@ -51,7 +51,7 @@ REGISTERS = 168
 
 
 def sweep(
-    call: _Call, dy: Tensor | None, entering: Tensor | None, chunks: Tensor, last: Tensor, entered: Tensor | None,
+    call: Call, dy: Tensor | None, entering: Tensor | None, chunks: Tensor, last: Tensor, entered: Tensor | None,
     turned: Tensor | None,
 ) -> None:  # fmt: skip
     """The state before each chunk goes to `chunks`, that after the last to `last`. Given dy, backwards, its gradient;

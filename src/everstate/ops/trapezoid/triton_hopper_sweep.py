@@ -35,11 +35,11 @@ from everstate.ops.triton_hopper import barriers_of, place_of, vectors_of
 from everstate.ops.triton_launch import launch
 
 if TYPE_CHECKING:
-    from everstate.ops.trapezoid.triton import _Call
+    from everstate.ops.trapezoid.triton import Call
 
 
 def sweep(
-    call: _Call, dy: Tensor | None, entering: Tensor | None, chunks: Tensor | None, ends: Tensor,
+    call: Call, dy: Tensor | None, entering: Tensor | None, chunks: Tensor | None, ends: Tensor,
     entered: Tensor | None, turned: Tensor | None, kept: Tensor | None,
 ) -> None:  # fmt: skip
     """The states, forwards; or with dy their gradients, backwards."""
