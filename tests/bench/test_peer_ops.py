@@ -15,7 +15,7 @@ from everstate.bench.peer_ops import PEERS, peers_of, step_peer
 from everstate.bench.shapes import GPU_SHAPES, STEPS
 from everstate.core.state import clone
 from everstate.ops import OPS
-from everstate.ops.example import Draw
+from everstate.ops.example import Draw, Example
 
 TOKENS = 9
 
@@ -59,6 +59,24 @@ def fused_linear_cross_entropy_loss(x: Tensor, target: Tensor, weight: Tensor, *
     return torch.nn.functional.cross_entropy(x @ weight.T, target, reduction=reduction)
 
 
+def mamba_chunk_scan_combined(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, *, D: Tensor, initial_states: Tensor,
+    return_final_states: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    keys, queries = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))
+    y, state = chunk_simple_gla(
+        queries, keys * dt[..., None], x, dt * A, scale=1.0, initial_state=initial_states, output_final_state=True,
+        state_v_first=True,
+    )  # fmt: skip
+    return y + D[:, None] * x, state
+
+
+def rmsnorm_fn(x: Tensor, weight: Tensor, bias: None, *, z: Tensor, eps: float, norm_before_gate: bool) -> Tensor:
+    assert not norm_before_gate
+    y = x * torch.nn.functional.silu(z)
+    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight
+
+
 def selective_state_update(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None = None,
     dt_bias: Tensor | None = None, dt_softplus: bool = False,
@@ -79,6 +97,8 @@ NAMES = {
     "fla.modules.rotary": rotary_embedding,
     "fla.modules.fused_linear_cross_entropy": fused_linear_cross_entropy_loss,
     "mamba_ssm.ops.triton.selective_state_update": selective_state_update,
+    "mamba_ssm.ops.triton.ssd_combined": mamba_chunk_scan_combined,
+    "mamba_ssm.ops.triton.layernorm_gated": rmsnorm_fn,
 }
 
 
@@ -98,10 +118,10 @@ def _plain_peers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
-@pytest.mark.parametrize("op", [op for op, peers in PEERS.items() if "fla" in peers])
-def test_fla_computes_what_our_op_does(op: str) -> None:
+@pytest.mark.parametrize("op", [op for op in PEERS if op != "trapezoid_scan"])
+def test_a_peer_computes_what_our_op_does(op: str) -> None:
     example = GPU_SHAPES[op](Draw(dtype=torch.float32), 128, TOKENS)
-    assert list(peers_of(op, example)) == ["fla"]
+    assert list(peers_of(op, example)) == list(PEERS[op])
     assert kernels.disagreements(op, example) == {}
 
 
@@ -115,10 +135,24 @@ def test_a_step_of_mamba_ssm_computes_what_ours_does(name: str) -> None:
     assert kernels.step_disagreement(op, token, example.state, peer) is None
     wrong = lambda state: 2 * OPS[op](**token, state=clone(state))
     assert "differ from ours by 1e+00" in str(kernels.step_disagreement(op, token, example.state, wrong))
+    # One that cannot be made on this machine.
+    failing = step_peer(name, {}, example.state)
+    assert failing is not None
+    assert "of mamba_ssm: " in str(kernels.step_disagreement(op, token, example.state, failing))
 
 
 def test_a_peer_that_is_not_installed_is_not_there() -> None:
     example = GPU_SHAPES["trapezoid_scan"](Draw(dtype=torch.float32), 128, TOKENS)
     assert peers_of("trapezoid_scan", example) == {}
+    assert kernels.disagreements("trapezoid_scan", example) == {}
     assert peers_of("selective_scan", GPU_SHAPES["selective_scan"](Draw(dtype=torch.float32), 128, TOKENS)) == {}
     assert step_peer("mamba3_step_", {}, None) is None
+
+
+def test_a_peer_that_cannot_be_made_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(example: Example) -> Any:
+        raise AttributeError("this Triton has no such thing")
+
+    monkeypatch.setitem(PEERS, "ssd_scan", {"peer": make})
+    found = kernels.disagreements("ssd_scan", GPU_SHAPES["ssd_scan"](Draw(dtype=torch.float32), 128, TOKENS))
+    assert found == {"peer": "ssd_scan of peer: this Triton has no such thing"}

@@ -193,12 +193,7 @@ def test_a_step_of_mamba1(
     draw, narrow = draws(kernel_device, dtype), draws(kernel_device, torch.float32)
     rows, channels, d_state = 3, 70, 12
     x, z, dt, B, C = (draw(rows, n) for n in (channels, channels, channels, d_state, d_state))
-    A_log, dt_bias, D, pool = (
-        narrow(channels, d_state),
-        narrow(channels) - 2,
-        narrow(channels),
-        narrow(5, channels, d_state),
-    )
+    A_log, dt_bias, D = narrow(channels, d_state), narrow(channels) - 2, narrow(channels)
     pool, delta_t = narrow(5, channels, d_state).to(state_dtype), narrow(rows).abs()
     slots = torch.tensor([4, 0, 2], device=kernel_device)
     for settings, where in (({"z": z, "D": D}, slots), ({"delta_t": delta_t}, slots), ({"z": z, "D": D}, None)):

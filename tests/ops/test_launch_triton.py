@@ -45,6 +45,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(triton_launch, "_KNOWN", True)
     monkeypatch.setattr(triton_launch, "driver", SimpleNamespace(active=pretended))
     monkeypatch.setattr(triton_launch, "_ready", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return Kernel()
 
 
@@ -110,6 +111,29 @@ def test_kernels_of_a_function_are_compiled_together(kernel: Kernel) -> None:
     assert [settings["SIZE"] for _, _, settings in kernel.asked] == [8, 16] and not kernel.run
     compile_together(function, x)
     assert calls == [0, 0, 2, 2] and len(kernel.asked) == len(kernel.run) == 2
+
+
+def test_what_is_captured_is_only_called(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from everstate.ops.triton_launch import compile_together, launch
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    compile_together(lambda x: launch(kernel, (3,), x, 32, SIZE=8), aligned())
+    assert len(kernel.asked) == 1 and not kernel.compiled
+
+
+def test_an_interruption_leaves_nothing_behind(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it waits for its threads Triton would stay in the mode in which it compiles in threads."""
+    from triton.runtime import _async_compile
+
+    from everstate.ops.triton_launch import compile_together, here, launch
+
+    def interrupted(futures: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_async_compile, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compile_together(lambda x: launch(kernel, (3,), x, 32, SIZE=8), aligned())
+    assert _async_compile.active_mode.get() is None and not here.trying and not here.rehearsing
 
 
 def test_what_fails_is_reported_by_the_function_itself(kernel: Kernel) -> None:

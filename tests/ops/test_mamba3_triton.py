@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from everstate.bench.kernels import norm_error
+from everstate.core.errors import BackendError
 from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.ops import Mamba3Layer, TrapezoidState, mamba3_scan, use
@@ -118,45 +119,68 @@ def layer_outcome(function: Any, given: dict[str, Tensor], packing: Packing | No
 
 
 def draw_layer(
-    device: torch.device, length: int, d_state: int, dtype: torch.dtype, sequences: int = 2, **more: tuple[int, ...]
+    device: torch.device, batch: int, length: int, d_state: int, dtype: torch.dtype, **more: tuple[int, ...]
 ) -> dict[str, Tensor]:
-    """Four heads of 64, whose rows of projected lie apart."""
+    """Four heads of 64 and two sequences."""
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=generator)
     heads, headdim, pairs = 4, 64, d_state // 4
     width = 2 * heads * headdim + 2 * d_state + 3 * heads + pairs
-    low = {"projected": normal(2, length, width), **{name: normal(*shape) for name, shape in more.items()}}
+    low = {"projected": normal(batch, length, width), **{name: normal(*shape) for name, shape in more.items()}}
     low |= {"B_norm": normal(d_state) + 1, "C_norm": normal(d_state) + 1}
     full = {
         "dt_bias": torch.rand(heads, generator=generator) * 3 - 4, "D": normal(heads),
         "B_bias": normal(heads, 1, d_state), "C_bias": normal(heads, 1, d_state),
-        "ssm": normal(sequences, heads, headdim, d_state), "k": normal(sequences, 1, heads, d_state),
-        "x": normal(sequences, heads, headdim), "angle": normal(sequences, heads, pairs),
+        "ssm": normal(2, heads, headdim, d_state), "k": normal(2, 1, heads, d_state),
+        "x": normal(2, heads, headdim), "angle": normal(2, heads, pairs),
     }  # fmt: skip
     return {name: t.to(device, dtype) for name, t in low.items()} | {name: t.to(device) for name, t in full.items()}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "more", "packed"),
+    ("dtype", "more", "settings", "ends"),
     [
-        (torch.bfloat16, {"out_proj": (24, 256)}, False),
-        (torch.bfloat16, {"norm": (256,), "out_proj": (24, 256)}, True),
-        (torch.float32, {}, False),
+        (torch.bfloat16, {"out_proj": (24, 256)}, {"A_activation": "heavy_tail"}, None),
+        (torch.bfloat16, {"norm": (256,), "out_proj": (24, 256)}, {"interleaved": False}, [0, 64, 192]),
+        (torch.float32, {}, {}, None),
     ],
     ids=["gate and projection", "norm, packed", "float32"],
-)  # fmt: skip
+)
 def test_one_operator_gives_what_its_parts_give(
-    dtype: torch.dtype, more: dict[str, tuple[int, ...]], packed: bool, hopper: torch.device
-) -> None:
+    dtype: torch.dtype, more: dict[str, tuple[int, ...]], settings: dict[str, Any], ends: list[int] | None,
+    hopper: torch.device,
+) -> None:  # fmt: skip
     from everstate.ops.mamba3.triton import _in_parts, mamba3_scan
 
-    packing = Packing([0, 64, 192]) if packed else None
-    given = draw_layer(hopper, 96 if packed else 70, 64, dtype, **more)
+    packing = None if ends is None else Packing(ends)
+    given = draw_layer(hopper, 2 if ends is None else 1, 70 if ends is None else ends[-1], 64, dtype, **more)
     in_parts = lambda projected, state, *, layer, out_proj, packing: _in_parts(
         projected, state, None, layer, out_proj, packing
     )
     with use("triton"):
-        got, expected = (layer_outcome(f, given, packing) for f in (mamba3_scan, in_parts))
+        got, expected = (layer_outcome(f, given, packing, **settings) for f in (mamba3_scan, in_parts))
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
         assert norm_error(one, other.double()) <= (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def test_numbers_of_a_token_may_lie_apart(kernel_device: torch.device) -> None:
+    given = draw_layer(kernel_device, 2, 9, 64, torch.float32)
+    apart = lambda projected, *rest, **more: mamba3_scan(torch.stack([projected] * 2, -1)[..., 0], *rest, **more)
+    with use("triton"):
+        for got, expected in zip(*(layer_outcome(f, given, None) for f in (apart, mamba3_scan)), strict=True):
+            assert norm_error(got, expected.double()) <= 1e-6
+
+
+def test_heads_that_the_scan_does_not_take(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a GPU has little shared memory: the scan is then PyTorch's."""
+    from everstate.ops.trapezoid import limits
+
+    given = draw_layer(kernel_device, 2, 9, 64, torch.float32)
+    with use("triton"):
+        expected = layer_outcome(mamba3_scan, given, None)
+    monkeypatch.setattr(limits, "shared_memory", lambda device: 99 * 1024)
+    for got, other in zip(layer_outcome(mamba3_scan, given, None), expected, strict=True):
+        assert norm_error(got, other.double()) <= 1e-5
+    with use("triton"), pytest.raises(BackendError, match="needs a GPU with 166,912 bytes"):
+        layer_outcome(mamba3_scan, given, None)

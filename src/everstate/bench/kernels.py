@@ -94,7 +94,8 @@ def scans(
                 candidates |= {f"{name} {kind}": call for kind, call in working(op, name, run, example, left_out)}
         timings = interleave(candidates, gate, REPEATS, device, on_device=True)
         for kind in KINDS:
-            theirs = {key.split()[0]: timing for key, timing in timings.items() if key.endswith(f" {kind}")}
+            end = f" {kind}"
+            theirs = {key.removesuffix(end): timing for key, timing in timings.items() if key.endswith(end)}
             title = f"{op} {batch} x {total // batch}" + (" + backward" if kind == "both" else "")
             yield from beside(title, total, gate, timings.get(kind), theirs)
 
@@ -106,7 +107,8 @@ def working(op: str, peer: str, run: Run, example: Example, left_out: list[str])
             call = calls(run, example)[place]
             call()
         except Exception as error:
-            left_out.append(f"{op} of {peer}, {'with backward' if kind == 'both' else kind}: {first_line(error)}")
+            reason = f"{op} of {peer}, {'with backward' if kind == 'both' else kind}: {first_line(error)}"
+            left_out += [] if reason in left_out else [reason]
         else:
             yield kind, call
 
@@ -128,13 +130,12 @@ def beside(title: str, tokens: int, gate: Gate, ours: Timing | None, theirs: dic
 
 
 def disagreements(op: str, example: Example) -> dict[str, str]:
-    """Peer -> why it is left out: it fails, or what it computes is not what our op does."""
-    # Those that have no skip connection are compared without one.
+    """Peer -> why it is left out: it fails, or its outputs are not ours. Those without D are compared without."""
     plain = example._replace(fixed={name: value for name, value in example.fixed.items() if name != "D"})
     sentences = {}
     with torch.no_grad():
         for name, run in peers_of(op, example).items():
-            asked, what = plain if name == "fla" else example, f"{op} of {name}"
+            asked, what = plain if "without D" in name else example, f"{op} of {name}"
             try:
                 reason = disagreement(what, run(asked)[0], run_op(op, asked)[0])
             except Exception as error:
@@ -158,7 +159,7 @@ def steps(name: str, d_inner: int, batches: tuple[int, ...], device: str, left_o
             candidates: dict[str, Call] = {OURS: partial(step_each, partial(OPS[op], **token), pools)}
             if (peer := step_peer(name, token, pool)) is not None:
                 if reason := step_disagreement(op, token, pool, peer):
-                    left_out.append(reason)
+                    left_out += [] if reason in left_out else [reason]
                 else:
                     candidates["mamba_ssm"] = partial(step_each, peer, pools)
             timings = {
@@ -193,8 +194,12 @@ def step_error(op: str, token: dict[str, Any], pool: Any) -> float:
 
 def step_disagreement(op: str, token: dict[str, Any], pool: Any, peer: Callable[..., object]) -> str | None:
     """Why the step of a peer is left out, or None."""
-    with torch.no_grad():
-        return disagreement(f"{op} of mamba_ssm", tensors(peer(clone(pool)))[0], OPS[op](**token, state=clone(pool)))
+    what = f"{op} of mamba_ssm"
+    try:
+        with torch.no_grad():
+            return disagreement(what, tensors(peer(clone(pool)))[0], OPS[op](**token, state=clone(pool)))
+    except Exception as error:
+        return f"{what}: {first_line(error)}"
 
 
 def disagreement(what: str, theirs: Tensor, ours: Tensor) -> str | None:

@@ -1,6 +1,6 @@
 """The ops of `mamba_ssm` and `fla` that compute what ours do, where these are installed.
 
-What a peer wants in another form is made before it is timed. A peer that gives something else than our op is left out.
+What a peer wants in another form is made before it is timed. A peer whose outputs are not ours is left out.
 """
 
 from __future__ import annotations
@@ -25,12 +25,25 @@ Step = Callable[[Any], Any]
 
 
 def peers_of(op: str, example: Example) -> dict[str, Run]:
-    """Peer -> the same op, ready for arguments of the shapes of `example`; only those that are installed."""
-    found = {}
+    """Peer -> the same op, ready for arguments of the shapes of `example`; only those that are installed.
+
+    One that cannot be made is an op that fails.
+    """
+    found: dict[str, Run] = {}
     for name, make in PEERS.get(op, {}).items():
-        with suppress(ImportError), catch_warnings(action="ignore"):
-            found[name] = make(example)
+        try:
+            with suppress(ImportError), catch_warnings(action="ignore"):
+                found[name] = make(example)
+        except Exception as error:
+            found[name] = _failing(error)
     return found
+
+
+def _failing(error: Exception) -> Callable[[Any], Any]:
+    def fail(_: Any) -> Any:
+        raise error
+
+    return fail
 
 
 def _ssd_of_mamba_ssm(example: Example) -> Run:
@@ -134,7 +147,7 @@ def _loss_of_fla(example: Example) -> Run:
 
 
 PEERS: dict[str, dict[str, Callable[[Example], Run]]] = {
-    "ssd_scan": {"mamba_ssm": _ssd_of_mamba_ssm, "fla": _ssd_of_fla},
+    "ssd_scan": {"mamba_ssm": _ssd_of_mamba_ssm, "fla without D": _ssd_of_fla},
     "trapezoid_scan": {"mamba_ssm": _trapezoid_of_mamba_ssm},
     "linear_scan": {"fla": _linear_scan_of_fla},
     "causal_conv1d": {"fla": _convolution_of_fla},
@@ -148,9 +161,12 @@ PEERS: dict[str, dict[str, Callable[[Example], Run]]] = {
 def step_peer(name: str, token: dict[str, Any], pool: Any) -> Step | None:
     """The same step of `mamba_ssm` for a pool like this, where it is installed and has one."""
     makers = {"ssd_step_": _ssd_step, "selective_step_": _selective_step, "mamba3_step_": _mamba3_step}
-    with suppress(ImportError):
+    try:
         return makers[name](token, pool) if name in makers else None
-    return None
+    except ImportError:
+        return None
+    except Exception as error:
+        return _failing(error)
 
 
 def _ssd_step(token: dict[str, Any], pool: Tensor) -> Step:

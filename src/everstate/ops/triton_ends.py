@@ -1,5 +1,7 @@
 """What stands behind the scan of a layer on a GPU: its gate and norm, and the projection that reads them.
 
+Numbers of a token lie side by side, in z too.
+
 What that reads is not kept for its gradient, but made again by the kernel that finds the gradients of the gate.
 """
 
@@ -29,9 +31,9 @@ def leave_gradients(
     dz: Float[Tensor, "b l e"],
 ) -> tuple[Float[Tensor, "b l e"], Float[Tensor, " e"] | None, Float[Tensor, "d e"] | None]:  # fmt: skip
     """The gradients of y, of the scale of the norm, and of out_proj; that of z is written into `dz`."""
-    projected, again = dout.flatten(0, 1), None
+    rows, again = dout.flatten(0, 1), None
     if out_proj is not None:
-        dout, again = (projected @ out_proj.to(y.dtype)).view(y.shape), torch.empty_like(y)
+        dout, again = (rows @ out_proj.to(y.dtype)).view(y.shape), torch.empty_like(y)
     if scale is not None:
         dy, dscale = norm.differentiate(dout, y, z, scale, eps, groups, _mode(before), dz, again)
     else:
@@ -41,7 +43,7 @@ def leave_gradients(
         again = None if again is None else glu.apply(gate, up, True)
     if out_proj is None or again is None:
         return dy, dscale, None
-    return dy, dscale, (projected.T @ again.view(-1, y.shape[2])).to(out_proj.dtype)
+    return dy, dscale, (rows.T @ again.view(-1, y.shape[2])).to(out_proj.dtype)
 
 
 def _mode(before: bool) -> int:

@@ -8,10 +8,12 @@ multiples of 16, constants. A finer key than Triton's costs an entry and is neve
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from functools import cache
 from threading import local
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
@@ -124,8 +126,11 @@ def compile_together(function: Callable[..., R], *args: Any) -> R:
     """`function(*args)`, whose kernels are compiled at the same time, where they are not yet.
 
     What it returns is new memory, and it changes nothing else. It is called until it wants to launch a kernel that is
-    not compiled; then to see which kernels there are, with results that nobody reads; and then once more.
+    not compiled; then to see which kernels there are, with results that nobody reads; and then once more. Where a graph
+    is captured, which would hold all of this, it is only called.
     """
+    if torch.cuda.is_current_stream_capturing():
+        return function(*args)
     here.trying = True
     try:
         return function(*args)
@@ -142,10 +147,14 @@ def compile_together(function: Callable[..., R], *args: Any) -> R:
 def _rehearse(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     from triton.runtime._async_compile import AsyncCompileMode  # not in every Triton
 
-    here.rehearsing = True
-    try:
+    def compile_all() -> None:
         with ThreadPoolExecutor(COMPILERS) as pool, AsyncCompileMode(pool, ignore_errors=True):
             function(*args)
+
+    here.rehearsing = True
+    try:
+        # In a context of its own: Triton's mode would outlast an interruption.
+        copy_context().run(compile_all)
     finally:
         here.rehearsing = False
 

@@ -110,8 +110,8 @@ def _run(
 def _sizes(rows: int, width: int, weight: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     """Tiles and warps, as they were fastest.
 
-    In 16 bits all warps of a program share its rows, a warp for each KB, and so read x once. A thread takes 16 weights
-    of 8 bits at once, but 8 numbers of x: these are read again for each row, so that threads need not exchange them.
+    All warps of a program share its rows, one for each 1 to 3 KB, and so read x once. Of 8 bits a thread takes 16
+    weights at once, but 8 numbers of x: these are read again for each row, so that threads need not exchange them.
     """
     size, row = weight.element_size(), width * weight.element_size()
     if size == 1:
@@ -127,7 +127,7 @@ def _sizes(rows: int, width: int, weight: Tensor) -> tuple[dict[str, int], dict[
 
 
 def _piece(row: int, most: int) -> int:
-    """Bytes in which a row is read: up to `most`, the longest that fill it up by no more than an eighth."""
+    """Bytes in which a row is read: from 512 to `most`, the longest that fill it up by no more than an eighth."""
     piece = min(triton.next_power_of_2(row), most)
     while piece > 512 and 8 * triton.cdiv(row, piece) * piece > 9 * row:
         piece //= 2

@@ -54,6 +54,11 @@ def _siso_norm(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     return _example(draw, batch, length, sequences, rank=1, pairs=3, ngroups=1, **more)
 
 
+def _siso_factors(draw: Draw, batch: int, length: int, sequences: int) -> Example:
+    factors = {name: draw.normal(HEADS, 1, HEADDIM) for name in ("mimo_z", "mimo_o")}
+    return _example(draw, batch, length, sequences, rank=1, pairs=3, ngroups=1, **factors)
+
+
 def _projected(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     example = _siso(draw, batch, length, sequences)
     return example._replace(fixed={**example.fixed, "out_proj": draw.normal(7, HEADS * HEADDIM)}, step=None)
@@ -74,6 +79,7 @@ def _mimo_norm(draw: Draw, batch: int, length: int, sequences: int) -> Example:
 mamba3_scan: Variants = {
     "siso": _siso,
     "siso, norm": _siso_norm,
+    "siso, factors": _siso_factors,
     "projected": _projected,
     "mimo": _mimo,
     "mimo, norm": _mimo_norm,

@@ -23,6 +23,7 @@ from everstate.ops.mamba3.ends import Mamba3Layer, leave
 from everstate.ops.mamba3.triton_step import PI, heavy_tail, tanh
 from everstate.ops.norm import gated_rms_norm
 from everstate.ops.trapezoid import TrapezoidState, trapezoid_scan
+from everstate.ops.trapezoid.limits import refusal_of_heads
 from everstate.ops.trapezoid.triton import Call, phases_and_kept
 from everstate.ops.trapezoid.triton_values import Arguments
 from everstate.ops.triton_common import softplus
@@ -52,7 +53,11 @@ def mamba3_scan(
     chunk_size: int = 64,
 ) -> tuple[Float[Tensor, "b l d"], TrapezoidState]:
     """See `everstate.ops.mamba3_scan`. `chunk_size` is the business of other implementations."""
-    if delta_t is not None or layer.B_bias.shape[1] > 1 or layer.mimo_x is not None:
+    if packing is not None:
+        packing.check(projected.shape[0], projected.shape[1], state.ssm.shape[0])
+    sizes = state.x.shape[-1], state.ssm.shape[-1], state.angle.shape[-1]
+    several = layer.B_bias.shape[1] > 1 or any(t is not None for t in (layer.mimo_x, layer.mimo_z, layer.mimo_o))
+    if several or delta_t is not None or refusal_of_heads(projected, *sizes) is not None:
         return _in_parts(projected, state, delta_t, layer, out_proj, packing)
     heavy, ends = layer.A_activation == "heavy_tail", [] if packing is None else list(packing.cu_seqlens)
     out, ssm, k, last, angle, *_ = _scan(
@@ -96,7 +101,7 @@ def _scan(
 ]:  # fmt: skip
     """The outputs and the four parts of the final state; and what backward asks for: y of the scan, `Call.phases` and
     `Call.kept`, and what the scan reads besides x."""
-    heads = len(dt_bias)
+    heads, projected = len(dt_bias), dense(projected)
     z, x, rest = _split(projected, heads * last.shape[2])
     made = enter(rest, dt_bias, B_norm, C_norm, angle.shape[2], heavy, floor, eps)
     call = _call(x, made, (ssm, k, last, angle), B_bias, C_bias, D, ngroups, interleaved, ends)
@@ -135,7 +140,7 @@ def _backward(
     ends: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of all tensors from `projected` on that are given, in their order."""
-    heads = len(dt_bias)
+    heads, projected = len(dt_bias), dense(projected)
     z, x, rest = _split(projected, heads * last.shape[2])
     dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
     dz, dx, drest = _split(dprojected, heads * last.shape[2])

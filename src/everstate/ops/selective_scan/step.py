@@ -55,7 +55,8 @@ def mamba1_step_(
     delta_t: Float[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b d"]:
     """See `everstate.ops.mamba1_step_`."""
-    dt = softplus(dt.to(state_dtype(x.dtype)) + dt_bias)
+    dtype = state_dtype(x.dtype)
+    dt = softplus(dt.to(dtype) + dt_bias.to(dtype))
     if delta_t is not None:
         dt = dt * delta_t.unsqueeze(-1)
-    return selective_step_(x, dt, -torch.exp(A_log), B, C, state, slots, D=D, z=z)
+    return selective_step_(x, dt, -torch.exp(A_log.to(dtype)), B, C, state, slots, D=D, z=z)

@@ -39,12 +39,19 @@ def accepts_scan(
     why = refusal(x, dt, A, lam, omega, B, C, *state, B_bias, C_bias, mimo_x, D, z)
     if why is not None:
         return why
+    why = refusal_of_heads(x, x.shape[-1], B.shape[-1], omega.shape[-1])
+    if why is not None:
+        return why
+    return None if B.shape[2] <= 16 else f"takes up to 16 ranks, not {B.shape[2]}"
+
+
+def refusal_of_heads(x: Tensor, headdim: int, d_state: int, pairs: int) -> str | None:
+    """Why the kernels of a scan do not serve heads of these sizes, in the dtype and on the device of x, or None."""
     if torch.version.hip is not None:
         return "has instructions of NVIDIA GPUs in it"
-    headdim, d_state, rank = x.shape[-1], B.shape[-1], B.shape[2]
     widest, smallest = (128, 32) if x.dtype == torch.float32 else (256, 16)
     filled = lambda size: max(1 << (size - 1).bit_length(), smallest) if size else 0
-    pairs, rows = omega.shape[-1], filled(headdim)
+    rows = filled(headdim)
     columns = 2 * filled(pairs) + filled(d_state - 2 * pairs)
     if rows > 128 or filled(d_state) > widest or rows * columns > LARGEST:
         return (
@@ -55,4 +62,4 @@ def accepts_scan(
     needed = SHARED_MEMORY if few else MORE_SHARED_MEMORY
     if shared_memory(x.device) < needed:
         return f"needs a GPU with {needed:,} bytes of shared memory, this one has {shared_memory(x.device):,}"
-    return None if rank <= 16 else f"takes up to 16 ranks, not {rank}"
+    return None
