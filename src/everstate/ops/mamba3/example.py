@@ -50,18 +50,9 @@ def _siso(draw: Draw, batch: int, length: int, sequences: int) -> Example:
 
 
 def _siso_norm(draw: Draw, batch: int, length: int, sequences: int) -> Example:
-    more = {"norm": draw.normal(HEADS * HEADDIM), "interleaved": False}
-    return _example(draw, batch, length, sequences, rank=1, pairs=3, ngroups=1, **more)
-
-
-def _siso_factors(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     factors = {name: draw.normal(HEADS, 1, HEADDIM) for name in ("mimo_z", "mimo_o")}
-    return _example(draw, batch, length, sequences, rank=1, pairs=3, ngroups=1, **factors)
-
-
-def _projected(draw: Draw, batch: int, length: int, sequences: int) -> Example:
-    example = _siso(draw, batch, length, sequences)
-    return example._replace(fixed={**example.fixed, "out_proj": draw.normal(7, HEADS * HEADDIM)}, step=None)
+    more = {"norm": draw.normal(HEADS * HEADDIM), "interleaved": False, **factors}
+    return _example(draw, batch, length, sequences, rank=1, pairs=3, ngroups=1, **more)
 
 
 def _mimo(draw: Draw, batch: int, length: int, sequences: int) -> Example:
@@ -76,11 +67,4 @@ def _mimo_norm(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     return _example(draw, batch, length, sequences, rank=2, pairs=1, ngroups=4, **more)
 
 
-mamba3_scan: Variants = {
-    "siso": _siso,
-    "siso, norm": _siso_norm,
-    "siso, factors": _siso_factors,
-    "projected": _projected,
-    "mimo": _mimo,
-    "mimo, norm": _mimo_norm,
-}
+mamba3_scan: Variants = {"siso": _siso, "siso, norm": _siso_norm, "mimo": _mimo, "mimo, norm": _mimo_norm}
