@@ -133,7 +133,7 @@ def test_an_interruption_leaves_nothing_behind(kernel: Kernel, monkeypatch: pyte
     monkeypatch.setattr(_async_compile, "as_completed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compile_together(lambda x: launch(kernel, (3,), x, 32, SIZE=8), aligned())
-    assert _async_compile.active_mode.get() is None and not here.trying and not here.rehearsing
+    assert _async_compile.active_mode.get() is None and here.launcher is None
 
 
 def test_what_fails_is_reported_by_the_function_itself(kernel: Kernel) -> None:
@@ -146,7 +146,7 @@ def test_what_fails_is_reported_by_the_function_itself(kernel: Kernel) -> None:
     for times in (1, 1):
         with pytest.raises(ValueError, match=f"asked {times} times"):
             compile_together(function, aligned())
-        assert not here.trying and not here.rehearsing
+        assert here.launcher is None
     assert len(kernel.compiled) == 1
 
 

@@ -156,7 +156,7 @@ def test_one_operator_gives_what_its_parts_give(
     batch, length = (2, 70 if dtype == torch.bfloat16 else 9) if ends is None else (1, ends[-1])
     given = draw_layer(hopper, batch, length, 64, dtype, **more)
     in_parts = lambda projected, state, *, layer, out_proj, packing: _in_parts(
-        projected, state, None, layer, out_proj, packing
+        projected, state, None, layer, out_proj, packing, 64
     )
     with use("triton"):
         got, expected = (layer_outcome(f, given, packing, **settings) for f in (mamba3_scan, in_parts))

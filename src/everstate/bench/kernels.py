@@ -107,8 +107,7 @@ def working(op: str, peer: str, run: Run, example: Example, left_out: list[str])
             call = calls(run, example)[place]
             call()
         except Exception as error:
-            reason = f"{op} of {peer}, {'with backward' if kind == 'both' else kind}: {first_line(error)}"
-            left_out += [] if reason in left_out else [reason]
+            left_out.append(f"{op} of {peer}, {'with backward' if kind == 'both' else kind}: {first_line(error)}")
         else:
             yield kind, call
 
@@ -135,12 +134,8 @@ def disagreements(op: str, example: Example) -> dict[str, str]:
     sentences = {}
     with torch.no_grad():
         for name, run in peers_of(op, example).items():
-            asked, what = plain if "without D" in name else example, f"{op} of {name}"
-            try:
-                reason = disagreement(what, run(asked)[0], run_op(op, asked)[0])
-            except Exception as error:
-                reason = f"{what}: {first_line(error)}"
-            if reason:
+            asked = plain if "without D" in name else example
+            if reason := disagreement(f"{op} of {name}", partial(run, asked), run_op(op, asked)[0]):
                 sentences[name] = reason
     return sentences
 
@@ -159,7 +154,7 @@ def steps(name: str, d_inner: int, batches: tuple[int, ...], device: str, left_o
             candidates: dict[str, Call] = {OURS: partial(step_each, partial(OPS[op], **token), pools)}
             if (peer := step_peer(name, token, pool)) is not None:
                 if reason := step_disagreement(op, token, pool, peer):
-                    left_out += [] if reason in left_out else [reason]
+                    left_out.append(reason)
                 else:
                     candidates["mamba_ssm"] = partial(step_each, peer, pools)
             timings = {
@@ -194,17 +189,16 @@ def step_error(op: str, token: dict[str, Any], pool: Any) -> float:
 
 def step_disagreement(op: str, token: dict[str, Any], pool: Any, peer: Callable[..., object]) -> str | None:
     """Why the step of a peer is left out, or None."""
-    what = f"{op} of mamba_ssm"
+    with torch.no_grad():
+        return disagreement(f"{op} of mamba_ssm", partial(peer, clone(pool)), OPS[op](**token, state=clone(pool)))
+
+
+def disagreement(what: str, peer: Callable[[], object], ours: Tensor) -> str | None:
+    """A sentence about a peer that fails, or gives first what is not ours, or None."""
     try:
-        with torch.no_grad():
-            return disagreement(what, tensors(peer(clone(pool)))[0], OPS[op](**token, state=clone(pool)))
-    except Exception as error:
-        return f"{what}: {first_line(error)}"
-
-
-def disagreement(what: str, theirs: Tensor, ours: Tensor) -> str | None:
-    """A sentence about outputs that are not ours, or None."""
-    error = norm_error(theirs.reshape(ours.shape), ours.double())
+        error = norm_error(tensors(peer())[0].reshape(ours.shape), ours.double())
+    except Exception as failure:
+        return f"{what}: {first_line(failure)}"
     return None if error <= PEERS_ALLOWED else f"{what}: its outputs differ from ours by {error:.0e}, of norms"
 
 

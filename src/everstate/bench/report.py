@@ -102,13 +102,16 @@ def publish(
 ) -> dict[str, Any]:
     """Print the table, and as the last line the whole result as JSON; write that to `output` too.
 
-    `facts["left_out"]`, where there is one, are sentences for the reader, as about a peer that is not there.
+    `facts["left_out"]`, where there is one, are sentences for the reader, as about a peer that is not there; each
+    is said once.
     """
     result = {"benchmark": benchmark, "date": now.isoformat(timespec="seconds"), **facts}
+    if "left_out" in facts:
+        result["left_out"] = list(dict.fromkeys(facts["left_out"]))
     result |= {"passed": all(row.gate.passed for row in rows), "rows": [row.table() for row in rows]}
     console = Console()
     console.print(_table(benchmark, rows))
-    for sentence in dict.fromkeys(facts.get("left_out", [])):
+    for sentence in result.get("left_out", []):
         console.print(f"left out: {sentence}", markup=False, highlight=False)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

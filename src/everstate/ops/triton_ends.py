@@ -1,8 +1,7 @@
 """What stands behind the scan of a layer on a GPU: its gate and norm, and the projection that reads them.
 
-Numbers of a token lie side by side, in z too.
-
-What that reads is not kept for its gradient, but made again by the kernel that finds the gradients of the gate.
+What that reads is not kept for its gradient, but made again by the kernel that finds the gradients of the gate. Numbers
+of a token lie side by side, in z too.
 """
 
 import torch

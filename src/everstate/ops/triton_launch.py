@@ -73,26 +73,44 @@ class Ready(NamedTuple):
     compiled: Any
 
 
-class Watcher(Protocol):
-    """Who wants to know of every launch."""
+class Launcher(Protocol):
+    """Who is asked in the place of `launch`."""
 
-    def launched(self, ready: Ready | None, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
-        """Be told of a launch; `ready` is None for those in Triton's way."""
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        """Launch a kernel, or do something else."""
+
+
+class Watcher(Launcher, Protocol):
+    """Who wants to know of every launch, those that do not go through `launch` too."""
+
+    def launched_in_tritons_way(self) -> None:
+        """Be told of one of those."""
 
 
 class NotCompiled(Exception):  # noqa: N818
     """No error: a kernel is launched for the first time."""
 
 
+class _Trying:
+    """Raises `NotCompiled` for a kernel that nobody has launched."""
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        launch_known(kernel, grid, args, settings, compile_new=False)
+
+
+class _Rehearsal:
+    """Compiles kernels, and launches none."""
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        kernel.warmup(*_in_triton_way(args), grid=grid, **settings)
+
+
 class _Here(local):
-    watcher: Watcher | None = None
-    trying = False
-    rehearsing = False
+    launcher: Launcher | None = None
 
 
 here = _Here()
-"""Of each thread, who watches its launches; and whether a kernel that is not compiled raises `NotCompiled`, and whether
-kernels are compiled and not launched."""
+"""Of each thread, who launches its kernels, if it is not `launch`."""
 
 _ready: dict[tuple[Any, ...], Ready] = {}
 
@@ -103,6 +121,16 @@ def launches_are_known() -> bool:
 
 
 @contextmanager
+def _launching(launcher: Launcher) -> Iterator[None]:
+    """Ask `launcher` in the place of `launch` inside the `with` block."""
+    here.launcher = launcher
+    try:
+        yield
+    finally:
+        here.launcher = None
+
+
+@contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
     """Tell `watcher` of all launches of this thread inside the `with` block, those that do not go through `launch` too.
 
@@ -110,15 +138,14 @@ def watching(watcher: Watcher) -> Iterator[None]:
     """
 
     def triton_way(metadata: Any) -> None:
-        if here.watcher is watcher:
-            watcher.launched(None, (), ())
+        if here.launcher is watcher:
+            watcher.launched_in_tritons_way()
 
-    here.watcher = watcher
     knobs.runtime.launch_enter_hook.add(triton_way)
     try:
-        yield
+        with _launching(watcher):
+            yield
     finally:
-        here.watcher = None
         knobs.runtime.launch_enter_hook.remove(triton_way)
 
 
@@ -131,13 +158,8 @@ def compile_together(function: Callable[..., R], *args: Any) -> R:
     """
     if torch.cuda.is_current_stream_capturing():
         return function(*args)
-    here.trying = True
-    try:
+    with suppress(NotCompiled), _launching(_Trying()):
         return function(*args)
-    except NotCompiled:
-        pass
-    finally:
-        here.trying = False
     # What fails here fails again below, and is reported from there.
     with suppress(Exception):
         _rehearse(function, args)
@@ -151,23 +173,18 @@ def _rehearse(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         with ThreadPoolExecutor(COMPILERS) as pool, AsyncCompileMode(pool, ignore_errors=True):
             function(*args)
 
-    here.rehearsing = True
-    try:
+    with _launching(_Rehearsal()):
         # In a context of its own: Triton's mode would outlast an interruption.
         copy_context().run(compile_all)
-    finally:
-        here.rehearsing = False
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
     """`kernel[grid](*args, **settings)`. Constants of the kernel are given by name, behind all other arguments."""
-    watcher = here.watcher
-    if here.rehearsing:
-        kernel.warmup(*_in_triton_way(args), grid=grid, **settings)
-    elif watcher is not None:
-        watcher.launched(_launch(kernel, grid, args, settings), grid, args)
+    launcher = here.launcher
+    if launcher is not None:
+        launcher.launch(kernel, grid, args, settings)
     elif launches_are_known():
-        _launch(kernel, grid, args, settings)
+        launch_known(kernel, grid, args, settings)
     else:
         kernel[grid](*_in_triton_way(args), **settings)
 
@@ -177,8 +194,10 @@ def _in_triton_way(args: tuple[Any, ...]) -> Iterator[Any]:
     return (a.checked if type(a) is Tiles else a for a in args)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> Ready:
-    """Launch as the first launch that was alike found out."""
+def launch_known(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any], *, compile_new: bool = True
+) -> Ready:
+    """Launch as the first launch that was alike found out. Without `compile_new` there must have been one."""
     device = current_device()
     key: list[Any] = [id(kernel), device, tuple(settings), tuple(settings.values())]
     given: list[Any] = []
@@ -200,7 +219,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings:
     made = tuple(key)
     known = _ready.get(made)
     if known is None:
-        if here.trying:
+        if not compile_new:
             raise NotCompiled
         known = _ready[made] = _compile(kernel, grid, args, settings)
         return known

@@ -27,6 +27,7 @@ from everstate.ops.triton_launch import (
     compile_together,
     current_device,
     here,
+    launch_known,
     launches_are_known,
     stream_of,
     watching,
@@ -63,7 +64,7 @@ def replayed(function: Callable[..., R]) -> Callable[..., R]:
 
     @wraps(function)
     def call(*args: Any) -> R:
-        if here.watcher is not None or here.trying or here.rehearsing or not launches_are_known():
+        if here.launcher is not None or not launches_are_known():
             return function(*args)
         held: list[Any] = []
         addresses: list[int] = []
@@ -225,11 +226,11 @@ class _Recorder(TorchDispatchMode):
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
-        here.watcher = None  # what an operation does inside is its own
+        here.launcher = None  # what an operation does inside is its own
         try:
             made = operation(*args, **named)
         finally:
-            here.watcher = self
+            here.launcher = self
         if operation in _EMPTY:
             self._steps.append(_Memory(made))
             self._add(made)
@@ -247,9 +248,14 @@ class _Recorder(TorchDispatchMode):
                     self._add(t)
         return made
 
-    def launched(self, ready: Ready | None, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
-        """A kernel has been launched."""
-        if ready is None or ready.run is ready.compiled.run:
+    def launched_in_tritons_way(self) -> None:
+        """Of such a launch nothing is known."""
+        self._can = False
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        """Launch a kernel, and write down how."""
+        ready = launch_known(kernel, grid, args, settings)
+        if ready.run is ready.compiled.run:
             self._can = False
             return
         step, metas = _Launch(ready, grid), iter(getattr(ready.compiled.metadata, "tensordesc_meta", None) or ())

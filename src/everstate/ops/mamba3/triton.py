@@ -52,13 +52,13 @@ def mamba3_scan(
     packing: Packing | None = None,
     chunk_size: int = 64,
 ) -> tuple[Float[Tensor, "b l d"], TrapezoidState]:
-    """See `everstate.ops.mamba3_scan`. `chunk_size` is the business of other implementations."""
+    """See `everstate.ops.mamba3_scan`. `chunk_size` is for where the scan is not served by kernels."""
     if packing is not None:
         packing.check(projected.shape[0], projected.shape[1], state.ssm.shape[0])
     sizes = state.x.shape[-1], state.ssm.shape[-1], state.angle.shape[-1]
     several = layer.B_bias.shape[1] > 1 or any(t is not None for t in (layer.mimo_x, layer.mimo_z, layer.mimo_o))
-    if several or delta_t is not None or refusal_of_heads(projected, *sizes) is not None:
-        return _in_parts(projected, state, delta_t, layer, out_proj, packing)
+    if several or delta_t is not None or refusal_of_heads(*sizes, projected) is not None:
+        return _in_parts(projected, state, delta_t, layer, out_proj, packing, chunk_size)
     heavy, ends = layer.A_activation == "heavy_tail", [] if packing is None else list(packing.cu_seqlens)
     out, ssm, k, last, angle, *_ = _scan(
         projected, *(t.to(torch.float32) for t in state), *layer[:6], layer.norm, out_proj, layer.ngroups,
@@ -69,7 +69,7 @@ def mamba3_scan(
 
 def _in_parts(
     projected: Float[Tensor, "b l w"], state: TrapezoidState, delta_t: Float[Tensor, "b l"] | None,
-    layer: Mamba3Layer, out_proj: Float[Tensor, "d e"] | None, packing: Packing | None,
+    layer: Mamba3Layer, out_proj: Float[Tensor, "d e"] | None, packing: Packing | None, chunk_size: int,
 ) -> tuple[Float[Tensor, "b l d"], TrapezoidState]:  # fmt: skip
     """The same as an operator for each part."""
     (heads, rank, d_state), headdim, pairs = layer.B_bias.shape, state.x.shape[-1], state.angle.shape[-1]
@@ -83,7 +83,7 @@ def _in_parts(
     B, C = (t.unflatten(-1, (rank, layer.ngroups, d_state)) for t in (B, C))
     y, state = trapezoid_scan(
         x.unflatten(-1, (heads, headdim)), dt, A, lam, omega, B, C, state, B_bias=layer.B_bias, C_bias=layer.C_bias,
-        mimo_x=layer.mimo_x, D=layer.D, interleaved=layer.interleaved, packing=packing,
+        mimo_x=layer.mimo_x, D=layer.D, interleaved=layer.interleaved, packing=packing, chunk_size=chunk_size,
     )  # fmt: skip
     out = leave(y, z, layer, gated, gated_rms_norm)
     return out if out_proj is None else linear(out, out_proj.to(out.dtype)), state

@@ -39,13 +39,13 @@ def accepts_scan(
     why = refusal(x, dt, A, lam, omega, B, C, *state, B_bias, C_bias, mimo_x, D, z)
     if why is not None:
         return why
-    why = refusal_of_heads(x, x.shape[-1], B.shape[-1], omega.shape[-1])
+    why = refusal_of_heads(x.shape[-1], B.shape[-1], omega.shape[-1], x)
     if why is not None:
         return why
     return None if B.shape[2] <= 16 else f"takes up to 16 ranks, not {B.shape[2]}"
 
 
-def refusal_of_heads(x: Tensor, headdim: int, d_state: int, pairs: int) -> str | None:
+def refusal_of_heads(headdim: int, d_state: int, pairs: int, x: Tensor) -> str | None:
     """Why the kernels of a scan do not serve heads of these sizes, in the dtype and on the device of x, or None."""
     if torch.version.hip is not None:
         return "has instructions of NVIDIA GPUs in it"

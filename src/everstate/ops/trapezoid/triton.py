@@ -623,7 +623,6 @@ class Call:
     ) -> list[Tensor | None]:  # fmt: skip
         """Those of all arguments, in their order; None for arguments that are not given. Of what follows the last
         tokens, None stands for zeros. That of x is written `into` memory of the caller, if there is such."""
-        self.into = into
         dy = _rows(dy)
         if self.hopper is not None and (self.rank > 1 or not can_copy(dy.squeeze(1))):
             dy = dy.contiguous()
@@ -633,7 +632,7 @@ class Call:
         leaving, dentered, q = self._boundaries(dended, dy, entering, turned)
         dlast_B, dleaving = self._leave_gradients(dk, dangle)
         later, dstart = self._angle_gradients(turned, ended, dended, dleaving)
-        inputs, keys = self._chunk_gradients(dy, k, q, entering, leaving, later)
+        inputs, keys = self._chunk_gradients(dy, k, q, entering, leaving, later, into)
         del entering, leaving, k, q
         enter = self._enter_gradients(dentered)
         if into is not None and inputs.x is not into:
@@ -657,8 +656,9 @@ class Call:
         ]  # fmt: skip
 
     def _chunk_gradients(
-        self, dy: Tensor, k: Tensor | None, q: Tensor | None, entering: Tensor, leaving: Tensor, later: Tensor
-    ) -> tuple[InputGradients, KeyGradients]:
+        self, dy: Tensor, k: Tensor | None, q: Tensor | None, entering: Tensor, leaving: Tensor, later: Tensor,
+        into: Tensor | None,
+    ) -> tuple[InputGradients, KeyGradients]:  # fmt: skip
         """What chunks say, given what later ones say of angles."""
         if k is not None and q is not None:
             given = (dy, k, q, entering, leaving)
@@ -666,8 +666,8 @@ class Call:
         assert self.hopper is not None
         backward = hopper_kernels(self.hopper.__name__ + "_backward", self.x)
         assert backward is not None
-        splits = self._splits()
-        inputs, keys = backward.gradients(self, dy, entering, leaving, later, splits)
+        splits, own = self._splits(), [into] if self.single else []
+        inputs, keys = backward.gradients(self, dy, entering, leaving, later, splits, *own)
         dB, dC = joined(keys.B), joined(keys.C)
         dB_bias, dC_bias = (
             None if t is None else self._returned(_apart(t.sum(0), self.groups * splits)).squeeze(2)

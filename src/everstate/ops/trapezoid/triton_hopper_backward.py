@@ -53,15 +53,16 @@ threads of a warp share a row."""
 
 
 def gradients(
-    call: Call, dy: Tensor, entering: Tensor, leaving: Tensor, later: Tensor, splits: int
+    call: Call, dy: Tensor, entering: Tensor, leaving: Tensor, later: Tensor, splits: int, into: Tensor | None
 ) -> tuple[InputGradients, KeyGradients]:
     """Those of inputs; those of B, C and omega, by part of the heads, and of dt, given what later chunks say of angles.
+    That of x is written `into` memory of the caller, if there is such.
 
     Those of biases are sums over the heads of a part up to each, by chunk.
     """
     count, total, steps = len(call.plan.chunks), call.batch * call.length, call.steps
     by_head = lambda *sizes: steps.new_empty(count, call.heads, *sizes)
-    dx = call.x.new_empty(total, call.heads, call.headdim) if call.into is None else call.into
+    dx = call.x.new_empty(total, call.heads, call.headdim) if into is None else into
     inputs = InputGradients(
         dx, by_head(call.tokens), by_head(call.tokens), by_head(call.tokens), None,
         None if call.D is None else by_head(),
