@@ -65,22 +65,21 @@ def test_tokens_are_cut_into_sequences() -> None:
     assert example.state.shape[0] == 4
 
 
-def test_a_peer_that_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_computes_something_else_is_left_out() -> None:
     same = partial(kernels.run_op, "ssd_scan")
-    peers = {"same": same, "other": lambda example: [2 * same(example)[0]]}
-    monkeypatch.setattr(kernels, "peers_of", lambda op, example: peers)
-    found = kernels.disagreements("ssd_scan", SHAPES["ssd_scan"](Draw(dtype=torch.float32), 128, 12))
-    assert found == {"other": "ssd_scan of other: its outputs differ from ours by 1e+00, of norms"}
+    example = SHAPES["ssd_scan"](Draw(dtype=torch.float32), 128, 12)
+    assert kernels.scan_disagreement("ssd_scan", "same", same, example) is None
+    reason = kernels.scan_disagreement("ssd_scan", "other", lambda one: [2 * same(one)[0]], example)
+    assert reason == "ssd_scan of other: its outputs differ from ours by 1e+00, of norms"
 
 
 def fails(example: Example) -> list[Tensor]:
     raise RuntimeError("\nnot on this GPU\nand more")
 
 
-def test_a_peer_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_fails_is_left_out() -> None:
     example = SHAPES["ssd_scan"](Draw(dtype=torch.float32), 128, 12)
-    monkeypatch.setattr(kernels, "peers_of", lambda op, example: {"peer": fails})
-    assert kernels.disagreements("ssd_scan", example) == {"peer": "ssd_scan of peer: not on this GPU"}
+    assert kernels.scan_disagreement("ssd_scan", "peer", fails, example) == "ssd_scan of peer: not on this GPU"
     left_out: list[str] = []
     # Forward alone works.
     forward_only = lambda one: fails(one) if torch.is_grad_enabled() else kernels.run_op("ssd_scan", one)

@@ -121,8 +121,10 @@ def _plain_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("op", [op for op in PEERS if op != "trapezoid_scan"])
 def test_a_peer_computes_what_our_op_does(op: str) -> None:
     example = GPU_SHAPES[op](Draw(dtype=torch.float32), 128, TOKENS)
-    assert list(peers_of(op, example)) == list(PEERS[op])
-    assert kernels.disagreements(op, example) == {}
+    peers = peers_of(op, example)
+    assert list(peers) == list(PEERS[op])
+    for name, peer in peers.items():
+        assert kernels.scan_disagreement(op, name, peer, example) is None
 
 
 @pytest.mark.parametrize("name", ["ssd_step_", "selective_step_"])
@@ -144,7 +146,6 @@ def test_a_step_of_mamba_ssm_computes_what_ours_does(name: str) -> None:
 def test_a_peer_that_is_not_installed_is_not_there() -> None:
     example = GPU_SHAPES["trapezoid_scan"](Draw(dtype=torch.float32), 128, TOKENS)
     assert peers_of("trapezoid_scan", example) == {}
-    assert kernels.disagreements("trapezoid_scan", example) == {}
     assert peers_of("selective_scan", GPU_SHAPES["selective_scan"](Draw(dtype=torch.float32), 128, TOKENS)) == {}
     assert step_peer("mamba3_step_", {}, None) is None
 
@@ -154,5 +155,7 @@ def test_a_peer_that_cannot_be_made_is_left_out(monkeypatch: pytest.MonkeyPatch)
         raise AttributeError("this Triton has no such thing")
 
     monkeypatch.setitem(PEERS, "ssd_scan", {"peer": make})
-    found = kernels.disagreements("ssd_scan", GPU_SHAPES["ssd_scan"](Draw(dtype=torch.float32), 128, TOKENS))
-    assert found == {"peer": "ssd_scan of peer: this Triton has no such thing"}
+    example = GPU_SHAPES["ssd_scan"](Draw(dtype=torch.float32), 128, TOKENS)
+    peer = peers_of("ssd_scan", example)["peer"]
+    reason = kernels.scan_disagreement("ssd_scan", "peer", peer, example)
+    assert reason == "ssd_scan of peer: this Triton has no such thing"

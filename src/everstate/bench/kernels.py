@@ -84,13 +84,14 @@ def scans(
     error = gate_error(op, small)
     first_call_s[op] = time.perf_counter() - started
     gate = Gate(error, ALLOWED[torch.bfloat16])
-    left_out += (differing := disagreements(op, small)).values()
     long = lower(GPU_SHAPES[op](draw, d_inner, total))
     for batch in SPLITS:
         example = cut(long, batch)
         candidates = dict(zip(KINDS, calls(partial(run_op, op), example), strict=True))
         for name, run in peers_of(op, example).items():
-            if name not in differing:
+            if reason := scan_disagreement(op, name, run, example):
+                left_out.append(reason)
+            else:
                 candidates |= {f"{name} {kind}": call for kind, call in working(op, name, run, example, left_out)}
         timings = interleave(candidates, gate, REPEATS, device, on_device=True)
         for kind in KINDS:
@@ -128,16 +129,13 @@ def beside(title: str, tokens: int, gate: Gate, ours: Timing | None, theirs: dic
         yield Row(f"  {name}", tokens, gate, timing)
 
 
-def disagreements(op: str, example: Example) -> dict[str, str]:
-    """Peer -> why it is left out: it fails, or its outputs are not ours. Those without D are compared without."""
+def scan_disagreement(op: str, peer: str, run: Run, example: Example) -> str | None:
+    """Why a peer is left out, or None. Its kernels are compared at the sizes at which they are timed, so that none is
+    compiled and tuned for others. One without D is compared without."""
     plain = example._replace(fixed={name: value for name, value in example.fixed.items() if name != "D"})
-    sentences = {}
+    asked = plain if "without D" in peer else example
     with torch.no_grad():
-        for name, run in peers_of(op, example).items():
-            asked = plain if "without D" in name else example
-            if reason := disagreement(f"{op} of {name}", partial(run, asked), run_op(op, asked)[0]):
-                sentences[name] = reason
-    return sentences
+        return disagreement(f"{op} of {peer}", partial(run, asked), run_op(op, asked)[0])
 
 
 def steps(name: str, d_inner: int, batches: tuple[int, ...], device: str, left_out: list[str]) -> Iterator[Row]:
