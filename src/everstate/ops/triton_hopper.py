@@ -35,21 +35,41 @@ SQUARE, ROW, COLUMN = (
 """How four warps hold a matrix with a column for each entry of a chunk; a number for each row; and for each column."""
 
 
+WIDEN = gl.constexpr("""{
+    .reg .b32 low, high;
+    shl.b32 low, $2, 16;
+    and.b32 high, $2, 0xffff0000;
+    mov.b32 $0, low;
+    mov.b32 $1, high;
+}""")
+"""Two bfloat16 to float32: the compiler takes three instructions."""
+
 _VECTORS = Form(CHUNK, layout=VECTOR)
 
 
 @cache
-def _form_of_rows(width: int) -> Form:
-    return Form(1, CHUNK, width, layout=ROWS)
+def _form_of_rows(tokens: int, width: int) -> Form:
+    return Form(1, tokens, width, layout=ROWS)
 
 
-def rows_of(t: Float[Tensor, "*b h p"], batch: int, length: int) -> Tiles:
+def rows_of(t: Float[Tensor, "*b h p"], batch: int, length: int, tokens: int = CHUNK) -> Tiles:
     """Tiles of the tokens of a chunk and one head of `t`, whose rows are `batch` sequences of a length.
 
     Sequences are a dimension of their own: beyond the end of one zeros are read and nothing is written.
     """
     (heads, width), step = t.shape[-2:], t.stride(-3)
-    return Tiles(t, (batch, length, heads * width), (length * step, step, 1), _form_of_rows(width))
+    return Tiles(t, (batch, length, heads * width), (length * step, step, 1), _form_of_rows(tokens, width))
+
+
+@cache
+def _form_of_tile(rows: int, columns: int) -> Form:
+    return Form(rows, columns, layout=gl.NVMMASharedLayout(2 * columns, 16, 2))
+
+
+def tiles_of(t: Float[Tensor, "*rows w"], rows: int, parts: int) -> Tiles:
+    """So many rows of one of the parts of the columns of keys, states or cosines, of 16-bit numbers."""
+    flat = t.flatten(0, -2)
+    return Tiles(flat, tuple(flat.shape), flat.stride(), _form_of_tile(rows, t.shape[-1] // parts))
 
 
 def vectors_of(t: Tensor) -> Tiles:
@@ -64,6 +84,16 @@ def barriers_of(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for at in gl.static_range(COUNT):
         mbarrier.init(bars.index(at), count=ARRIVALS)
     return bars
+
+
+@gluon.jit
+def widened(t):
+    """Numbers of 16 bits as float32."""
+    if t.dtype == gl.bfloat16:
+        numbers = gl.inline_asm_elementwise(WIDEN, "=f,=f,r", [t], gl.float32, is_pure=True, pack=2)
+    else:
+        numbers = t.to(gl.float32)
+    return numbers
 
 
 @gluon.jit

@@ -30,7 +30,7 @@ from everstate.core.kernels import processors
 from everstate.ops.trapezoid import triton_prepare
 from everstate.ops.trapezoid.triton_prepare import VECTORS
 from everstate.ops.trapezoid.triton_tables import pieces
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, place_of, rows_of, vectors_of
+from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, place_of, rows_of, vectors_of, widened
 from everstate.ops.triton_launch import Form, Tiles, cdiv, launch
 from everstate.ops.triton_segments import CHUNK
 
@@ -84,14 +84,6 @@ LONG = gl.constexpr("""{
     mov.b64 {$0, high}, turns;
 }""")
 """The phase of any angle."""
-WIDEN = gl.constexpr("""{
-    .reg .b32 low, high;
-    shl.b32 low, $2, 16;
-    and.b32 high, $2, 0xffff0000;
-    mov.b32 $0, low;
-    mov.b32 $1, high;
-}""")
-"""Two bfloat16 to float32: the compiler takes three instructions."""
 MASK = gl.constexpr("and.b32 $0, $1, $2;")
 
 
@@ -206,16 +198,6 @@ def _sum(a, b):
 
 
 @gluon.jit
-def _wide(t):
-    """Numbers of 16 bits as float32."""
-    if t.dtype == gl.bfloat16:
-        wide = gl.inline_asm_elementwise(WIDEN, "=f,=f,r", [t], gl.float32, is_pure=True, pack=2)
-    else:
-        wide = t.to(gl.float32)
-    return wide
-
-
-@gluon.jit
 def _phase_of(angle):
     return gl.inline_asm_elementwise(PHASE, "=r,f", [angle], gl.int32, is_pure=True, pack=1)
 
@@ -300,12 +282,12 @@ def _turn(sources, bias, c, s, out, HALF: gl.constexpr, full: gl.constexpr):
     BLOCK: gl.constexpr = c.shape[0]
     dtype: gl.constexpr = sources[0].dtype
     n = gl.arange(0, 2 * HALF, gl.SliceLayout(0, full))
-    turning = _wide(sources[0].reshape([BLOCK, 2 * HALF]).load(full))
+    turning = widened(sources[0].reshape([BLOCK, 2 * HALF]).load(full))
     if bias is not None:
         turning += gl.load(bias + n)[None, :]
     a, b = gl.split(turning.reshape([BLOCK, HALF, 2]))
     out[0].store(gl.join(a * c - b * s, a * s + b * c).to(dtype).reshape([BLOCK, 2 * HALF]))
-    still = _wide(sources[1].reshape([BLOCK, 2 * HALF]).load(full))
+    still = widened(sources[1].reshape([BLOCK, 2 * HALF]).load(full))
     if bias is not None:
         still += gl.load(bias + 2 * HALF + n)[None, :]
     out[1].store(still.to(dtype))
@@ -509,7 +491,7 @@ def _walk(
             tma.store_wait(0)
             pairs.store(_masked(weights.to(dtype), mask))
             fence_async_shared()
-            wide_u = _wide(u.load(inputs))
+            wide_u = widened(u.load(inputs))
             given = vectors.index(at + GIVEN).load(gl.SliceLayout(0, inputs))
             added = (wide_u * given[None, :]).to(dtype)
             own = gl.convert_layout(wide_u, SQUARE) * vectors.index(at + DIRECT).load(COLUMN)[None, :]
@@ -617,7 +599,7 @@ def _sweep(
             step = done + chunk
             at, room = (step % STAGES * 2 + OWN) * READS, (2 * step + OWN) % ROOMS
             mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
-            u = _wide(us.index(step % STAGES * 2 + OWN).reshape([BLOCK, P]).permute((1, 0)).load(inputs))
+            u = widened(us.index(step % STAGES * 2 + OWN).reshape([BLOCK, P]).permute((1, 0)).load(inputs))
             added = (u * vectors.index(at + GIVEN).load(gl.SliceLayout(0, inputs))[None, :]).to(dtype)
             keeps = vectors.index(at + KEPT).load(row)
             mbarrier.wait(made.index(room), (2 * step + OWN) // ROOMS & 1)

@@ -1,9 +1,10 @@
 """The gradients of the trapezoid with several ranks on a Hopper GPU: one kernel for what a chunk says by itself.
 
-Groups of four warps share the work of a program, which takes the heads of a chunk one after the other. One moves tiles
-into shared memory ahead of time and makes keys, queries and inputs of the next head. One finds what pairs of entries
-say to each other, and the gradients of inputs by entry. Two find those of keys and queries, each for a half of the
-pairs of columns, turn them back and sum them over the heads. Entries and columns lie as `triton_hopper_mimo` says.
+Groups of warps share the work of a program, which takes the heads of a chunk one after the other. Four warps move tiles
+into shared memory ahead of time and make keys, queries and inputs of the next head. Four find what pairs of entries say
+to each other, and the gradients of inputs by entry. Eight find those of keys and queries, turn them back and sum them
+over the heads: one group, because two of four would each fetch the same instructions. Entries and columns lie as
+`triton_hopper_mimo_make` says.
 """
 
 from __future__ import annotations
@@ -22,24 +23,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from everstate.ops.trapezoid.triton_backward import rank_gradients
-from everstate.ops.trapezoid.triton_hopper_mimo import (
+from everstate.ops.trapezoid.triton_hopper_mimo import REGISTERS, sizes_of, weights_of
+from everstate.ops.trapezoid.triton_hopper_mimo_make import (
     ENTRIES,
-    REGISTERS,
-    fetch_head,
     laid,
+    load_angles,
     load_bias,
-    load_inputs,
+    load_factors,
     load_numbers,
-    sizes_of,
+    store_angles,
     store_inputs,
     store_numbers,
-    tiles_of,
+    turn_all,
     vectors_for,
-    weights_of,
 )
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, inner, rows_of, trace
+from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, inner, rows_of, tiles_of, trace
 from everstate.ops.triton_launch import launch
 from everstate.ops.triton_segments import CHUNK
 
@@ -65,11 +65,10 @@ def gradients(
     launch(
         gradients_kernel, (count * call.groups * splits,),
         call.x, call.mimo_x, rows_of(dy, call.batch, call.length * call.ranks), steps,
-        *(tiles_of(t, CHUNK, 4) for t in (call.B, call.C, entering, leaving)),
-        call.cos, call.sin, tiles_of(call.cos, call.tokens, 2), tiles_of(call.sin, call.tokens, 2),
+        *(tiles_of(t, CHUNK, 2) for t in (call.B, call.C, entering, leaving)), call.cos, call.sin,
         call.B_bias, call.C_bias, call.D, du, *numbers.unbind(0), dD, dB, dC, dB_bias, dC_bias, dangles,
         call.plan.chunks, total, call.length, *call.x.stride()[:2], **sizes_of(call),
-        KEYS=laid(call.ranks, call.pairs // 2, 4), TURNED=turned(call.ranks, call.pairs // 2),
+        KEYS=laid(call.ranks, call.pairs, 8), TURNED=turned(call.ranks, call.pairs),
         SPLITS=splits, INTERLEAVED=call.interleaved, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     domega, ddt = call.turn_gradients(dangles, later, 1)
@@ -77,93 +76,77 @@ def gradients(
 
 
 def turned(ranks: int, columns: int) -> gl.DistributedLinearLayout:
-    """How four warps hold the product of 64 entries with so many columns, as tokens, ranks and columns."""
+    """How eight warps hold the product of 64 entries with so many columns, as tokens, ranks and columns."""
     at = lambda row, column: [row // ranks, row % ranks, column]
     return gl.DistributedLinearLayout(
-        [at(0, 1), at(8, 0), *(at(0, 8 << bit) for bit in range((columns // 8).bit_length() - 1))],
+        [at(0, 1), at(8, 0), *(at(0, 8 << bit) for bit in range((columns // 16).bit_length() - 1))],
         [at(0, 2), at(0, 4), at(1, 0), at(2, 0), at(4, 0)],
-        [at(16, 0), at(32, 0)],
+        [at(16, 0), at(32, 0), at(0, columns // 2)],
         [],
         [64 // ranks, ranks, columns],
     )
 
 
 @gluon.jit
-def _ask(
-    tensors, tiles, bar, at, place, sequence, start, head, TOKENS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr
-):
-    """Gradients of outputs, states, cosines and sines of a head, into their places."""
-    dy, entering, leaving, cos, sin = tensors
-    dus, hs, dhs, cs, ss = tiles
-    mbarrier.expect(bar, dy.block_type.nbytes + 8 * entering.block_type.nbytes + 4 * cos.block_type.nbytes)
+def _ask(tensors, tiles, bar, at, place, sequence, start, head, P: gl.constexpr, HALF: gl.constexpr):
+    """Gradients of outputs, and states, of a head, into their places."""
+    dy, entering, leaving = tensors
+    dus, hs, dhs = tiles
+    mbarrier.expect(bar, dy.block_type.nbytes + 4 * entering.block_type.nbytes)
     tma.async_copy_global_to_shared(dy, [sequence, start, head * P], bar, dus.index(at))
-    for part in gl.static_range(4):
-        tma.async_copy_global_to_shared(leaving, [place * P, part * (HALF // 2)], bar, dhs.index(4 * at + part))
-        tma.async_copy_global_to_shared(entering, [place * P, part * (HALF // 2)], bar, hs.index(4 * at + part))
-    for part in gl.static_range(2):
-        tma.async_copy_global_to_shared(cos, [place * TOKENS, part * (HALF // 2)], bar, cs.index(2 * at + part))
-        tma.async_copy_global_to_shared(sin, [place * TOKENS, part * (HALF // 2)], bar, ss.index(2 * at + part))
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(leaving, [place * P, half * HALF], bar, dhs.index(2 * at + half))
+        tma.async_copy_global_to_shared(entering, [place * P, half * HALF], bar, hs.index(2 * at + half))
 
 
 @gluon.jit
-def _by_rank(tile, part: gl.constexpr, RANKS: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr):
-    """32 rows of a tile, by token and rank."""
-    flat: gl.constexpr = gl.BlockedLayout([1, HALF // 8], [8, 4], [4, 1], [1, 0])
-    rows = tile.slice(32 * part, 32).load(flat)
-    return gl.convert_layout(rows.reshape([32 // RANKS, RANKS, HALF // 2]), KEYS).to(gl.float32)
+def _fetch(rows, COUNT: gl.constexpr, last, stride, WIDTH: gl.constexpr):
+    """Bring rows up to `last` of so many numbers of 16 bits into the L2 cache."""
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    EACH: gl.constexpr = WIDTH // 16
+    at = gl.arange(0, COUNT * EACH, line)
+    there = rows + (gl.minimum(at // EACH, last) * stride + at % EACH * 16)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [there], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
-def _turn(
-    bases, which: gl.constexpr, bias, angles, out, at, half: gl.constexpr, part: gl.constexpr, RANKS: gl.constexpr,
-    HALF: gl.constexpr, KEYS: gl.constexpr,
+def _fetch_head(
+    x, cos, sin, start, end, place, head, x_token, x_head, HALF: gl.constexpr, P: gl.constexpr, RANKS: gl.constexpr
 ):  # fmt: skip
-    """32 keys of a head, half of their pairs, into two of four tiles of `out`; `bias` is that of the head."""
-    dtype: gl.constexpr = out.dtype
-    COLUMNS: gl.constexpr = HALF // 2
-    a = _by_rank(bases.index(4 * which + half), part, RANKS, HALF, KEYS)
-    b = _by_rank(bases.index(4 * which + 2 + half), part, RANKS, HALF, KEYS)
-    a += bias[0][None, :, :]
-    b += bias[1][None, :, :]
-    c, s = angles[0].to(gl.float32)[:, None, :], angles[1].to(gl.float32)[:, None, :]
-    out.index(4 * at + half).slice(32 * part, 32).store((a * c - b * s).to(dtype).reshape([32, COLUMNS]))
-    out.index(4 * at + 2 + half).slice(32 * part, 32).store((a * s + b * c).to(dtype).reshape([32, COLUMNS]))
+    """What comes from far away of the next head: its inputs and angles."""
+    TOKENS: gl.constexpr = ENTRIES // RANKS
+    _fetch(x + start.to(gl.int64) * x_token + head * x_head, TOKENS, end - 1 - start, x_token, P)
+    _fetch(cos + place.to(gl.int64) * (TOKENS * HALF), TOKENS, TOKENS, HALF, HALF)
+    _fetch(sin + place.to(gl.int64) * (TOKENS * HALF), TOKENS, TOKENS, HALF, HALF)
 
 
 @gluon.jit
-def _load_angles(cos, sin, angle, half: gl.constexpr, part: gl.constexpr, RANKS: gl.constexpr, HALF: gl.constexpr):
-    at = angle + (part * (32 // RANKS * HALF) + half * (HALF // 2))
-    return gl.load(cos + at), gl.load(sin + at)
-
-
-@gluon.jit
-def _turn_all(
-    bias, angles, biases, each, cos, sin, angle, bases, ks, qs, at,
-    RANKS: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr,
+def _load_inputs(
+    x, mimo_x, start, end, head, x_token, x_head, RANKS: gl.constexpr, P: gl.constexpr, INPUTS: gl.constexpr
 ):  # fmt: skip
-    """The keys and queries of a head in eight parts; biases and angles of the next are asked for before each."""
-    for part in gl.static_range(8):
-        following, bias_ = angles, bias
-        if part < 7:
-            following = _load_angles(cos, sin, angle, (part + 1) // 2 % 2, (part + 1) % 2, RANKS, HALF)
-            if part % 2 == 1:
-                bias_ = load_bias(biases[(part + 1) // 4], each + (part + 1) // 2 % 2 * (HALF // 2), HALF)
-        _turn(bases, part // 4, bias, angles, ks if part < 4 else qs, at, part // 2 % 2, part % 2, RANKS, HALF, KEYS)
-        angles, bias = following, bias_
+    """Inputs of a head by token, zeros where there are none, and the factors of the ranks."""
+    by_token: gl.constexpr = gl.SliceLayout(1, INPUTS)
+    t, p = gl.arange(0, ENTRIES // RANKS, gl.SliceLayout(1, by_token)), gl.arange(0, P, gl.SliceLayout(0, by_token))
+    there = (start + t < end)[:, None] & (p < P)[None, :]
+    rows = x + start.to(gl.int64) * x_token + head * x_head
+    u = gl.load(rows + (t[:, None] * x_token + p[None, :]), mask=there, other=0.0)
+    return u, load_factors(mimo_x, head, RANKS, P, INPUTS)
 
 
 @gluon.jit
 def _ask_bases(B, C, bases, bar, row, HALF: gl.constexpr):
     """B and C of a chunk, into their places."""
-    mbarrier.expect(bar, 8 * B.block_type.nbytes)
-    for part in gl.static_range(4):
-        tma.async_copy_global_to_shared(B, [row, part * (HALF // 2)], bar, bases.index(part))
-        tma.async_copy_global_to_shared(C, [row, part * (HALF // 2)], bar, bases.index(4 + part))
+    mbarrier.expect(bar, 4 * B.block_type.nbytes)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(B, [row, half * HALF], bar, bases.index(half))
+        tma.async_copy_global_to_shared(C, [row, half * HALF], bar, bases.index(2 + half))
 
 
 @gluon.jit
 def _make(
-    x, mimo_x, steps, cos, sin, B, C, B_bias, C_bias, tensors, tiles, us, ks, qs, bases, vectors, barriers,
+    x, mimo_x, steps, cos, sin, B, C, biases, tensors, tiles, us, ks, qs, angles, bases, vectors, barriers,
     chunk, sequence, first, start, end, head, group, x_token, x_head,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
     RANKS: gl.constexpr, INPUTS: gl.constexpr, KEYS: gl.constexpr,
@@ -171,42 +154,38 @@ def _make(
     """Four warps: what belongs to each head, as soon as there is room; its keys, queries and inputs."""
     full, empty, made, ready = barriers
     TOKENS: gl.constexpr = ENTRIES // RANKS
-    by_token: gl.constexpr = gl.SliceLayout(1, KEYS)
     by_rank: gl.constexpr = gl.SliceLayout(0, KEYS)
     _ask_bases(B, C, bases, ready.index(0), (chunk * GROUPS + group) * ENTRIES, HALF)
-    t, n = gl.arange(0, 32 // RANKS, gl.SliceLayout(1, by_token)), gl.arange(0, HALF // 2, gl.SliceLayout(0, by_token))
-    angle = t[:, None] * HALF + n[None, :]
-    r, m = gl.arange(0, RANKS, gl.SliceLayout(1, by_rank)), gl.arange(0, HALF // 2, gl.SliceLayout(0, by_rank))
-    each = r[:, None] * (2 * HALF) + m[None, :]
+    r, n = gl.arange(0, RANKS, gl.SliceLayout(1, by_rank)), gl.arange(0, HALF, gl.SliceLayout(0, by_rank))
+    each = r[:, None] * (2 * HALF) + n[None, :]
     for step in range(EACH):
         at, own = step % 2, head + step
         place = (chunk * HEADS + own).to(gl.int64)
         following = gl.minimum(step + 1, EACH - 1) + head
-        fetch_head(x, cos, sin, start, end, chunk * HEADS + following, following, x_token, x_head, HALF, P, RANKS)
+        _fetch_head(x, cos, sin, start, end, chunk * HEADS + following, following, x_token, x_head, HALF, P, RANKS)
         # Asked for before there is room.
-        mine = load_inputs(x, mimo_x, start, end, own, x_token, x_head, RANKS, P, INPUTS)
+        inputs = _load_inputs(x, mimo_x, start, end, own, x_token, x_head, RANKS, P, INPUTS)
         numbers = load_numbers(steps + place * (NUMBERS * TOKENS), TOKENS)
-        c, s = cos + place * (TOKENS * HALF), sin + place * (TOKENS * HALF)
-        angles = _load_angles(c, s, angle, 0, 0, RANKS, HALF)
-        mine_of = each + own * (RANKS * 2 * HALF)
-        bias = load_bias(B_bias, mine_of, HALF)
+        pairs = load_angles(cos, sin, place, TOKENS, HALF)
         mbarrier.wait(empty.index(at), (step // 2 & 1) ^ 1)
-        _ask(tensors, tiles, full.index(at), at, chunk * HEADS + own, sequence, first, own, TOKENS, P, HALF)
+        _ask(tensors, tiles, full.index(at), at, chunk * HEADS + own, sequence, first, own, P, HALF)
         store_numbers(vectors, at, numbers)
-        store_inputs(mine, us.index(at), RANKS, P, INPUTS)
+        store_inputs(inputs, us.index(at), RANKS, P, INPUTS)
+        store_angles(pairs, angles, at)
+        bias = load_bias(biases[0], each + own * (RANKS * 2 * HALF), HALF)
         mbarrier.wait(ready.index(0), 0)
-        _turn_all(bias, angles, (B_bias, C_bias), mine_of, c, s, angle, bases, ks, qs, at, RANKS, HALF, KEYS)
+        turn_all(bases, ks, angles, bias, 0, 2 * at, at, RANKS, HALF, KEYS)
+        bias = load_bias(biases[1], each + own * (RANKS * 2 * HALF), HALF)
+        turn_all(bases, qs, angles, bias, 2, 2 * at, at, RANKS, HALF, KEYS)
         fence_async_shared()
         mbarrier.arrive(made.index(at), count=1)
 
 
 @gluon.jit
 def _across(a, b, at, none):
-    """Products of the rows of one matrix with the rows of another, both in four tiles."""
-    out = warpgroup_mma(a.index(4 * at), b.index(4 * at).permute((1, 0)), none, use_acc=False, is_async=True)
-    for part in gl.static_range(1, 4):
-        out = warpgroup_mma(a.index(4 * at + part), b.index(4 * at + part).permute((1, 0)), out, is_async=True)
-    return out
+    """Products of the rows of one matrix with the rows of another, both in two tiles."""
+    out = warpgroup_mma(a.index(2 * at), b.index(2 * at).permute((1, 0)), none, use_acc=False, is_async=True)
+    return warpgroup_mma(a.index(2 * at + 1), b.index(2 * at + 1).permute((1, 0)), out, is_async=True)
 
 
 @gluon.jit
@@ -243,9 +222,9 @@ def _inputs(
     HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, RANKS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the gradients of inputs, decays, scales and own weights, by entry. Pairs are `[j, i]`."""
-    dus, hs, dhs, _, _ = tiles
+    dus, hs, dhs = tiles
     sums, weighted, _, gives, takes, keeps = vectors
-    full, empty, made, weighed = barriers
+    full, empty, made, weighed, spent = barriers
     dtype: gl.constexpr = pairs.dtype
     first: gl.constexpr = gl.DotOperandLayout(0, SQUARE, 2)
     j = gl.arange(0, ENTRIES, ROW)
@@ -277,6 +256,7 @@ def _inputs(
             dinput += du.load(SQUARE).to(gl.float32) * gl.load(D + head + step).to(gl.float32)
         gl.store(out + step * P + (j[:, None] * (HEADS * P) + p[None, :]), dinput.to(dtype), mask=there)
         answers = warpgroup_mma_wait(0, (answers,))
+        mbarrier.arrive(spent.index(at), count=1)
         kept = _across(hs, dhs, at, none)
         ddecay = inner(answers, du) * takes.index(at).load(ROW) + gained - gave
         dlast += trace(warpgroup_mma_wait(0, (kept,))) * keeps.index(at).load(ROW)
@@ -293,44 +273,58 @@ def _lift(tile, RANKS: gl.constexpr, TURNED: gl.constexpr):
 
 @gluon.jit
 def _turned_back(
-    dk1, dk2, ks, at, cs, ss, turn, db1, db2, RANKS: gl.constexpr, narrow: gl.constexpr, TURNED: gl.constexpr
+    dk1, dk2, ks, at, angles, turn, dphi, db1, db2, RANKS: gl.constexpr, wide: gl.constexpr, TURNED: gl.constexpr
 ):
-    """Gradients of angles by token, and sums over the heads of those of keys before they were turned.
+    """What the angles of entries gain, and sums over the heads of gradients of keys before they were turned.
 
     With keys and queries as the products had them, rounded, what two entries say to each other cancels.
     """
     by_token: gl.constexpr = gl.SliceLayout(1, TURNED)
     dk1, dk2 = _lift(dk1, RANKS, TURNED), _lift(dk2, RANKS, TURNED)
-    k1, k2 = _lift(ks.index(at).load(narrow), RANKS, TURNED), _lift(ks.index(at + 2).load(narrow), RANKS, TURNED)
-    dphi = gl.sum(dk2 * k1.to(gl.float32) - dk1 * k2.to(gl.float32), 1)
-    c = cs.index(turn).load(by_token).to(gl.float32)[:, None, :]
-    s = ss.index(turn).load(by_token).to(gl.float32)[:, None, :]
+    k1, k2 = _lift(ks.index(at).load(wide), RANKS, TURNED), _lift(ks.index(at + 1).load(wide), RANKS, TURNED)
+    dphi = dphi + dk2 * k1.to(gl.float32) - dk1 * k2.to(gl.float32)
+    c = angles.index(2 * turn).load(by_token).to(gl.float32)[:, None, :]
+    s = angles.index(2 * turn + 1).load(by_token).to(gl.float32)[:, None, :]
     return dphi, db1 + dk1 * c + dk2 * s, db2 + dk2 * c - dk1 * s
 
 
 @gluon.jit
-def _store_sums(out, place, first, second, HALF: gl.constexpr):
-    """Sums over the tokens, by rank."""
+def _by_warp(sums, RANKS: gl.constexpr):
+    """Sums over the tokens of a warp."""
+    TOKENS: gl.constexpr = ENTRIES // RANKS
+    return gl.sum(sums.reshape([4, TOKENS // 4, RANKS, sums.shape[2]]), 1)
+
+
+@gluon.jit
+def _store_sums(out, place, first, second, room, at, RANKS: gl.constexpr, HALF: gl.constexpr):
+    """Sums over the tokens, by rank. Warps meet once, in the room of keys that all have read."""
     if out is not None:
-        gl.store(out + place, gl.sum(first, 0))
-        gl.store(out + HALF + place, gl.sum(second, 0))
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+        EACH: gl.constexpr = 8 // RANKS  # as many would fit into a room
+        parts = room._reinterpret(gl.float32, [2 * EACH * 2, 4, RANKS, HALF], plain)
+        parts.index(2 * EACH * at).store(_by_warp(first, RANKS))
+        parts.index(2 * EACH * at + 1).store(_by_warp(second, RANKS))
+        line: gl.constexpr = gl.BlockedLayout([4, 1, 1], [1, 1, 32], [1, 4, 2], [2, 1, 0])
+        r = gl.arange(0, RANKS, gl.SliceLayout(1, gl.SliceLayout(0, line)))
+        n = gl.arange(0, HALF, gl.SliceLayout(0, gl.SliceLayout(0, line)))
+        place = place * (RANKS * 2 * HALF) + (r[:, None] * (2 * HALF) + n[None, :])
+        gl.store(out + place, gl.sum(parts.index(2 * EACH * at).load(line), 0))
+        gl.store(out + HALF + place, gl.sum(parts.index(2 * EACH * at + 1).load(line), 0))
 
 
 @gluon.jit
 def _store_columns(
-    out, first, second, start, end, OWN: gl.constexpr, GROUPS: gl.constexpr, HALF: gl.constexpr, RANKS: gl.constexpr,
+    out, first, second, start, end, GROUPS: gl.constexpr, HALF: gl.constexpr, RANKS: gl.constexpr,
     INTERLEAVED: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
-    """Half of the pairs of columns of a chunk, in the order of the caller."""
+    """The columns of a chunk, in the order of the caller."""
     by_token: gl.constexpr = gl.SliceLayout(1, TURNED)
     by_rank: gl.constexpr = gl.SliceLayout(0, TURNED)
-    COLUMNS: gl.constexpr = HALF // 2
     t = gl.arange(0, ENTRIES // RANKS, gl.SliceLayout(1, by_token))
-    n = gl.arange(0, COLUMNS, gl.SliceLayout(0, by_token))
-    r, m = gl.arange(0, RANKS, gl.SliceLayout(1, by_rank)), gl.arange(0, COLUMNS, gl.SliceLayout(0, by_rank))
-    column = m[None, :] + OWN * COLUMNS
+    n = gl.arange(0, HALF, gl.SliceLayout(0, by_token))
+    r, m = gl.arange(0, RANKS, gl.SliceLayout(1, by_rank)), gl.arange(0, HALF, gl.SliceLayout(0, by_rank))
     place = ((t[:, None] + 0 * n[None, :]) * (RANKS * GROUPS * 2 * HALF))[:, None, :]
-    place = place + (r[:, None] * (GROUPS * 2 * HALF) + (2 * column if INTERLEAVED else column))[None, :, :]
+    place = place + (r[:, None] * (GROUPS * 2 * HALF) + (2 * m if INTERLEAVED else m)[None, :])[None, :, :]
     there = (start + t < end)[:, None] & (n < HALF)[None, :]
     there = there[:, None, :] & (r[:, None] + 0 * m[None, :] < RANKS)[None, :, :]
     dtype: gl.constexpr = out.dtype.element_ty
@@ -339,70 +333,60 @@ def _store_columns(
 
 
 @gluon.jit
-def _places(OWN: gl.constexpr, RANKS: gl.constexpr, HALF: gl.constexpr, TURNED: gl.constexpr):
-    """Where half of the pairs of columns are: by token, among angles, and by rank, among biases."""
-    by_token: gl.constexpr = gl.SliceLayout(1, TURNED)
-    by_rank: gl.constexpr = gl.SliceLayout(0, TURNED)
-    t, r = gl.arange(0, ENTRIES // RANKS, gl.SliceLayout(1, by_token)), gl.arange(0, RANKS, gl.SliceLayout(1, by_rank))
-    n, m = gl.arange(0, HALF // 2, gl.SliceLayout(0, by_token)), gl.arange(0, HALF // 2, gl.SliceLayout(0, by_rank))
-    first: gl.constexpr = OWN * (HALF // 2)
-    return t[:, None] * HALF + n[None, :] + first, r[:, None] * (2 * HALF) + m[None, :] + first
-
-
-@gluon.jit
 def _columns(
-    us, ks, qs, tiles, vectors, pairs, barriers, dB, dC, dB_bias, dC_bias, dangles,
-    chunk, start, end, total, head, group, split, OWN: gl.constexpr,
+    us, ks, qs, tiles, angles, vectors, pairs, barriers, dB, dC, dB_bias, dC_bias, dangles,
+    chunk, start, end, total, head, group, split,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
     RANKS: gl.constexpr, INTERLEAVED: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: the gradients of half of the pairs of columns of B and C, summed over the heads, and of angles."""
-    dus, hs, dhs, cs, ss = tiles
+    """Eight warps: the gradients of B and C, summed over the heads, and of angles."""
+    dus, hs, dhs = tiles
     _, _, _, gives, takes, _ = vectors
-    full, empty, made, weighed = barriers
-    COLUMNS: gl.constexpr = HALF // 2
+    full, empty, made, weighed, spent = barriers
     TOKENS: gl.constexpr = ENTRIES // RANKS
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    side: gl.constexpr = gl.SliceLayout(1, narrow)
-    angle, each = _places(OWN, RANKS, HALF, TURNED)
-    nothing = gl.zeros((ENTRIES, COLUMNS), gl.float32, narrow)
-    db1 = gl.zeros((TOKENS, RANKS, COLUMNS), gl.float32, TURNED)
-    db2, dc1, dc2 = db1, db1, db1
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HALF // 2, 16])
+    side: gl.constexpr = gl.SliceLayout(1, wide)
+    by_token: gl.constexpr = gl.SliceLayout(1, TURNED)
+    t, n = gl.arange(0, TOKENS, gl.SliceLayout(1, by_token)), gl.arange(0, HALF, gl.SliceLayout(0, by_token))
+    angle = t[:, None] * HALF + n[None, :]
+    nothing = gl.zeros((ENTRIES, HALF), gl.float32, wide)
+    none = gl.zeros((TOKENS, RANKS, HALF), gl.float32, TURNED)
+    db1, db2, dc1, dc2 = none, none, none, none
     for step in range(EACH):
         at, place = step % 2, (chunk * HEADS + head + step).to(gl.int64)
-        mine = 4 * at + OWN
         u, du, pair = us.index(at), dus.index(at).reshape([ENTRIES, P]), pairs.index(at)
         mbarrier.wait(full.index(at), step // 2 & 1)
         mbarrier.wait(made.index(at), step // 2 & 1)
-        dk1 = warpgroup_mma(u, dhs.index(mine), nothing, use_acc=False, is_async=True)
-        dk2 = warpgroup_mma(u, dhs.index(mine + 2), nothing, use_acc=False, is_async=True)
+        dk1 = warpgroup_mma(u, dhs.index(2 * at), nothing, use_acc=False, is_async=True)
+        dk2 = warpgroup_mma(u, dhs.index(2 * at + 1), nothing, use_acc=False, is_async=True)
         weight = gives.index(at).load(side)[:, None]
         dk1, dk2 = warpgroup_mma_wait(0, (dk1, dk2))
         mbarrier.wait(weighed.index(at), step // 2 & 1)
-        dk1 = warpgroup_mma(pair, qs.index(mine), dk1 * weight, is_async=True)
-        dk2 = warpgroup_mma(pair, qs.index(mine + 2), dk2 * weight, is_async=True)
+        dk1 = warpgroup_mma(pair, qs.index(2 * at), dk1 * weight, is_async=True)
+        dk2 = warpgroup_mma(pair, qs.index(2 * at + 1), dk2 * weight, is_async=True)
         dk1, dk2 = warpgroup_mma_wait(0, (dk1, dk2))
-        dphi, db1, db2 = _turned_back(dk1, dk2, ks, mine, cs, ss, 2 * at + OWN, db1, db2, RANKS, narrow, TURNED)
-        dq1 = warpgroup_mma(du, hs.index(mine), nothing, use_acc=False, is_async=True)
-        dq2 = warpgroup_mma(du, hs.index(mine + 2), nothing, use_acc=False, is_async=True)
+        dphi, db1, db2 = _turned_back(dk1, dk2, ks, 2 * at, angles, at, none, db1, db2, RANKS, wide, TURNED)
+        dq1 = warpgroup_mma(du, hs.index(2 * at), nothing, use_acc=False, is_async=True)
+        dq2 = warpgroup_mma(du, hs.index(2 * at + 1), nothing, use_acc=False, is_async=True)
         weight = takes.index(at).load(side)[:, None]
         dq1, dq2 = warpgroup_mma_wait(0, (dq1, dq2))
-        dq1 = warpgroup_mma(pair.permute((1, 0)), ks.index(mine), dq1 * weight, is_async=True)
-        dq2 = warpgroup_mma(pair.permute((1, 0)), ks.index(mine + 2), dq2 * weight, is_async=True)
+        dq1 = warpgroup_mma(pair.permute((1, 0)), ks.index(2 * at), dq1 * weight, is_async=True)
+        dq2 = warpgroup_mma(pair.permute((1, 0)), ks.index(2 * at + 1), dq2 * weight, is_async=True)
         dq1, dq2 = warpgroup_mma_wait(0, (dq1, dq2))
-        dphi2, dc1, dc2 = _turned_back(dq1, dq2, qs, mine, cs, ss, 2 * at + OWN, dc1, dc2, RANKS, narrow, TURNED)
+        dphi, dc1, dc2 = _turned_back(dq1, dq2, qs, 2 * at, angles, at, dphi, dc1, dc2, RANKS, wide, TURNED)
+        gl.store(dangles + place * (TOKENS * HALF) + angle, gl.sum(dphi, 1))
+        mbarrier.wait(spent.index(at), step // 2 & 1)
+        _store_sums(dB_bias, place, db1, db2, ks, at, RANKS, HALF)
+        _store_sums(dC_bias, place, dc1, dc2, qs, at, RANKS, HALF)
         mbarrier.arrive(empty.index(at), count=1)
-        gl.store(dangles + place * (TOKENS * HALF) + angle, dphi + dphi2)
-        _store_sums(dB_bias, place * (RANKS * 2 * HALF) + each, db1, db2, HALF)
-        _store_sums(dC_bias, place * (RANKS * 2 * HALF) + each, dc1, dc2, HALF)
     row = ((split.to(gl.int64) * total + start) * (RANKS * GROUPS) + group) * (2 * HALF)
-    _store_columns(dB + row, db1, db2, start, end, OWN, GROUPS, HALF, RANKS, INTERLEAVED, TURNED)
-    _store_columns(dC + row, dc1, dc2, start, end, OWN, GROUPS, HALF, RANKS, INTERLEAVED, TURNED)
+    _store_columns(dB + row, db1, db2, start, end, GROUPS, HALF, RANKS, INTERLEAVED, TURNED)
+    _store_columns(dC + row, dc1, dc2, start, end, GROUPS, HALF, RANKS, INTERLEAVED, TURNED)
 
 
 @gluon.jit
 def gradients_kernel(
-    x, mimo_x, dy, steps, B, C, entering, leaving, cos, sin, cosines, sines, B_bias, C_bias, D,
+    x, mimo_x, dy, steps, B, C, entering, leaving, cos, sin, B_bias, C_bias, D,
     du, ddecays, dscales, downs, dD, dB, dC, dB_bias, dC_bias, dangles, chunks, total, length, x_token, x_head,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, RANKS: gl.constexpr,
     INPUTS: gl.constexpr, KEYS: gl.constexpr, TURNED: gl.constexpr, SPLITS: gl.constexpr, INTERLEAVED: gl.constexpr,
@@ -415,35 +399,32 @@ def gradients_kernel(
     start, end = gl.load(chunks + 2 * chunk), gl.load(chunks + 2 * chunk + 1)
     sequence, first = start // length, start % length * RANKS
     square: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    COLUMNS: gl.constexpr = HALF // 2
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     us = gl.allocate_shared_memory(dy.dtype, [2, ENTRIES, P], square)
     dus = gl.allocate_shared_memory(dy.dtype, [2, 1, ENTRIES, P], dy.layout)
-    ks = gl.allocate_shared_memory(dy.dtype, [8, ENTRIES, COLUMNS], B.layout)
-    qs = gl.allocate_shared_memory(dy.dtype, [8, ENTRIES, COLUMNS], C.layout)
-    hs = gl.allocate_shared_memory(dy.dtype, [8, P, COLUMNS], entering.layout)
-    dhs = gl.allocate_shared_memory(dy.dtype, [8, P, COLUMNS], leaving.layout)
-    bases = gl.allocate_shared_memory(dy.dtype, [8, ENTRIES, COLUMNS], B.layout)
+    ks = gl.allocate_shared_memory(dy.dtype, [4, ENTRIES, HALF], B.layout)
+    qs = gl.allocate_shared_memory(dy.dtype, [4, ENTRIES, HALF], C.layout)
+    hs = gl.allocate_shared_memory(dy.dtype, [4, P, HALF], entering.layout)
+    dhs = gl.allocate_shared_memory(dy.dtype, [4, P, HALF], leaving.layout)
+    bases = gl.allocate_shared_memory(dy.dtype, [4, ENTRIES, HALF], B.layout)
     pairs = gl.allocate_shared_memory(dy.dtype, [2, ENTRIES, ENTRIES], square)
-    cs = gl.allocate_shared_memory(cosines.dtype, [4, ENTRIES // RANKS, COLUMNS], cosines.layout)
-    ss = gl.allocate_shared_memory(cosines.dtype, [4, ENTRIES // RANKS, COLUMNS], cosines.layout)
+    angles = gl.allocate_shared_memory(cos.dtype.element_ty, [4, ENTRIES // RANKS, HALF], plain)
     vectors = vectors_for(2)
-    full, empty, made, weighed = barriers_of(2, 1), barriers_of(2, 3), barriers_of(2, 1), barriers_of(2, 1)
-    ready = barriers_of(1, 1)
+    full, empty, made, weighed = barriers_of(2, 1), barriers_of(2, 2), barriers_of(2, 1), barriers_of(2, 1)
+    spent, ready = barriers_of(2, 1), barriers_of(1, 1)
     fence_async_shared()
-    tensors, tiles = (dy, entering, leaving, cosines, sines), (dus, hs, dhs, cs, ss)
-    barriers = (full, empty, made, weighed)
+    tiles, barriers = (dus, hs, dhs), (full, empty, made, weighed, spent)
     gl.warp_specialize(
         [
             (_inputs, (us, ks, qs, tiles, vectors, pairs, barriers, du, D, ddecays, dscales, downs, dD, chunk, start,
                        end, head, HEADS, EACH, P, RANKS)),
-            (_columns, (us, ks, qs, tiles, vectors, pairs, barriers, dB, dC, dB_bias, dC_bias, dangles, chunk, start,
-                        end, total, head, group, split, 0, HEADS, GROUPS, EACH, P, HALF, RANKS, INTERLEAVED, TURNED)),
-            (_columns, (us, ks, qs, tiles, vectors, pairs, barriers, dB, dC, dB_bias, dC_bias, dangles, chunk, start,
-                        end, total, head, group, split, 1, HEADS, GROUPS, EACH, P, HALF, RANKS, INTERLEAVED, TURNED)),
-            (_make, (x, mimo_x, steps, cos, sin, B, C, B_bias, C_bias, tensors, tiles, us, ks, qs, bases, vectors,
-                     (full, empty, made, ready), chunk, sequence, first, start, end, head, group,
-                     x_token, x_head, HEADS, GROUPS, EACH, P, HALF, RANKS, INPUTS, KEYS)),
+            (_columns, (us, ks, qs, tiles, angles, vectors, pairs, barriers, dB, dC, dB_bias, dC_bias, dangles, chunk,
+                        start, end, total, head, group, split,
+                        HEADS, GROUPS, EACH, P, HALF, RANKS, INTERLEAVED, TURNED)),
+            (_make, (x, mimo_x, steps, cos, sin, B, C, (B_bias, C_bias), (dy, entering, leaving), tiles, us, ks, qs,
+                     angles, bases, vectors, (full, empty, made, ready), chunk, sequence, first, start, end, head,
+                     group, x_token, x_head, HEADS, GROUPS, EACH, P, HALF, RANKS, INPUTS, KEYS)),
         ],
-        [4, 4, 4],
-        [128, 128, 80],
+        [8, 4],
+        [128, 72],
     )  # fmt: skip

@@ -20,27 +20,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from everstate.ops.trapezoid.triton_hopper_mimo import (
-    ENTRIES,
-    PART,
-    fetch_chunk,
-    laid,
-    load_biases,
-    load_inputs,
-    load_numbers,
-    load_part,
-    load_state,
-    places_in,
-    sizes_of,
-    store_inputs,
-    store_numbers,
-    tiles_of,
-    turn,
-    vectors_for,
-)
-from everstate.ops.trapezoid.triton_keys import NUMBERS
-from everstate.ops.triton_hopper import barriers_of, place_of, rows_of
+from everstate.ops.trapezoid.triton_hopper_mimo import inputs_of, load_state, sizes_of
+from everstate.ops.trapezoid.triton_hopper_mimo_make import ENTRIES, ROOMS, laid, make, rooms_for, vectors_for
+from everstate.ops.triton_hopper import barriers_of, place_of, rows_of, tiles_of, widened
 from everstate.ops.triton_launch import launch
+from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import Call
@@ -61,82 +45,12 @@ def sweep(
     entering = torch.zeros_like(last) if entering is None else entering
     launch(
         sweep_kernel, (len(call.plan.segments) * call.heads // 2,),
-        call.x, call.mimo_x, upstream, call.steps, keys, bias, call.cos, call.sin, entering,
+        inputs_of(call), call.mimo_x, upstream, call.steps, tiles_of(keys, CHUNK, 2), bias,
+        call.cos, call.sin, entering,
         tiles_of(chunks, call.headdim, 2), None if entered is None else tiles_of(entered, call.headdim, 2),
-        turned, last, call.plan.chunks, call.plan.segments, call.length, *call.x.stride()[:2], **sizes_of(call),
+        turned, last, call.plan.chunks, call.plan.segments, call.length, **sizes_of(call),
         KEYS=laid(call.ranks, call.pairs, 8), REVERSE=dy is not None, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
-
-
-@gluon.jit
-def _ask(dy, entered, bar, us, states, room, at, tile, HALF: gl.constexpr):
-    """Gradients of outputs of a head, and the state that its gradient meets, into their places."""
-    mbarrier.expect(bar, dy.block_type.nbytes + 2 * entered.block_type.nbytes)
-    tma.async_copy_global_to_shared(dy, at, bar, us.index(room))
-    tma.async_copy_global_to_shared(entered, [tile, 0], bar, states.index(2 * room))
-    tma.async_copy_global_to_shared(entered, [tile, HALF], bar, states.index(2 * room + 1))
-
-
-@gluon.jit
-def _turn_all(first, biases, B, cos, sin, keys, room, places, RANKS: gl.constexpr, HALF: gl.constexpr):
-    """The keys of two heads of a chunk, each part loaded while the one before is turned."""
-    now = first
-    for part in gl.static_range(ENTRIES // PART):
-        following = now
-        if part + 1 < ENTRIES // PART:
-            following = load_part(B, cos, sin, places[0], places[1], part + 1, RANKS, HALF)
-        turn(now[0], now[1], biases[0], keys, room, part * PART, HALF)
-        turn(now[0], now[2], biases[1], keys, room + 1, part * PART, HALF)
-        now = following
-
-
-@gluon.jit
-def _make(
-    x, mimo_x, dy, steps, B, bias, cos, sin, entered, keys, us, states, vectors, barriers, segments, chunks, length,
-    segment, group, head, x_token, x_head,
-    HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, RANKS: gl.constexpr,
-    INPUTS: gl.constexpr, KEYS: gl.constexpr, REVERSE: gl.constexpr,
-):  # fmt: skip
-    """Four warps: keys, inputs and numbers of two heads, chunk by chunk, two chunks ahead of their use."""
-    made, taken = barriers
-    TOKENS: gl.constexpr = ENTRIES // RANKS
-    entry, angle, each = places_in(RANKS, HALF, KEYS)
-    first, count, sequence, offset = place_of(segments, chunks, length, segment)
-    begin, stop = gl.load(chunks + 2 * first), gl.load(chunks + (2 * (first + count) - 1))
-    for step in range(count):
-        now = count - 1 - step if REVERSE else step
-        chunk, start, room = (first + now).to(gl.int64), begin + now * TOKENS, step % 2 * 2
-        place = chunk * HEADS + head
-        row = (chunk * GROUPS + group) * (ENTRIES * 2 * HALF)
-        c, s = cos + place * (TOKENS * HALF), sin + place * (TOKENS * HALF)
-        ahead = gl.minimum(step + 2, count - 1)
-        ahead = count - 1 - ahead if REVERSE else ahead
-        fetch_chunk(None if REVERSE else x, cos, sin, begin + ahead * TOKENS, stop, (first + ahead) * HEADS + head,
-                    head, x_token, x_head, HALF, P, RANKS)  # fmt: skip
-        # Asked for before there is room.
-        if not REVERSE:
-            x0 = load_inputs(x, mimo_x, start, stop, head, x_token, x_head, RANKS, P, INPUTS)
-            x1 = load_inputs(x, mimo_x, start, stop, head + 1, x_token, x_head, RANKS, P, INPUTS)
-        numbers = load_numbers(steps + place * (NUMBERS * TOKENS), TOKENS)
-        others = load_numbers(steps + (place + 1) * (NUMBERS * TOKENS), TOKENS)
-        source = load_part(B + row, c, s, entry, angle, 0, RANKS, HALF)
-        mbarrier.wait(taken.index(room), (step // 2 & 1) ^ 1)
-        mbarrier.wait(taken.index(room + 1), (step // 2 & 1) ^ 1)
-        if REVERSE:
-            for own in gl.static_range(2):
-                tile = ((first + now) * HEADS + head + own) * P
-                at = [sequence, offset * RANKS + now * ENTRIES, (head + own) * P]
-                _ask(dy, entered, made.index(room + own), us, states, room + own, at, tile, HALF)
-        store_numbers(vectors, room, numbers)
-        store_numbers(vectors, room + 1, others)
-        if not REVERSE:
-            store_inputs(x0, us.index(room).reshape([ENTRIES, P]), RANKS, P, INPUTS)
-            store_inputs(x1, us.index(room + 1).reshape([ENTRIES, P]), RANKS, P, INPUTS)
-        biases = load_biases(bias, head, each, RANKS, HALF)
-        _turn_all(source, biases, B + row, c, s, keys, room, (entry, angle), RANKS, HALF)
-        fence_async_shared()
-        mbarrier.arrive(made.index(room), count=1)
-        mbarrier.arrive(made.index(room + 1), count=1)
 
 
 @gluon.jit
@@ -156,7 +70,8 @@ def _walk(
     first, count, _, _ = place_of(segments, chunks, length, segment)
     h1, h2 = load_state(entering, segment, head, HEADS, P, HALF, wide)
     for step in range(count):
-        now, room = count - 1 - step if REVERSE else step, step % 2 * 2 + OWN
+        now, turn = count - 1 - step if REVERSE else step, 2 * step + OWN
+        room = turn % ROOMS
         place = (first + now) * HEADS + head
         tma.store_wait(0)
         out.index(2 * OWN).store(h1.to(dtype))
@@ -164,10 +79,10 @@ def _walk(
         fence_async_shared()
         tma.async_copy_shared_to_global(boundaries, [place * P, 0], out.index(2 * OWN))
         tma.async_copy_shared_to_global(boundaries, [place * P, HALF], out.index(2 * OWN + 1))
-        mbarrier.wait(made.index(room), step // 2 & 1)
+        mbarrier.wait(made.index(room), turn // ROOMS & 1)
         u = us.index(room).reshape([ENTRIES, P]).permute((1, 0)).load(inputs)
         weight = (takes if REVERSE else gives).index(room).load(gl.SliceLayout(0, inputs))
-        added = (u.to(gl.float32) * weight[None, :]).to(dtype)
+        added = (widened(u) * weight[None, :]).to(dtype)
         kept = keeps.index(room).load(side)[:, None]
         h1 = warpgroup_mma(added, keys.index(2 * room), h1 * kept, is_async=True)
         h2 = warpgroup_mma(added, keys.index(2 * room + 1), h2 * kept, is_async=True)
@@ -189,23 +104,23 @@ def _walk(
 @gluon.jit
 def sweep_kernel(
     x, mimo_x, dy, steps, B, bias, cos, sin, entering, boundaries, entered, turned, ends, chunks, segments, length,
-    x_token, x_head,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, RANKS: gl.constexpr,
     INPUTS: gl.constexpr, KEYS: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """One program per segment and pair of heads, which share B and C."""
     segment, head = gl.program_id(0) // (HEADS // 2), gl.program_id(0) % (HEADS // 2) * 2
     group = head // (HEADS // GROUPS)
-    tile: gl.constexpr = boundaries.layout
     dtype: gl.constexpr = boundaries.dtype
-    keys = gl.allocate_shared_memory(dtype, [8, ENTRIES, HALF], tile)
-    us = gl.allocate_shared_memory(dtype, [4, 1, ENTRIES, P], gl.NVMMASharedLayout(128, 16, 3))
-    out = gl.allocate_shared_memory(dtype, [4, P, HALF], tile)
-    states = out
+    keys = gl.allocate_shared_memory(dtype, [2 * ROOMS, ENTRIES, HALF], B.layout)
+    us = gl.allocate_shared_memory(dtype, [ROOMS, 1, ENTRIES, P], x.layout)
+    out = gl.allocate_shared_memory(dtype, [4, P, HALF], boundaries.layout)
+    states, upstream = out, None
     if REVERSE:
-        states = gl.allocate_shared_memory(dtype, [8, P, HALF], tile)
-    made, taken = barriers_of(4, 2 if REVERSE else 1), barriers_of(4, 1)
-    vectors, barriers = vectors_for(4), (made, taken)
+        states = gl.allocate_shared_memory(dtype, [2 * ROOMS, P, HALF], boundaries.layout)
+        upstream = dy, entered, states
+    made, taken = barriers_of(ROOMS, 2 if REVERSE else 1), barriers_of(ROOMS, 1)
+    vectors, barriers = vectors_for(ROOMS), (made, taken)
+    rooms = rooms_for(x, cos, keys, 1, RANKS, HALF)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -213,9 +128,9 @@ def sweep_kernel(
                      chunks, length, segment, head, 0, HEADS, P, HALF, REVERSE)),
             (_walk, (us, keys, states, vectors, barriers, out, boundaries, entering, turned, ends, segments,
                      chunks, length, segment, head + 1, 1, HEADS, P, HALF, REVERSE)),
-            (_make, (x, mimo_x, dy, steps, B, bias, cos, sin, entered, keys, us, states, vectors, barriers, segments,
-                     chunks, length, segment, group, head, x_token, x_head, HEADS, GROUPS, P, HALF, RANKS, INPUTS, KEYS,
-                     REVERSE)),
+            (make, (x, (B,), mimo_x, steps, (bias,), cos, sin, upstream, keys, us, vectors, rooms, barriers,
+                    segments, chunks, length, segment, group, head,
+                    HEADS, GROUPS, P, HALF, RANKS, INPUTS, KEYS, 1)),
         ],
         [4, 4],
         [176, 144],
