@@ -38,6 +38,12 @@ def test_neighbours_that_turn_and_no_biases_and_factors(hopper: torch.device) ->
     agree(mimo(hopper, 1, 20, 2, 4)._replace(fixed={}))
 
 
+@pytest.mark.parametrize("name", ["B_bias", "C_bias"])
+def test_one_bias(name: str, hopper: torch.device) -> None:
+    example = mimo(hopper, 1, 20, 2, 4)
+    agree(example._replace(fixed={name: example.fixed[name]}))
+
+
 def test_rows_that_are_part_of_wider_ones(hopper: torch.device) -> None:
     example = mimo(hopper, 2, 20, 2, 4)
     wide = torch.randn(2, 20, 256, device=hopper).to(torch.bfloat16)

@@ -47,7 +47,7 @@ def forward(call: Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
         call.B_bias, call.C_bias, call.cos, call.sin, call.D,
         call.entering(call.enter()), rows_of(y.flatten(0, 2), call.batch, call.length * call.ranks), final,
         call.plan.chunks, call.plan.segments, call.length, **sizes_of(call),
-        KEYS=laid(call.ranks, call.pairs, 8), INTERLEAVED=call.interleaved, num_warps=4, maxnreg=REGISTERS,
+        INTERLEAVED=call.interleaved, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return final, call.final_angle
 
@@ -60,7 +60,7 @@ def inputs_of(call: Call) -> Tiles:
 def sizes_of(call: Call) -> dict[str, Any]:
     return {
         "HEADS": call.heads, "GROUPS": call.groups, "P": call.headdim, "HALF": call.pairs, "RANKS": call.ranks,
-        "INPUTS": laid(call.ranks, call.headdim, 8),
+        "INPUTS": laid(call.ranks, call.headdim), "KEYS": laid(call.ranks, call.pairs),
     }  # fmt: skip
 
 

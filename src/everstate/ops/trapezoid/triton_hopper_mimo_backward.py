@@ -26,7 +26,6 @@ from everstate.ops.trapezoid.triton_backward import rank_gradients
 from everstate.ops.trapezoid.triton_hopper_mimo import REGISTERS, sizes_of, weights_of
 from everstate.ops.trapezoid.triton_hopper_mimo_make import (
     ENTRIES,
-    laid,
     load_angles,
     load_bias,
     load_factors,
@@ -34,7 +33,7 @@ from everstate.ops.trapezoid.triton_hopper_mimo_make import (
     store_angles,
     store_inputs,
     store_numbers,
-    turn_all,
+    turn,
     vectors_for,
 )
 from everstate.ops.trapezoid.triton_keys import NUMBERS
@@ -68,7 +67,7 @@ def gradients(
         *(tiles_of(t, CHUNK, 2) for t in (call.B, call.C, entering, leaving)), call.cos, call.sin,
         call.B_bias, call.C_bias, call.D, du, *numbers.unbind(0), dD, dB, dC, dB_bias, dC_bias, dangles,
         call.plan.chunks, total, call.length, *call.x.stride()[:2], **sizes_of(call),
-        KEYS=laid(call.ranks, call.pairs, 8), TURNED=turned(call.ranks, call.pairs),
+        TURNED=turned(call.ranks, call.pairs),
         SPLITS=splits, INTERLEAVED=call.interleaved, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     domega, ddt = call.turn_gradients(dangles, later, 1)
@@ -174,9 +173,9 @@ def _make(
         store_angles(pairs, angles, at)
         bias = load_bias(biases[0], each + own * (RANKS * 2 * HALF), HALF)
         mbarrier.wait(ready.index(0), 0)
-        turn_all(bases, ks, angles, bias, 0, 2 * at, at, RANKS, HALF, KEYS)
+        turn(bases, ks, angles, bias, 0, 2 * at, at, RANKS, HALF, KEYS)
         bias = load_bias(biases[1], each + own * (RANKS * 2 * HALF), HALF)
-        turn_all(bases, qs, angles, bias, 2, 2 * at, at, RANKS, HALF, KEYS)
+        turn(bases, qs, angles, bias, 2, 2 * at, at, RANKS, HALF, KEYS)
         fence_async_shared()
         mbarrier.arrive(made.index(at), count=1)
 
@@ -273,7 +272,7 @@ def _lift(tile, RANKS: gl.constexpr, TURNED: gl.constexpr):
 
 @gluon.jit
 def _turned_back(
-    dk1, dk2, ks, at, angles, turn, dphi, db1, db2, RANKS: gl.constexpr, wide: gl.constexpr, TURNED: gl.constexpr
+    dk1, dk2, ks, at, angles, room, dphi, db1, db2, RANKS: gl.constexpr, wide: gl.constexpr, TURNED: gl.constexpr
 ):
     """What the angles of entries gain, and sums over the heads of gradients of keys before they were turned.
 
@@ -283,8 +282,8 @@ def _turned_back(
     dk1, dk2 = _lift(dk1, RANKS, TURNED), _lift(dk2, RANKS, TURNED)
     k1, k2 = _lift(ks.index(at).load(wide), RANKS, TURNED), _lift(ks.index(at + 1).load(wide), RANKS, TURNED)
     dphi = dphi + dk2 * k1.to(gl.float32) - dk1 * k2.to(gl.float32)
-    c = angles.index(2 * turn).load(by_token).to(gl.float32)[:, None, :]
-    s = angles.index(2 * turn + 1).load(by_token).to(gl.float32)[:, None, :]
+    c = angles.index(2 * room).load(by_token).to(gl.float32)[:, None, :]
+    s = angles.index(2 * room + 1).load(by_token).to(gl.float32)[:, None, :]
     return dphi, db1 + dk1 * c + dk2 * s, db2 + dk2 * c - dk1 * s
 
 

@@ -25,16 +25,19 @@ ROOMS = gl.constexpr(3)
 """Heads whose keys, queries and inputs of a chunk there is room for, in turn."""
 
 
-def laid(ranks: int, width: int, threads: int) -> gl.BlockedLayout:
-    """How four warps hold rows of entries by token, rank and column, so many threads a row.
+THREADS = gl.constexpr(8)
+"""Threads that hold a row of keys or inputs."""
+
+
+def laid(ranks: int, width: int) -> gl.BlockedLayout:
+    """How four warps hold rows of entries by token, rank and column.
 
     A thread has entries of one rank: what belongs to ranks is in a few registers.
     """
-    rows = 32 // threads
+    rows = 32 // THREADS.value
     lanes = min(ranks, rows)
-    return gl.BlockedLayout(
-        [1, 1, width // threads], [rows // lanes, lanes, threads], [4 * lanes // ranks, ranks // lanes, 1], [2, 1, 0]
-    )
+    threads, warps = [rows // lanes, lanes, THREADS.value], [4 * lanes // ranks, ranks // lanes, 1]
+    return gl.BlockedLayout([1, 1, width // THREADS.value], threads, warps, [2, 1, 0])
 
 
 @gluon.jit
@@ -113,42 +116,33 @@ def store_angles(pairs, angles, at):
 
 
 @gluon.jit
-def by_rank(tile, RANKS: gl.constexpr, KEYS: gl.constexpr, THREADS: gl.constexpr):
-    """Rows of a tile of entries as float32, by token and rank; `KEYS` has so many threads a row."""
-    ROWS: gl.constexpr = tile.shape[0]
+def _by_rank(tile, RANKS: gl.constexpr, KEYS: gl.constexpr):
+    """Rows of a tile of entries as float32, by token and rank."""
     WIDTH: gl.constexpr = tile.shape[1]
     flat: gl.constexpr = gl.BlockedLayout([1, WIDTH // THREADS], [32 // THREADS, THREADS], [4, 1], [1, 0])
-    rows = tile.load(flat).reshape([ROWS // RANKS, RANKS, WIDTH])
+    rows = tile.load(flat).reshape([PART // RANKS, RANKS, WIDTH])
     return widened(gl.convert_layout(rows, KEYS))
 
 
 @gluon.jit
-def turn(first, second, bias, c, s, out, other):
-    """Keys, or queries, of some entries into two tiles; `first` are the first members of the pairs."""
-    first += bias[0][None, :, :]
-    second += bias[1][None, :, :]
-    c, s = c.to(gl.float32)[:, None, :], s.to(gl.float32)[:, None, :]
-    out.store((first * c - second * s).to(out.dtype).reshape(out.shape))
-    other.store((first * s + second * c).to(out.dtype).reshape(out.shape))
+def turn(bases, keys, angles, bias, source, target, at, RANKS: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr):
+    """The keys or queries of a head into two tiles, of B or C: those of the first members of pairs, and of the second.
 
-
-@gluon.jit
-def turn_all(
-    bases, keys, angles, bias, source, target, at, RANKS: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr
-):
-    """The keys or queries of a head, some at a time: all turns in a row would be more than the memory of instructions
-    holds."""
+    A loop: all turns written out would be more than the memory of instructions holds.
+    """
     by_token: gl.constexpr = gl.SliceLayout(1, KEYS)
     PARTS: gl.constexpr = ENTRIES // PART
     parts = bases._reinterpret(bases.dtype, [bases.shape[0] * PARTS, PART, HALF], bases.layout)
     out = keys._reinterpret(keys.dtype, [keys.shape[0] * PARTS, PART, HALF], keys.layout)
     pairs = angles._reinterpret(angles.dtype, [4 * PARTS, PART // RANKS, HALF], angles.layout)
     for part in range(PARTS):
-        first = by_rank(parts.index(source * PARTS + part), RANKS, KEYS, 8)
-        second = by_rank(parts.index((source + 1) * PARTS + part), RANKS, KEYS, 8)
-        c = pairs.index(2 * at * PARTS + part).load(by_token)
-        s = pairs.index((2 * at + 1) * PARTS + part).load(by_token)
-        turn(first, second, bias, c, s, out.index(target * PARTS + part), out.index((target + 1) * PARTS + part))
+        a = _by_rank(parts.index(source * PARTS + part), RANKS, KEYS) + bias[0][None, :, :]
+        b = _by_rank(parts.index((source + 1) * PARTS + part), RANKS, KEYS) + bias[1][None, :, :]
+        c = pairs.index(2 * at * PARTS + part).load(by_token).to(gl.float32)[:, None, :]
+        s = pairs.index((2 * at + 1) * PARTS + part).load(by_token).to(gl.float32)[:, None, :]
+        first, second = (a * c - b * s).to(out.dtype), (a * s + b * c).to(out.dtype)
+        out.index(target * PARTS + part).store(first.reshape([PART, HALF]))
+        out.index((target + 1) * PARTS + part).store(second.reshape([PART, HALF]))
 
 
 @gluon.jit
@@ -234,7 +228,7 @@ def _turn_kinds(
     for kind in range(KINDS):
         mbarrier.wait(brought.index(kind), step & 1)
         bias = biases.index(4 * kind + 2 * own).load(each), biases.index(4 * kind + 2 * own + 1).load(each)
-        turn_all(bases, keys, angles, bias, 2 * kind, 2 * (kind * ROOMS + room), own, RANKS, HALF, KEYS)
+        turn(bases, keys, angles, bias, 2 * kind, 2 * (kind * ROOMS + room), own, RANKS, HALF, KEYS)
         mbarrier.arrive(read.index(kind), count=1)
         if (own == 1) & more:
             mbarrier.wait(read.index(kind), step & 1)
@@ -281,27 +275,27 @@ def make(
         _bring_inputs(x, xs.index(0), [sequence, offset, head * P], came.index(0))
         _bring_inputs(x, xs.index(1), [sequence, offset, (head + 1) * P], came.index(1))
     store_angles(load_angles(cos, sin, begin * HEADS + head, TOKENS, HALF), angles, 0)
-    for turn in range(2 * count):
-        own, step, room = turn % 2, turn // 2, turn % ROOMS
+    for at in range(2 * count):
+        own, step, room = at % 2, at // 2, at % ROOMS
         chunk = begin + ahead * step
         place, more = chunk * HEADS + head + own, step + 1 < count
         # Asked for before there is room.
         numbers = load_numbers(steps + gl.to_tensor(place).to(gl.int64) * (NUMBERS * TOKENS), TOKENS)
-        following = gl.minimum(turn + 1, 2 * count - 1)
+        following = gl.minimum(at + 1, 2 * count - 1)
         following = (begin + ahead * (following // 2)) * HEADS + head + following % 2
         others = load_angles(cos, sin, following, TOKENS, HALF)
-        mbarrier.wait(taken.index(room), (turn // ROOMS & 1) ^ 1)
+        mbarrier.wait(taken.index(room), (at // ROOMS & 1) ^ 1)
         if upstream is not None:
-            at = [sequence, (offset + (chunk - first) * TOKENS) * RANKS, (head + own) * P]
-            _bring_upstream(upstream, us, room, at, place * P, made.index(room))
+            rows = [sequence, (offset + (chunk - first) * TOKENS) * RANKS, (head + own) * P]
+            _bring_upstream(upstream, us, room, rows, place * P, made.index(room))
         row = ((chunk + ahead) * GROUPS + group) * ENTRIES
         _turn_kinds(
             sources, bases, keys, angles, biases, brought, read, step, own, room, more, row, KINDS, RANKS, HALF, KEYS
         )
         store_numbers(vectors, room, numbers)
         if upstream is None:
-            at = [sequence, offset + (step + 1) * TOKENS, (head + own) * P]
-            _weigh_inputs(x, xs, factors, us, came, seen, at, step, own, room, more, P, RANKS, INPUTS)
+            rows = [sequence, offset + (step + 1) * TOKENS, (head + own) * P]
+            _weigh_inputs(x, xs, factors, us, came, seen, rows, step, own, room, more, P, RANKS, INPUTS)
         store_angles(others, angles, 1 - own)
         fence_async_shared()
         mbarrier.arrive(made.index(room), count=1)

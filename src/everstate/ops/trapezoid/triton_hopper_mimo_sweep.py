@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from everstate.ops.trapezoid.triton_hopper_mimo import inputs_of, load_state, sizes_of
-from everstate.ops.trapezoid.triton_hopper_mimo_make import ENTRIES, ROOMS, laid, make, rooms_for, vectors_for
+from everstate.ops.trapezoid.triton_hopper_mimo_make import ENTRIES, ROOMS, make, rooms_for, vectors_for
 from everstate.ops.triton_hopper import barriers_of, place_of, rows_of, tiles_of, widened
 from everstate.ops.triton_launch import launch
 from everstate.ops.triton_segments import CHUNK
@@ -49,7 +49,7 @@ def sweep(
         call.cos, call.sin, entering,
         tiles_of(chunks, call.headdim, 2), None if entered is None else tiles_of(entered, call.headdim, 2),
         turned, last, call.plan.chunks, call.plan.segments, call.length, **sizes_of(call),
-        KEYS=laid(call.ranks, call.pairs, 8), REVERSE=dy is not None, num_warps=4, maxnreg=REGISTERS,
+        REVERSE=dy is not None, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
