@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch
 from everstate.core.packing import Packing
 from everstate.ops import trapezoid_scan, use
 from everstate.ops.example import Example
+from tests import imitation
 from tests.ops.test_trapezoid_hopper import agree, call
 from tests.ops.test_trapezoid_triton import draw, outcome
 
@@ -92,6 +96,30 @@ def test_an_output_does_not_depend_on_what_comes_later(hopper: torch.device) -> 
         after, _ = trapezoid_scan(**example.timed, state=example.state, **example.fixed)
     # Token 20 adds with the next one, but nothing to its own output.
     assert torch.equal(before[:, :21], after[:, :21]) and not torch.equal(before, after)
+
+
+def test_copies_may_come_late(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch, fill: Callable[[int], None]
+) -> None:
+    """Copies come in any order, and heads take turns in the same rooms: nobody may take another's turn for its own."""
+    if hopper.type == "cuda":
+        pytest.skip("on a GPU they come when they come")
+    fill(1)
+    example = mimo(hopper, 1, 64, 2, 4)
+    expected, at_once, count = outcome("triton", example), imitation._copy_in, itertools.count()
+
+    def late(*copy: Any) -> None:
+        with torch.no_grad():
+            at_once(*copy)
+
+    def sometimes_late(*copy: Any) -> None:
+        if next(count) % 7 == 1:
+            threading.Timer(0.1, late, copy).start()
+        else:
+            at_once(*copy)
+
+    monkeypatch.setattr(imitation, "_copy_in", sometimes_late)
+    assert all(torch.equal(a, b) for a, b in zip(outcome("triton", example), expected, strict=True))
 
 
 def test_the_same_call_gives_the_same_bits(hopper: torch.device) -> None:

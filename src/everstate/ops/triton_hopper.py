@@ -67,7 +67,7 @@ def _form_of_tile(rows: int, columns: int) -> Form:
 
 
 def tiles_of(t: Float[Tensor, "*rows w"], rows: int, parts: int) -> Tiles:
-    """So many rows of one of the parts of the columns of keys, states or cosines, of 16-bit numbers."""
+    """So many rows of one of the parts of the columns of keys or states, of 16-bit numbers."""
     flat = t.flatten(0, -2)
     return Tiles(flat, tuple(flat.shape), flat.stride(), _form_of_tile(rows, t.shape[-1] // parts))
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import Call
 
 REGISTERS = 128
-"""Registers of a thread when a program of four groups of 128 threads starts; they then share them out."""
+"""Registers of a thread when a program of 512 threads starts; its groups then share them out."""
 
 
 def forward(call: Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from everstate.ops.trapezoid.triton_backward import rank_gradients
+from everstate.ops.trapezoid.triton_hopper import across
 from everstate.ops.trapezoid.triton_hopper_mimo import REGISTERS, sizes_of, weights_of
 from everstate.ops.trapezoid.triton_hopper_mimo_make import (
     ENTRIES,
@@ -181,13 +182,6 @@ def _make(
 
 
 @gluon.jit
-def _across(a, b, at, none):
-    """Products of the rows of one matrix with the rows of another, both in two tiles."""
-    out = warpgroup_mma(a.index(2 * at), b.index(2 * at).permute((1, 0)), none, use_acc=False, is_async=True)
-    return warpgroup_mma(a.index(2 * at + 1), b.index(2 * at + 1).permute((1, 0)), out, is_async=True)
-
-
-@gluon.jit
 def _weigh(u, du, ks, qs, pairs, vectors, at, weighed, downs, dD, place, none, RANKS: gl.constexpr):
     """What pairs `[j, i]` say to each other, i receives from j: through keys and queries it goes to `pairs`, through
     inputs it is returned, with what entries gave to later tokens and received of earlier ones. And the gradients of own
@@ -196,7 +190,7 @@ def _weigh(u, du, ks, qs, pairs, vectors, at, weighed, downs, dD, place, none, R
     dtype: gl.constexpr = pairs.dtype
     j, i = gl.arange(0, ENTRIES, ROW), gl.arange(0, ENTRIES, COLUMN)
     received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
-    product = _across(ks, qs, at, none)
+    product = across(ks, qs, at, none)
     later, earlier = sums.index(at).load(COLUMN), weighted.index(at).load(ROW)
     weights = weights_of(later, earlier, owns.index(at).load(ROW), j, i, RANKS)
     received, product = warpgroup_mma_wait(0, (received, product))
@@ -243,20 +237,20 @@ def _inputs(
         )  # fmt: skip
         earlier = weighted.index(at).load(ROW)
         # What went through the state.
-        state = _across(ks, dhs, at, none)
+        state = across(ks, dhs, at, none)
         state = warpgroup_mma_wait(0, (state,)) * gives.index(at).load(ROW)[:, None]
         dlast = inner(state, u)
         gave += dlast
         dinput = warpgroup_mma(gl.convert_layout(weights, first), du, state, is_async=True)
         gl.store(dscales + place + j, gave * gl.exp2(earlier - sums.index(at).load(ROW)))
         dinput = warpgroup_mma_wait(0, (dinput,))
-        answers = _across(qs, hs, at, none)
+        answers = across(qs, hs, at, none)
         if D is not None:
             dinput += du.load(SQUARE).to(gl.float32) * gl.load(D + head + step).to(gl.float32)
         gl.store(out + step * P + (j[:, None] * (HEADS * P) + p[None, :]), dinput.to(dtype), mask=there)
         answers = warpgroup_mma_wait(0, (answers,))
         mbarrier.arrive(spent.index(at), count=1)
-        kept = _across(hs, dhs, at, none)
+        kept = across(hs, dhs, at, none)
         ddecay = inner(answers, du) * takes.index(at).load(ROW) + gained - gave
         dlast += trace(warpgroup_mma_wait(0, (kept,))) * keeps.index(at).load(ROW)
         mbarrier.arrive(empty.index(at), count=1)
@@ -295,12 +289,12 @@ def _by_warp(sums, RANKS: gl.constexpr):
 
 
 @gluon.jit
-def _store_sums(out, place, first, second, room, at, RANKS: gl.constexpr, HALF: gl.constexpr):
-    """Sums over the tokens, by rank. Warps meet once, in the room of keys that all have read."""
+def _store_sums(out, place, first, second, rooms, at, RANKS: gl.constexpr, HALF: gl.constexpr):
+    """Sums over the tokens, by rank. Warps meet in a room of keys that all have read."""
     if out is not None:
         plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-        EACH: gl.constexpr = 8 // RANKS  # as many would fit into a room
-        parts = room._reinterpret(gl.float32, [2 * EACH * 2, 4, RANKS, HALF], plain)
+        EACH: gl.constexpr = 8 // RANKS  # a room holds as many of both sums
+        parts = rooms._reinterpret(gl.float32, [2 * EACH * 2, 4, RANKS, HALF], plain)
         parts.index(2 * EACH * at).store(_by_warp(first, RANKS))
         parts.index(2 * EACH * at + 1).store(_by_warp(second, RANKS))
         line: gl.constexpr = gl.BlockedLayout([4, 1, 1], [1, 1, 32], [1, 4, 2], [2, 1, 0])

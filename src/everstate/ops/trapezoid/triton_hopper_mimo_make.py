@@ -83,14 +83,14 @@ def store_numbers(vectors, room, numbers):
 
 
 @gluon.jit
-def vectors_for(CHUNKS: gl.constexpr):
+def vectors_for(ROOMS: gl.constexpr):
     """Room for them."""
-    sums = gl.allocate_shared_memory(gl.float32, [CHUNKS, ENTRIES], VECTOR)
-    weighted = gl.allocate_shared_memory(gl.float32, [CHUNKS, ENTRIES], VECTOR)
-    owns = gl.allocate_shared_memory(gl.float32, [CHUNKS, ENTRIES], VECTOR)
-    gives = gl.allocate_shared_memory(gl.float32, [CHUNKS, ENTRIES], VECTOR)
-    takes = gl.allocate_shared_memory(gl.float32, [CHUNKS, ENTRIES], VECTOR)
-    return sums, weighted, owns, gives, takes, gl.allocate_shared_memory(gl.float32, [CHUNKS, ENTRIES], VECTOR)
+    sums = gl.allocate_shared_memory(gl.float32, [ROOMS, ENTRIES], VECTOR)
+    weighted = gl.allocate_shared_memory(gl.float32, [ROOMS, ENTRIES], VECTOR)
+    owns = gl.allocate_shared_memory(gl.float32, [ROOMS, ENTRIES], VECTOR)
+    gives = gl.allocate_shared_memory(gl.float32, [ROOMS, ENTRIES], VECTOR)
+    takes = gl.allocate_shared_memory(gl.float32, [ROOMS, ENTRIES], VECTOR)
+    return sums, weighted, owns, gives, takes, gl.allocate_shared_memory(gl.float32, [ROOMS, ENTRIES], VECTOR)
 
 
 @gluon.jit
@@ -162,11 +162,8 @@ def rooms_for(x, cos, keys, KINDS: gl.constexpr, RANKS: gl.constexpr, HALF: gl.c
 
 
 @gluon.jit
-def _keep(
-    given, mimo_x, head, biases, factors, KINDS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, RANKS: gl.constexpr,
-    INPUTS: gl.constexpr, KEYS: gl.constexpr,
-):  # fmt: skip
-    """What does not change along time, of two heads."""
+def _keep_biases(given, head, biases, KINDS: gl.constexpr, HALF: gl.constexpr, RANKS: gl.constexpr, KEYS: gl.constexpr):
+    """Those of two heads, which do not change along time."""
     by_rank: gl.constexpr = gl.SliceLayout(0, KEYS)
     r, n = gl.arange(0, RANKS, gl.SliceLayout(1, by_rank)), gl.arange(0, HALF, gl.SliceLayout(0, by_rank))
     each = r[:, None] * (2 * HALF) + n[None, :]
@@ -175,7 +172,6 @@ def _keep(
             bias = load_bias(given[kind], each + (head + own) * (RANKS * 2 * HALF), HALF)
             biases.index(4 * kind + 2 * own).store(bias[0].to(gl.float32))
             biases.index(4 * kind + 2 * own + 1).store(bias[1].to(gl.float32))
-        factors.index(own).store(load_factors(mimo_x, head + own, RANKS, P, INPUTS).to(gl.float32))
 
 
 @gluon.jit
@@ -269,11 +265,12 @@ def make(
     first, count, sequence, offset = place_of(segments, chunks, length, segment)
     ahead: gl.constexpr = 1 if upstream is None else -1
     begin = first if upstream is None else first + count - 1
-    _keep(given, mimo_x, head, biases, factors, KINDS, P, HALF, RANKS, INPUTS, KEYS)
+    _keep_biases(given, head, biases, KINDS, HALF, RANKS, KEYS)
     _bring_all(sources, bases, (begin * GROUPS + group) * ENTRIES, brought, KINDS)
     if upstream is None:
-        _bring_inputs(x, xs.index(0), [sequence, offset, head * P], came.index(0))
-        _bring_inputs(x, xs.index(1), [sequence, offset, (head + 1) * P], came.index(1))
+        for each in gl.static_range(2):
+            factors.index(each).store(load_factors(mimo_x, head + each, RANKS, P, INPUTS).to(gl.float32))
+            _bring_inputs(x, xs.index(each), [sequence, offset, (head + each) * P], came.index(each))
     store_angles(load_angles(cos, sin, begin * HEADS + head, TOKENS, HALF), angles, 0)
     for at in range(2 * count):
         own, step, room = at % 2, at // 2, at % ROOMS
@@ -296,6 +293,11 @@ def make(
         if upstream is None:
             rows = [sequence, offset + (step + 1) * TOKENS, (head + own) * P]
             _weigh_inputs(x, xs, factors, us, came, seen, rows, step, own, room, more, P, RANKS, INPUTS)
+        else:
+            # Copies come in any order, and who walks with one head sees every other phase of a room: it would take one
+            # of the other head for its own. So the head before has all that was copied for it before this one is made.
+            before = at + ROOMS - 1
+            mbarrier.wait(made.index(before % ROOMS), (before // ROOMS & 1) ^ 1)
         store_angles(others, angles, 1 - own)
         fence_async_shared()
         mbarrier.arrive(made.index(room), count=1)
