@@ -248,6 +248,14 @@ def _weigh_inputs(
 
 
 @gluon.jit
+def _end_the_turn_before(made, at):
+    """Wait for what is copied for the head before. Copies come in any order, and who walks with one head sees every
+    other phase of a room: it would take one of the other head for its own."""
+    before = at + ROOMS - 1
+    mbarrier.wait(made.index(before % ROOMS), (before // ROOMS & 1) ^ 1)
+
+
+@gluon.jit
 def make(
     x, sources, mimo_x, steps, given, cos, sin, upstream, keys, us, vectors, rooms, barriers,
     segments, chunks, length, segment, group, head,
@@ -294,10 +302,7 @@ def make(
             rows = [sequence, offset + (step + 1) * TOKENS, (head + own) * P]
             _weigh_inputs(x, xs, factors, us, came, seen, rows, step, own, room, more, P, RANKS, INPUTS)
         else:
-            # Copies come in any order, and who walks with one head sees every other phase of a room: it would take one
-            # of the other head for its own. So the head before has all that was copied for it before this one is made.
-            before = at + ROOMS - 1
-            mbarrier.wait(made.index(before % ROOMS), (before // ROOMS & 1) ^ 1)
+            _end_the_turn_before(made, at)
         store_angles(others, angles, 1 - own)
         fence_async_shared()
         mbarrier.arrive(made.index(room), count=1)
