@@ -62,14 +62,14 @@ def rows_of(t: Float[Tensor, "*b h p"], batch: int, length: int, tokens: int = C
 
 
 @cache
-def _form_of_tile(rows: int, columns: int) -> Form:
-    return Form(rows, columns, layout=gl.NVMMASharedLayout(2 * columns, 16, 2))
+def _form_of_tile(columns: int) -> Form:
+    return Form(CHUNK, columns, layout=gl.NVMMASharedLayout(2 * columns, 16, 2))
 
 
-def tiles_of(t: Float[Tensor, "*rows w"], rows: int, parts: int) -> Tiles:
-    """So many rows of one of the parts of the columns of keys or states, of 16-bit numbers."""
-    flat = t.flatten(0, -2)
-    return Tiles(flat, tuple(flat.shape), flat.stride(), _form_of_tile(rows, t.shape[-1] // parts))
+def tiles_of(t: Float[Tensor, "*rows w"], parts: int = 1) -> Tiles:
+    """64 rows of one of the parts of the columns of dense keys, states or angles, of 16-bit numbers."""
+    width = t.shape[-1]
+    return Tiles(t, (t.numel() // width, width), (width, 1), _form_of_tile(width // parts))
 
 
 def vectors_of(t: Tensor) -> Tiles:

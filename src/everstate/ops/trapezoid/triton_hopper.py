@@ -38,9 +38,8 @@ if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import Call
 
 _KEYS = {width: Form(1, CHUNK, width, layout=gl.NVMMASharedLayout(2 * width, 16, 3)) for width in (32, 64)}
-_PARTS = {width: Form(CHUNK, width, layout=gl.NVMMASharedLayout(2 * width, 16, 2)) for width in (16, 32, 64)}
 _RATES = {pairs: Form(CHUNK, pairs, layout=gl.NVMMASharedLayout(4 * pairs, 32, 2)) for pairs in (16, 32)}
-"""How half of the columns of B and C, of arranged keys and states, and rates lie in shared memory."""
+"""How half of the columns of B and C, and rates lie in shared memory."""
 
 # Of the numbers that `triton_prepare.numbers_kernel` makes for the outputs, those that walkers read:
 SUM = gl.constexpr(0)
@@ -180,18 +179,6 @@ def _rates_of(t: Float[Tensor, "chunks t s"]) -> Tiles:
     return Tiles(t, (chunks * tokens, pairs), (pairs, 1), _RATES[pairs])
 
 
-def halves_of(t: Float[Tensor, "*rows w"]) -> Tiles:
-    """The halves of keys or states: 64 rows of the columns that turn, or of the others."""
-    width = t.shape[-1]
-    return Tiles(t, (t.numel() // width, width), (width, 1), _PARTS[width // 2])
-
-
-def angles_of(t: Float[Tensor, "chunks h t s"]) -> Tiles:
-    """Cosines or sines of a chunk and head."""
-    pairs = t.shape[-1]
-    return Tiles(t, (t.numel() // pairs, pairs), (pairs, 1), _PARTS[pairs])
-
-
 @gluon.jit
 def _sum(a, b):
     return a + b
@@ -272,7 +259,8 @@ def _start(starts, angle, own, home):
 
 
 @gluon.jit
-def _halves(tiles, room):
+def halves_at(tiles, room):
+    """The tiles of both halves of keys or queries."""
     return tiles.index(2 * room), tiles.index(2 * room + 1)
 
 
@@ -322,7 +310,7 @@ def _make(
                 # Of one kind there is room for two chunks.
                 slot, phase = (kind, step) if KINDS == 2 else (step % 2, step // 2)
                 mbarrier.wait(brought.index(slot), phase & 1)
-                _turn(_halves(sources, slot), bias, c, s, _halves(tiles, kind * ROOMS + room), HALF, full)
+                _turn(halves_at(sources, slot), bias, c, s, halves_at(tiles, kind * ROOMS + room), HALF, full)
                 mbarrier.arrive(read.index(slot), count=1)
             fence_async_shared()
             mbarrier.arrive(made.index(room), count=1)
@@ -401,18 +389,18 @@ def store_state(
 
 @gluon.jit
 def across(a, b, at, none):
-    return _meet((a.index(2 * at), a.index(2 * at + 1)), (b.index(2 * at), b.index(2 * at + 1)), none)
+    return meet(halves_at(a, at), halves_at(b, at), none)
 
 
 @gluon.jit
-def _meet(a, b, none):
+def meet(a, b, none):
     """Products of the rows of one matrix with the rows of another, given their tiles."""
     out = warpgroup_mma(a[0], b[0].permute((1, 0)), none, use_acc=False, is_async=True)
     return warpgroup_mma(a[1], b[1].permute((1, 0)), out, is_async=True)
 
 
 @gluon.jit
-def _ask(state, queries, none, layout: gl.constexpr, dtype: gl.constexpr):
+def ask(state, queries, none, layout: gl.constexpr, dtype: gl.constexpr):
     """Products of a state in registers with queries, `[p, i]`."""
     h1, h2 = state
     q1, q2 = queries
@@ -423,7 +411,7 @@ def _ask(state, queries, none, layout: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _grow(state, keys, added, kept):
+def grow(state, keys, added, kept):
     """A state after a chunk: what it keeps, and what the inputs add to it."""
     h1, h2 = state
     h1 = warpgroup_mma(added, keys[0], h1 * kept[:, None], is_async=True)
@@ -481,11 +469,11 @@ def _walk(
             at, room = (step % STAGES * 2 + OWN) * READS, (2 * step + OWN) % ROOMS
             u = us.index(step % STAGES * 2 + OWN).reshape([BLOCK, P]).permute((1, 0))
             mbarrier.wait(made.index(room), (2 * step + OWN) // ROOMS & 1)
-            weights = _meet(_halves(tiles, room), _halves(tiles, ROOMS + room), none)
+            weights = meet(halves_at(tiles, room), halves_at(tiles, ROOMS + room), none)
             mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
             later, earlier = vectors.index(at + SUM).load(COLUMN), vectors.index(at + WEIGHTED).load(ROW)
             weights = warpgroup_mma_wait(0, (weights,))
-            answers = _ask((h1, h2), _halves(tiles, ROOMS + room), none, states, dtype)
+            answers = ask((h1, h2), halves_at(tiles, ROOMS + room), none, states, dtype)
             weights *= gl.exp2(later[None, :] - earlier[:, None])
             # What was written here for the chunk before must be on its way.
             tma.store_wait(0)
@@ -498,7 +486,7 @@ def _walk(
             answers = warpgroup_mma_wait(0, (answers,)) * vectors.index(at + READ).load(COLUMN)[None, :] + own
             answers = warpgroup_mma(u, pairs, answers, is_async=True)
             kept = vectors.index(at + KEPT).load(gl.SliceLayout(1, wide))
-            h1, h2 = _grow((h1, h2), _halves(tiles, room), added, kept)
+            h1, h2 = grow((h1, h2), halves_at(tiles, room), added, kept)
             answers = warpgroup_mma_wait(2, (answers,))
             _write(y, [sequence, start + chunk * BLOCK, head * P], answers.to(dtype), out)
             h1, h2 = warpgroup_mma_wait(0, (h1, h2))
@@ -603,7 +591,7 @@ def _sweep(
             added = (u * vectors.index(at + GIVEN).load(gl.SliceLayout(0, inputs))[None, :]).to(dtype)
             keeps = vectors.index(at + KEPT).load(row)
             mbarrier.wait(made.index(room), (2 * step + OWN) // ROOMS & 1)
-            h1, h2 = _grow((h1, h2), _halves(keys, room), added, keeps)
+            h1, h2 = grow((h1, h2), halves_at(keys, room), added, keeps)
             remains *= keeps
             h1, h2 = warpgroup_mma_wait(0, (h1, h2))
             mbarrier.arrive(taken.index(room), count=1)

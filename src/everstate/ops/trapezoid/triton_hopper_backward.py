@@ -31,14 +31,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from everstate.ops.trapezoid.triton_hopper import (
     REGISTERS,
     across,
-    angles_of,
-    halves_of,
     rows,
     sizes_of,
 )
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of, inner, trace, vectors_of
+from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of, inner, tiles_of, trace, vectors_of
 from everstate.ops.triton_launch import Form, Tiles, launch
 
 if TYPE_CHECKING:
@@ -73,8 +71,8 @@ def gradients(
     domega, ddt = steps.new_empty(call.groups * splits, total, call.pairs), by_head(call.tokens)
     launch(
         gradients_kernel, (count * call.groups * splits,),
-        rows(call, call.x), rows(call, dy.squeeze(1)), vectors_of(steps), halves_of(call.B), halves_of(call.C),
-        halves_of(entering), halves_of(leaving), angles_of(call.cos.view(dtype)), angles_of(call.sin.view(dtype)),
+        rows(call, call.x), rows(call, dy.squeeze(1)), vectors_of(steps), tiles_of(call.B, 2), tiles_of(call.C, 2),
+        tiles_of(entering, 2), tiles_of(leaving, 2), tiles_of(call.cos.view(dtype)), tiles_of(call.sin.view(dtype)),
         _rows_of(call.B_bias), _rows_of(call.C_bias), call.D, call.omega, later,
         inputs.x, inputs.decays, inputs.scales, inputs.owns, inputs.D, dB, dC,
         dB_bias, dC_bias, domega, ddt, call.plan.chunks, total, call.length, call.omega.stride(0),

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from everstate.ops.trapezoid.triton_hopper import ask, grow, halves_at, load_state, meet
 from everstate.ops.trapezoid.triton_hopper_mimo_make import (
     ENTRIES,
     ROOMS,
@@ -30,7 +31,6 @@ from everstate.ops.trapezoid.triton_hopper_mimo_make import (
 )
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, place_of, rows_of, tiles_of, widened
 from everstate.ops.triton_launch import Tiles, launch
-from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import Call
@@ -43,7 +43,7 @@ def forward(call: Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
     """Write outputs to `y`; the states and angles after each sequence."""
     launch(
         scan_kernel, (len(call.plan.segments) * call.heads // 2,),
-        inputs_of(call), call.mimo_x, call.steps, *(tiles_of(t, CHUNK, 2) for t in (call.B, call.C)),
+        inputs_of(call), call.mimo_x, call.steps, *(tiles_of(t, 2) for t in (call.B, call.C)),
         call.B_bias, call.C_bias, call.cos, call.sin, call.D,
         call.entering(call.enter()), rows_of(y.flatten(0, 2), call.batch, call.length * call.ranks), final,
         call.plan.chunks, call.plan.segments, call.length, **sizes_of(call),
@@ -62,14 +62,6 @@ def sizes_of(call: Call) -> dict[str, Any]:
         "HEADS": call.heads, "GROUPS": call.groups, "P": call.headdim, "HALF": call.pairs, "RANKS": call.ranks,
         "INPUTS": laid(call.ranks, call.headdim), "KEYS": laid(call.ranks, call.pairs),
     }  # fmt: skip
-
-
-@gluon.jit
-def _across(tiles, key, query, none):
-    """Products of keys with queries, both in two tiles."""
-    one, other = tiles.index(2 * query).permute((1, 0)), tiles.index(2 * query + 1).permute((1, 0))
-    out = warpgroup_mma(tiles.index(2 * key), one, none, use_acc=False, is_async=True)
-    return warpgroup_mma(tiles.index(2 * key + 1), other, out, is_async=True)
 
 
 @gluon.jit
@@ -95,7 +87,7 @@ def _weigh(tiles, vectors, barriers, pairs, segments, segment, RANKS: gl.constex
     for turn in range(2 * count):
         head, step, room = turn % 2, turn // 2, turn % ROOMS
         mbarrier.wait(made.index(room), turn // ROOMS & 1)
-        product = _across(tiles, room, ROOMS + room, none)
+        product = meet(halves_at(tiles, room), halves_at(tiles, ROOMS + room), none)
         later, earlier = sums.index(room).load(COLUMN), weighted.index(room).load(ROW)
         decay = weights_of(later, earlier, owns.index(room).load(ROW), j, i, RANKS)
         product = warpgroup_mma_wait(0, (product,))
@@ -105,14 +97,6 @@ def _weigh(tiles, vectors, barriers, pairs, segments, segment, RANKS: gl.constex
         pairs.index(head).store(given)
         fence_async_shared()
         mbarrier.arrive(weighed.index(head), count=1)
-
-
-@gluon.jit
-def load_state(states, row, head, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, wide: gl.constexpr):
-    """The two halves of the state (p, n) of a head."""
-    p, n = gl.arange(0, P, gl.SliceLayout(1, wide)), gl.arange(0, HALF, gl.SliceLayout(0, wide))
-    place = (row.to(gl.int64) * HEADS + head) * (P * 2 * HALF) + (p[:, None] * (2 * HALF) + n[None, :])
-    return gl.load(states + place), gl.load(states + HALF + place)
 
 
 @gluon.jit
@@ -126,23 +110,6 @@ def _store_final(
     place = p[:, None] * (2 * HALF) + n[None, :] * (2 if INTERLEAVED else 1)
     gl.store(final + place, h1)
     gl.store(final + (1 if INTERLEAVED else HALF) + place, h2)
-
-
-@gluon.jit
-def _ask(state, queries, at, none, layout: gl.constexpr, dtype: gl.constexpr):
-    """Products of a state in registers with queries, `[p, i]`."""
-    half = gl.convert_layout(state[0].to(dtype), layout)
-    out = warpgroup_mma(half, queries.index(2 * at).permute((1, 0)), none, use_acc=False, is_async=True)
-    half = gl.convert_layout(state[1].to(dtype), layout)
-    return warpgroup_mma(half, queries.index(2 * at + 1).permute((1, 0)), out, is_async=True)
-
-
-@gluon.jit
-def _grow(state, keys, at, u, weight, kept, layout: gl.constexpr):
-    """A state after a chunk: what it keeps, and what the inputs add to it."""
-    added = (widened(u.permute((1, 0)).load(layout)) * weight[None, :]).to(u.dtype)
-    h1 = warpgroup_mma(added, keys.index(2 * at), state[0] * kept, is_async=True)
-    return h1, warpgroup_mma(added, keys.index(2 * at + 1), state[1] * kept, is_async=True)
 
 
 @gluon.jit
@@ -160,7 +127,7 @@ def _walk(
     dtype: gl.constexpr = out.dtype
     none = gl.zeros((P, ENTRIES), gl.float32, SQUARE)
     _, count, sequence, start = place_of(segments, chunks, length, segment)
-    h1, h2 = load_state(entering, segment, head, HEADS, P, HALF, wide)
+    h1, h2 = load_state(entering, segment, head, HEADS, P, HALF // 2, wide)
     skip = 0.0 if D is None else gl.load(D + head).to(gl.float32)
     side: gl.constexpr = gl.SliceLayout(1, wide)
     for step in range(count):
@@ -168,12 +135,13 @@ def _walk(
         room = turn % ROOMS
         u = us.index(room).reshape([ENTRIES, P])
         mbarrier.wait(made.index(room), turn // ROOMS & 1)
-        answers = _ask((h1, h2), tiles, ROOMS + room, none, states, dtype)
+        answers = ask((h1, h2), halves_at(tiles, ROOMS + room), none, states, dtype)
         answers = warpgroup_mma_wait(0, (answers,)) * takes.index(room).load(COLUMN)[None, :]
         mbarrier.wait(weighed.index(OWN), step & 1)
         answers = warpgroup_mma(u.permute((1, 0)), pairs, answers, is_async=True)
         given = gives.index(room).load(gl.SliceLayout(0, inputs))
-        h1, h2 = _grow((h1, h2), tiles, room, u, given, keeps.index(room).load(side)[:, None], inputs)
+        added = (widened(u.permute((1, 0)).load(inputs)) * given[None, :]).to(dtype)
+        h1, h2 = grow((h1, h2), halves_at(tiles, room), added, keeps.index(room).load(side))
         answers = warpgroup_mma_wait(2, (answers,))
         mbarrier.arrive(free.index(OWN), count=1)
         if D is not None:

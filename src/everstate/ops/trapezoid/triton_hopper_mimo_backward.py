@@ -27,6 +27,7 @@ from everstate.ops.trapezoid.triton_hopper import across
 from everstate.ops.trapezoid.triton_hopper_mimo import REGISTERS, sizes_of, weights_of
 from everstate.ops.trapezoid.triton_hopper_mimo_make import (
     ENTRIES,
+    bring_all,
     load_angles,
     load_bias,
     load_factors,
@@ -41,7 +42,6 @@ from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, inner, rows_of, tiles_of, trace
 from everstate.ops.triton_launch import launch
-from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import Call
@@ -65,7 +65,7 @@ def gradients(
     launch(
         gradients_kernel, (count * call.groups * splits,),
         call.x, call.mimo_x, rows_of(dy, call.batch, call.length * call.ranks), steps,
-        *(tiles_of(t, CHUNK, 2) for t in (call.B, call.C, entering, leaving)), call.cos, call.sin,
+        *(tiles_of(t, 2) for t in (call.B, call.C, entering, leaving)), call.cos, call.sin,
         call.B_bias, call.C_bias, call.D, du, *numbers.unbind(0), dD, dB, dC, dB_bias, dC_bias, dangles,
         call.plan.chunks, total, call.length, *call.x.stride()[:2], **sizes_of(call),
         TURNED=turned(call.ranks, call.pairs),
@@ -136,15 +136,6 @@ def _load_inputs(
 
 
 @gluon.jit
-def _ask_bases(B, C, bases, bar, row, HALF: gl.constexpr):
-    """B and C of a chunk, into their places."""
-    mbarrier.expect(bar, 4 * B.block_type.nbytes)
-    for half in gl.static_range(2):
-        tma.async_copy_global_to_shared(B, [row, half * HALF], bar, bases.index(half))
-        tma.async_copy_global_to_shared(C, [row, half * HALF], bar, bases.index(2 + half))
-
-
-@gluon.jit
 def _make(
     x, mimo_x, steps, cos, sin, B, C, biases, tensors, tiles, us, ks, qs, angles, bases, vectors, barriers,
     chunk, sequence, first, start, end, head, group, x_token, x_head,
@@ -155,9 +146,11 @@ def _make(
     full, empty, made, ready = barriers
     TOKENS: gl.constexpr = ENTRIES // RANKS
     by_rank: gl.constexpr = gl.SliceLayout(0, KEYS)
-    _ask_bases(B, C, bases, ready.index(0), (chunk * GROUPS + group) * ENTRIES, HALF)
+    bring_all((B, C), bases, (chunk * GROUPS + group) * ENTRIES, ready, 2)
     r, n = gl.arange(0, RANKS, gl.SliceLayout(1, by_rank)), gl.arange(0, HALF, gl.SliceLayout(0, by_rank))
     each = r[:, None] * (2 * HALF) + n[None, :]
+    mbarrier.wait(ready.index(0), 0)
+    mbarrier.wait(ready.index(1), 0)
     for step in range(EACH):
         at, own = step % 2, head + step
         place = (chunk * HEADS + own).to(gl.int64)
@@ -173,7 +166,6 @@ def _make(
         store_inputs(inputs, us.index(at), RANKS, P, INPUTS)
         store_angles(pairs, angles, at)
         bias = load_bias(biases[0], each + own * (RANKS * 2 * HALF), HALF)
-        mbarrier.wait(ready.index(0), 0)
         turn(bases, ks, angles, bias, 0, 2 * at, at, RANKS, HALF, KEYS)
         bias = load_bias(biases[1], each + own * (RANKS * 2 * HALF), HALF)
         turn(bases, qs, angles, bias, 2, 2 * at, at, RANKS, HALF, KEYS)
@@ -404,7 +396,7 @@ def gradients_kernel(
     angles = gl.allocate_shared_memory(cos.dtype.element_ty, [4, ENTRIES // RANKS, HALF], plain)
     vectors = vectors_for(2)
     full, empty, made, weighed = barriers_of(2, 1), barriers_of(2, 2), barriers_of(2, 1), barriers_of(2, 1)
-    spent, ready = barriers_of(2, 1), barriers_of(1, 1)
+    spent, ready = barriers_of(2, 1), barriers_of(2, 1)
     fence_async_shared()
     tiles, barriers = (dus, hs, dhs), (full, empty, made, weighed, spent)
     gl.warp_specialize(

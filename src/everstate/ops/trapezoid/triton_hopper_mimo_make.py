@@ -24,7 +24,6 @@ PART = gl.constexpr(32)
 ROOMS = gl.constexpr(3)
 """Heads whose keys, queries and inputs of a chunk there is room for, in turn."""
 
-
 THREADS = gl.constexpr(8)
 """Threads that hold a row of keys or inputs."""
 
@@ -83,14 +82,14 @@ def store_numbers(vectors, room, numbers):
 
 
 @gluon.jit
-def vectors_for(ROOMS: gl.constexpr):
+def vectors_for(COUNT: gl.constexpr):
     """Room for them."""
-    sums = gl.allocate_shared_memory(gl.float32, [ROOMS, ENTRIES], VECTOR)
-    weighted = gl.allocate_shared_memory(gl.float32, [ROOMS, ENTRIES], VECTOR)
-    owns = gl.allocate_shared_memory(gl.float32, [ROOMS, ENTRIES], VECTOR)
-    gives = gl.allocate_shared_memory(gl.float32, [ROOMS, ENTRIES], VECTOR)
-    takes = gl.allocate_shared_memory(gl.float32, [ROOMS, ENTRIES], VECTOR)
-    return sums, weighted, owns, gives, takes, gl.allocate_shared_memory(gl.float32, [ROOMS, ENTRIES], VECTOR)
+    sums = gl.allocate_shared_memory(gl.float32, [COUNT, ENTRIES], VECTOR)
+    weighted = gl.allocate_shared_memory(gl.float32, [COUNT, ENTRIES], VECTOR)
+    owns = gl.allocate_shared_memory(gl.float32, [COUNT, ENTRIES], VECTOR)
+    gives = gl.allocate_shared_memory(gl.float32, [COUNT, ENTRIES], VECTOR)
+    takes = gl.allocate_shared_memory(gl.float32, [COUNT, ENTRIES], VECTOR)
+    return sums, weighted, owns, gives, takes, gl.allocate_shared_memory(gl.float32, [COUNT, ENTRIES], VECTOR)
 
 
 @gluon.jit
@@ -170,8 +169,8 @@ def _keep_biases(given, head, biases, KINDS: gl.constexpr, HALF: gl.constexpr, R
     for own in gl.static_range(2):
         for kind in gl.static_range(KINDS):
             bias = load_bias(given[kind], each + (head + own) * (RANKS * 2 * HALF), HALF)
-            biases.index(4 * kind + 2 * own).store(bias[0].to(gl.float32))
-            biases.index(4 * kind + 2 * own + 1).store(bias[1].to(gl.float32))
+            biases.index(4 * kind + 2 * own).store(bias[0])
+            biases.index(4 * kind + 2 * own + 1).store(bias[1])
 
 
 @gluon.jit
@@ -184,7 +183,8 @@ def _bring(source, out, at, row, bar):
 
 
 @gluon.jit
-def _bring_all(sources, out, row, brought, KINDS: gl.constexpr):
+def bring_all(sources, out, row, brought, KINDS: gl.constexpr):
+    """A chunk of B, and of C if there are two kinds."""
     for kind in gl.static_range(KINDS):
         _bring(sources[kind], out, 2 * kind, row, brought.index(kind))
 
@@ -274,7 +274,7 @@ def make(
     ahead: gl.constexpr = 1 if upstream is None else -1
     begin = first if upstream is None else first + count - 1
     _keep_biases(given, head, biases, KINDS, HALF, RANKS, KEYS)
-    _bring_all(sources, bases, (begin * GROUPS + group) * ENTRIES, brought, KINDS)
+    bring_all(sources, bases, (begin * GROUPS + group) * ENTRIES, brought, KINDS)
     if upstream is None:
         for each in gl.static_range(2):
             factors.index(each).store(load_factors(mimo_x, head + each, RANKS, P, INPUTS).to(gl.float32))

@@ -16,15 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from everstate.ops.trapezoid.triton_hopper_mimo import inputs_of, load_state, sizes_of
+from everstate.ops.trapezoid.triton_hopper import grow, halves_at, load_state
+from everstate.ops.trapezoid.triton_hopper_mimo import inputs_of, sizes_of
 from everstate.ops.trapezoid.triton_hopper_mimo_make import ENTRIES, ROOMS, make, rooms_for, vectors_for
 from everstate.ops.triton_hopper import barriers_of, place_of, rows_of, tiles_of, widened
 from everstate.ops.triton_launch import launch
-from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import Call
@@ -45,9 +44,9 @@ def sweep(
     entering = torch.zeros_like(last) if entering is None else entering
     launch(
         sweep_kernel, (len(call.plan.segments) * call.heads // 2,),
-        inputs_of(call), call.mimo_x, upstream, call.steps, tiles_of(keys, CHUNK, 2), bias,
+        inputs_of(call), call.mimo_x, upstream, call.steps, tiles_of(keys, 2), bias,
         call.cos, call.sin, entering,
-        tiles_of(chunks, call.headdim, 2), None if entered is None else tiles_of(entered, call.headdim, 2),
+        tiles_of(chunks, 2), None if entered is None else tiles_of(entered, 2),
         turned, last, call.plan.chunks, call.plan.segments, call.length, **sizes_of(call),
         REVERSE=dy is not None, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
@@ -68,7 +67,7 @@ def _walk(
     dtype: gl.constexpr = out.dtype
     n = gl.arange(0, HALF, gl.SliceLayout(0, wide))
     first, count, _, _ = place_of(segments, chunks, length, segment)
-    h1, h2 = load_state(entering, segment, head, HEADS, P, HALF, wide)
+    h1, h2 = load_state(entering, segment, head, HEADS, P, HALF // 2, wide)
     for step in range(count):
         now, turn = count - 1 - step if REVERSE else step, 2 * step + OWN
         room = turn % ROOMS
@@ -83,9 +82,7 @@ def _walk(
         u = us.index(room).reshape([ENTRIES, P]).permute((1, 0)).load(inputs)
         weight = (takes if REVERSE else gives).index(room).load(gl.SliceLayout(0, inputs))
         added = (widened(u) * weight[None, :]).to(dtype)
-        kept = keeps.index(room).load(side)[:, None]
-        h1 = warpgroup_mma(added, keys.index(2 * room), h1 * kept, is_async=True)
-        h2 = warpgroup_mma(added, keys.index(2 * room + 1), h2 * kept, is_async=True)
+        h1, h2 = grow((h1, h2), halves_at(keys, room), added, keeps.index(room).load(side))
         h1, h2 = warpgroup_mma_wait(0, (h1, h2))
         if REVERSE:
             s1 = states.index(2 * room).load(wide).to(gl.float32)

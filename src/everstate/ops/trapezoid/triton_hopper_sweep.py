@@ -22,8 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from everstate.ops.trapezoid.triton_hopper import (
     REGISTERS,
-    angles_of,
-    halves_of,
     load_state,
     rows,
     sizes_of,
@@ -31,7 +29,7 @@ from everstate.ops.trapezoid.triton_hopper import (
 )
 from everstate.ops.trapezoid.triton_hopper_backward import column_of, halves, over_tokens, trig
 from everstate.ops.trapezoid.triton_keys import NUMBERS
-from everstate.ops.triton_hopper import barriers_of, place_of, vectors_of
+from everstate.ops.triton_hopper import barriers_of, place_of, tiles_of, vectors_of
 from everstate.ops.triton_launch import launch
 
 if TYPE_CHECKING:
@@ -46,9 +44,9 @@ def sweep(
     x, keys, bias = (call.x, call.B, call.B_bias) if dy is None else (dy.squeeze(1), call.C, call.C_bias)
     launch(
         sweep_kernel, (len(call.plan.segments) * call.heads // 2,),
-        rows(call, x), vectors_of(call.steps), halves_of(keys), bias,
-        angles_of(call.cos.view(x.dtype)), angles_of(call.sin.view(x.dtype)),
-        None if entered is None else halves_of(entered), entering, None if chunks is None else halves_of(chunks),
+        rows(call, x), vectors_of(call.steps), tiles_of(keys, 2), bias,
+        tiles_of(call.cos.view(x.dtype)), tiles_of(call.sin.view(x.dtype)),
+        None if entered is None else tiles_of(entered, 2), entering, None if chunks is None else tiles_of(chunks, 2),
         ends, kept, turned, call.plan.chunks, call.plan.segments, call.length,
         **sizes_of(call), REVERSE=dy is not None, STAGES=2, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
