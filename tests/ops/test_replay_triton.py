@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -244,21 +245,57 @@ def test_each_kind_of_call_has_its_own_list() -> None:
     counted.check(apart, runs=2)  # as far apart, but not on multiples of 16 bytes
 
 
-def test_memory_is_given_back_when_it_has_been_read() -> None:
+def chain(x: Tensor, y: Tensor) -> Tensor:
+    made = [torch.empty_like(x) for _ in range(4)]
+    for a, b in pairwise((x, *made)):
+        plus(a, b, 1.5)
+    return made[-1]
+
+
+def listed(function: Callable[..., Any]) -> Any:
+    """The list of a function of `inputs()`, which gives what the function gives."""
     from everstate.ops import triton_replay
 
-    def function(x: Tensor, y: Tensor) -> Tensor:
-        first, second, third = (torch.empty_like(x) for _ in range(3))
-        for a, b in ((x, first), (first, second), (second, third)):
-            plus(a, b, 1.5)
-        return third
-
     Counted(function).check(inputs, runs=2)
-    (listed,) = triton_replay._lists[-1].values()
-    assert isinstance(listed, triton_replay.Replay)
-    held: list[Any] = list(inputs())
-    listed.run(held, [t.data_ptr() for t in held], 7)
-    assert [at for at, t in enumerate(held) if t is None] == [2, 3]
+    (found,) = triton_replay._lists[-1].values()
+    assert isinstance(found, triton_replay.Replay)
+    return found
+
+
+def test_memory_is_given_back_when_it_has_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from everstate.ops import triton_replay
+
+    monkeypatch.setattr(triton_replay, "SHARED", 0)
+    replay, held = listed(chain), list(inputs())
+    replay.run(held, [t.data_ptr() for t in held], 7)
+    assert [at for at, t in enumerate(held) if t is None] == [2, 3, 4]
+    assert len(held) == 6
+
+
+def test_memory_that_only_launches_use_shares_one_piece() -> None:
+    from everstate.ops.triton_replay import ALIGNED
+
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        first, second, summed, out = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+        third = torch.empty(2, 4 * NUMBERS)
+        plus(x, first, 1.5)
+        plus(first, second, 2.5)
+        plus(y[0], summed, 0.5)
+        plus(second, third[1, NUMBERS:], 3.5)
+        fourth = torch.empty_like(x)
+        plus(third[1, NUMBERS:], fourth, 0.5)
+        plus(fourth, out, 0.5)
+        return out, summed * 2
+
+    replay, given = listed(function), inputs()
+    addresses = [t.data_ptr() for t in given]
+    held: list[Any] = list(given)
+    replay.run(held, addresses, 7)
+    piece = held[-1]
+    first, second, summed, out, third, fourth = ((address - piece.data_ptr()) // ALIGNED for address in addresses[2:8])
+    assert (first, second, third, fourth) == (0, 1, 2, 0)  # what has been read makes room
+    assert len(piece) == 4 * ALIGNED
+    assert not {summed, out} & set(range(4))
 
 
 def test_lists_can_be_forgotten() -> None:

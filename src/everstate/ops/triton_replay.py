@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
+from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -37,6 +38,12 @@ R = TypeVar("R")
 
 MOST, ADDRESSES = 512, 64
 """Lists that are kept of a function, and descriptions of a tensor."""
+
+SHARED = 64 * 2**20
+"""Bytes up to which memory that only launches use shares one piece, which is asked for once a call. Where more is
+needed the host's time does not count, but memory does, and each is given back when it has been read."""
+ALIGNED = 512
+"""Bytes between which memory begins in a shared piece, as PyTorch's allocator has it."""
 
 _NEW, _PLAIN = object(), object()
 """What has been called once, and what runs as it is."""
@@ -127,22 +134,51 @@ class _Part(NamedTuple):
 
 
 class _Memory:
-    """New memory."""
+    """New memory, the tensor at `at`."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, at: int, like: Tensor) -> None:
         size, stride = tuple(like.shape), like.stride()
         self._make = partial(torch.empty_strided, size, stride, dtype=like.dtype, device=like.device)
+        self.at, self.nbytes, self.device = at, like.untyped_storage().nbytes(), like.device
 
     def do(self, held: list[Any], addresses: list[int], stream: int) -> None:
-        made = self._make()
-        held.append(made)
-        addresses.append(made.data_ptr())
+        made = held[self.at] = self._make()
+        addresses[self.at] = made.data_ptr()
+
+
+class _Shared:
+    """New memory that only launches use, in one piece: what is needed at the same time lies apart."""
+
+    def __init__(self, memory: dict[int, _Memory], last: dict[int, int]) -> None:
+        """`memory` is by the step that makes it, and `last` says by which it is read for the last time."""
+        placed: list[tuple[int, int, int]] = []
+        self._offsets: list[tuple[int, int]] = []
+        for made, part in memory.items():
+            size, begin = -(-part.nbytes // ALIGNED) * ALIGNED, 0
+            for other, end in sorted((other, end) for other, end, read in placed if read >= made):
+                if begin + size <= other:
+                    break
+                begin = max(begin, end)
+            placed.append((begin, begin + size, last[part.at]))
+            self._offsets.append((part.at, begin))
+        size = max(end for _, end, _ in placed)
+        device = next(iter(memory.values())).device
+        self._make = partial(torch.empty, size, dtype=torch.uint8, device=device)
+
+    def do(self, held: list[Any], addresses: list[int], stream: int) -> None:
+        piece = self._make()
+        held.append(piece)
+        base = piece.data_ptr()
+        for at, offset in self._offsets:
+            addresses[at] = base + offset
 
 
 class _Operation:
-    """An operation of PyTorch; `new` says which of its results are memory of their own."""
+    """An operation of PyTorch; `new` says where those of its results belong that are memory of their own."""
 
-    def __init__(self, operation: Callable[..., Any], args: list[Any], named: dict[str, Any], new: list[bool]) -> None:
+    def __init__(
+        self, operation: Callable[..., Any], args: list[Any], named: dict[str, Any], new: list[int | None]
+    ) -> None:
         self.operation, self.args, self.named, self.new = operation, args, named, new
 
     def do(self, held: list[Any], addresses: list[int], stream: int) -> None:
@@ -150,10 +186,10 @@ class _Operation:
             *[_filled(value, held) for value in self.args],
             **{name: _filled(value, held) for name, value in self.named.items()},
         )
-        for made, new in zip(_leaves(result), self.new, strict=True):
-            if new:
-                held.append(made)
-                addresses.append(made.data_ptr())
+        for made, at in zip(_leaves(result), self.new, strict=True):
+            if at is not None:
+                held[at] = made
+                addresses[at] = made.data_ptr()
 
 
 class _Tile:
@@ -195,13 +231,17 @@ class _Launch:
 class Replay:
     """What a call does, step by step."""
 
-    def __init__(self, steps: list[Any], freed: dict[int, list[int]], result: Any, tables: list[Tensor]) -> None:
-        self._steps = [(step.do, tuple(freed.get(at, ()))) for at, step in enumerate(steps)]
+    def __init__(self, steps: list[tuple[Any, list[int]]], made: int, result: Any, tables: list[Tensor]) -> None:
+        """Each step is there with the tensors that nobody reads after it; `made` is how many they make."""
+        self._steps = [(step.do, tuple(freed)) for step, freed in steps]
+        self._nothing, self._nowhere = [None] * made, [0] * made
         self._result = result
         self._tables = tables  # kept, because launches have their addresses
 
     def run(self, held: list[Any], addresses: list[int], stream: int) -> Any:
         """What the function would have returned for these tensors, which are at these addresses."""
+        held += self._nothing
+        addresses += self._nowhere
         for do, freed in self._steps:
             do(held, addresses, stream)
             for at in freed:
@@ -220,6 +260,7 @@ class _Recorder(TorchDispatchMode):
         self._inputs = len(inputs)
         self._steps: list[Any] = []
         self._last: dict[int, int] = {}
+        self._as_tensors: set[int] = set()  # what more than launches use
         self._tables: list[Tensor] = []
 
     def __torch_dispatch__(
@@ -232,7 +273,7 @@ class _Recorder(TorchDispatchMode):
         finally:
             here.launcher = self
         if operation in _EMPTY:
-            self._steps.append(_Memory(made))
+            self._steps.append(_Memory(len(self._kept), made))
             self._add(made)
         elif not _is_view(operation):
             values, more = [self._part(v) for v in args], {name: self._part(v) for name, v in named.items()}
@@ -240,11 +281,12 @@ class _Recorder(TorchDispatchMode):
             if not all(isinstance(t, Tensor) for t in leaves):
                 self._can = False  # a number from the device
                 return made
-            new = [_storage(t) not in self._sources for t in leaves]
-            if any(new) or operation._schema.is_mutable:
+            places = count(len(self._kept))
+            new = [None if _storage(t) in self._sources else next(places) for t in leaves]
+            if new.count(None) < len(new) or operation._schema.is_mutable:
                 self._steps.append(_Operation(operation, values, more, new))
-            for t, is_new in zip(leaves, new, strict=True):
-                if is_new:
+            for t, place in zip(leaves, new, strict=True):
+                if place is not None:
                     self._add(t)
         return made
 
@@ -281,7 +323,20 @@ class _Recorder(TorchDispatchMode):
         for source, step in self._last.items():
             if source >= self._inputs and source not in wanted:
                 freed.setdefault(step, []).append(source)
-        return Replay(self._steps, freed, answer, self._tables)
+        shared = {at: step for at, step in enumerate(self._steps) if self._may_share(step)}
+        steps = [(step, freed.get(at, [])) for at, step in enumerate(self._steps) if at not in shared]
+        if shared:
+            steps.insert(0, (_Shared(shared, self._last), []))
+        return Replay(steps, len(self._kept) - self._inputs, answer, self._tables)
+
+    def _may_share(self, step: Any) -> bool:
+        """Whether a step makes memory of which nobody needs to have the tensor."""
+        return (
+            isinstance(step, _Memory)
+            and step.at not in self._as_tensors
+            and step.nbytes <= SHARED
+            and step.device == self._kept[0].device
+        )
 
     def _add(self, made: Tensor) -> None:
         """A tensor that is memory of its own."""
@@ -308,6 +363,7 @@ class _Recorder(TorchDispatchMode):
         if source is None:
             self._keep(value)
             return value
+        self._as_tensors.add(source)
         base, size, stride = self._kept[source], tuple(value.shape), value.stride()
         self._can = self._can and base.dtype == value.dtype
         offset = int(value.storage_offset() - base.storage_offset())
