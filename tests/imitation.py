@@ -253,7 +253,8 @@ def imitated(name: str) -> ModuleType:
     given = {key: _plain(name, key, value) for key, value in vars(original).items()}
     module.__dict__.update(given, **_hopper_names())
     source = inspect.getsource(original)
-    start = source.index("\n\n\ndef ")  # imports and constants stay as they are
+    beginnings = [source.find("\n\n\n" + word) for word in ("def ", "@gluon.jit")]
+    start = min(at for at in beginnings if at >= 0)  # imports and constants stay as they are
     body = "\n" * source[:start].count("\n") + source[start:].replace(".type.layout", ".layout")
     # The annotations of this file are not evaluated, and so are not those of what it compiles.
     exec(compile(body, str(original.__file__), "exec"), module.__dict__)

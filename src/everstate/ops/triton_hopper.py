@@ -72,6 +72,17 @@ def tiles_of(t: Float[Tensor, "*rows w"], parts: int = 1) -> Tiles:
     return Tiles(t, (t.numel() // width, width), (width, 1), _form_of_tile(width // parts))
 
 
+@cache
+def _form_of_halves(columns: int) -> Form:
+    return Form(2, CHUNK, columns, layout=gl.NVMMASharedLayout(2 * columns, 16, 3))
+
+
+def halves_of(t: Tensor) -> Tiles:
+    """As `tiles_of`, the tiles of both halves of the columns in one copy: two tiles that follow each other."""
+    width = t.shape[-1]
+    return Tiles(t, (2, t.numel() // width, width // 2), (width // 2, width, 1), _form_of_halves(width // 2))
+
+
 def vectors_of(t: Tensor) -> Tiles:
     """The numbers of a chunk and head, one for each token."""
     return Tiles(t, (t.numel(),), (1,), _VECTORS)

@@ -28,26 +28,37 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from everstate.ops.trapezoid.triton_hopper import (
-    REGISTERS,
-    across,
-    rows,
-    sizes_of,
+from everstate.ops.trapezoid.triton_hopper import REGISTERS, across, halves_at, meet, rows, sizes_of
+from everstate.ops.trapezoid.triton_hopper_sums import (
+    by_warp,
+    columns_of,
+    leave_square,
+    leave_total,
+    room_for_columns,
+    room_for_square,
+    room_for_totals,
+    square_of,
+    total_of,
 )
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, VECTOR, barriers_of, inner, tiles_of, trace, vectors_of
+from everstate.ops.triton_hopper import (
+    COLUMN,
+    ROW,
+    SQUARE,
+    VECTOR,
+    barriers_of,
+    halves_of,
+    inner,
+    tiles_of,
+    trace,
+    vectors_of,
+    widened,
+)
 from everstate.ops.triton_launch import Form, Tiles, launch
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import Call
-
-
-SWAP_ROWS = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 4, 0x1f, 0xffffffff;")
-SWAP_PAIRS = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 8, 0x1f, 0xffffffff;")
-SWAP_FOURS = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 16, 0x1f, 0xffffffff;")
-"""Exchanges of a number with the thread that has the next row of a product, the one after that, or the fourth: four
-threads of a warp share a row."""
 
 
 def gradients(
@@ -72,7 +83,7 @@ def gradients(
     launch(
         gradients_kernel, (count * call.groups * splits,),
         rows(call, call.x), rows(call, dy.squeeze(1)), vectors_of(steps), tiles_of(call.B, 2), tiles_of(call.C, 2),
-        tiles_of(entering, 2), tiles_of(leaving, 2), tiles_of(call.cos.view(dtype)), tiles_of(call.sin.view(dtype)),
+        halves_of(entering), halves_of(leaving), tiles_of(call.cos.view(dtype)), tiles_of(call.sin.view(dtype)),
         _rows_of(call.B_bias), _rows_of(call.C_bias), call.D, call.omega, later,
         inputs.x, inputs.decays, inputs.scales, inputs.owns, inputs.D, dB, dC,
         dB_bias, dC_bias, domega, ddt, call.plan.chunks, total, call.length, call.omega.stride(0),
@@ -101,7 +112,7 @@ def _ask(
     x, dy, steps, _, _, entering, leaving = tensors[:7]
     us, dus, _, _, hs, dhs = tiles
     sums, weighted, owns = vectors[:3]
-    mbarrier.expect(bar, 2 * x.block_type.nbytes + 4 * entering.block_type.nbytes + 3 * steps.block_type.nbytes)
+    mbarrier.expect(bar, 2 * x.block_type.nbytes + 2 * entering.block_type.nbytes + 3 * steps.block_type.nbytes)
     numbers = place * (NUMBERS * BLOCK)
     tma.async_copy_global_to_shared(steps, [numbers], bar, sums.index(at))
     tma.async_copy_global_to_shared(steps, [numbers + BLOCK], bar, weighted.index(at))
@@ -109,8 +120,9 @@ def _ask(
     tma.async_copy_global_to_shared(x, [sequence, start, head * P], bar, us.index(at))
     tma.async_copy_global_to_shared(dy, [sequence, start, head * P], bar, dus.index(at))
     for part in gl.static_range(2):
-        tma.async_copy_global_to_shared(leaving, [place * P, part * 2 * HALF], bar, dhs.index(2 * at + part))
-        tma.async_copy_global_to_shared(entering, [place * P, part * 2 * HALF], bar, hs.index(2 * at + part))
+        tensor, tile = (entering, hs) if part == 0 else (leaving, dhs)
+        room = tile._reinterpret(x.dtype, [tile.shape[0] // 2, 2, P, 2 * HALF], tensor.layout).index(at)
+        tma.async_copy_global_to_shared(tensor, [0, place * P, 0], bar, room)
 
 
 @gluon.jit
@@ -137,23 +149,36 @@ def halves(t, HALF: gl.constexpr, narrow: gl.constexpr):
 
 
 @gluon.jit
-def _turn(bases, which, bias, cs, ss, out, at, HALF: gl.constexpr, half: gl.constexpr):
-    """The keys of a head from B, or queries from C, by 32 rows; `bias` is that of the head, if there is one."""
-    dtype: gl.constexpr = out.dtype
-    side: gl.constexpr = gl.SliceLayout(0, half)
+def _both(tiles, at):
+    """The halves of keys or queries: memory of their own, so that no barrier parts what is written into each."""
+    return tiles[0].index(at), tiles[1].index(at)
+
+
+@gluon.jit
+def _turn(bases, biases, cs, ss, ks, qs, at, HALF: gl.constexpr, half: gl.constexpr):
+    """The keys of a head from B, and queries from C, by 32 rows; biases are those of the head, if there are any."""
     for part in gl.static_range(2):
         c, s = trig(cs.slice(32 * part, 32), half), trig(ss.slice(32 * part, 32), half)
-        a, b = halves(bases.index(which).slice(32 * part, 32).load(half), HALF, half)
-        a, b = a.to(gl.float32), b.to(gl.float32)
-        if bias is not None:
-            a += bias[0].index(4 * at).load(side)[None, :]
-            b += bias[0].index(4 * at + 1).load(side)[None, :]
-        turned = gl.join((a * c - b * s).to(dtype), (a * s + b * c).to(dtype))
-        out.index(2 * at).slice(32 * part, 32).store(turned.permute((0, 2, 1)).reshape([32, 2 * HALF]))
-        still = bases.index(which + 1).slice(32 * part, 32).load(half)
-        if bias is not None:
-            still = (still.to(gl.float32) + bias[1].index(2 * at + 1).load(side)[None, :]).to(dtype)
-        out.index(2 * at + 1).slice(32 * part, 32).store(still)
+        _turn_rows(bases, 0, biases[0], c, s, ks, at, part, HALF, half)
+        _turn_rows(bases, 2, biases[1], c, s, qs, at, part, HALF, half)
+
+
+@gluon.jit
+def _turn_rows(bases, which, bias, c, s, out, at, part: gl.constexpr, HALF: gl.constexpr, half: gl.constexpr):
+    """Some rows of both halves, given the cosines and sines of the angles of the first."""
+    first, second = _both(out, at)
+    dtype: gl.constexpr = first.dtype
+    side: gl.constexpr = gl.SliceLayout(0, half)
+    a, b = halves(widened(bases.index(which).slice(32 * part, 32).load(half)), HALF, half)
+    if bias is not None:
+        a += bias[0].index(4 * at).load(side)[None, :]
+        b += bias[0].index(4 * at + 1).load(side)[None, :]
+    turned = gl.join((a * c - b * s).to(dtype), (a * s + b * c).to(dtype))
+    first.slice(32 * part, 32).store(turned.permute((0, 2, 1)).reshape([32, 2 * HALF]))
+    still = bases.index(which + 1).slice(32 * part, 32).load(half)
+    if bias is not None:
+        still = (widened(still) + bias[1].index(2 * at + 1).load(side)[None, :]).to(dtype)
+    second.slice(32 * part, 32).store(still)
 
 
 @gluon.jit
@@ -172,15 +197,15 @@ def _make_next(
     _, _, _, _, cs, ss, bs, bs2 = vectors
     at = step % STAGES
     mbarrier.wait(angled.index(at), step // STAGES & 1)
-    _turn(bases, 0, None if B_bias is None else bs[1:], cs.index(at), ss.index(at), ks, at, HALF, half)
-    _turn(bases, 2, None if C_bias is None else bs2[1:], cs.index(at), ss.index(at), qs, at, HALF, half)
+    biases = None if B_bias is None else bs[1:], None if C_bias is None else bs2[1:]
+    _turn(bases, biases, cs.index(at), ss.index(at), ks, qs, at, HALF, half)
     fence_async_shared()
     mbarrier.arrive(made.index(at), count=1)
 
 
 @gluon.jit
 def _add_turns(
-    angles, dts, rate, drate, barrier, later, ddt, place, total, at, phase, HALF: gl.constexpr, BLOCK: gl.constexpr,
+    angles, dts, rate, drate, later, ddt, place, total, at, HALF: gl.constexpr, BLOCK: gl.constexpr,
     narrow: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the rates and of dt: a turn moves all angles from its token on, so they are sums from the right,
@@ -193,7 +218,6 @@ def _add_turns(
     row, column = gl.arange(0, BLOCK, gl.SliceLayout(1, first)), gl.arange(0, BLOCK, gl.SliceLayout(0, first))
     nought = (total < 0) * 1.0
     ones = gl.where(row[:, None] <= column[None, :], 1.0 - nought, nought).to(dtype)
-    mbarrier.wait(barrier, phase)
     dturn = warpgroup_mma(ones, cs.index(at), dturn, is_async=True)
     dturn = warpgroup_mma(ones, ss.index(at), dturn, is_async=True)
     step = dts.index(at).load(gl.SliceLayout(1, narrow))
@@ -210,7 +234,7 @@ def _make(
     BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps: what belongs to each head, as soon as there is room; its keys and queries; the gradient of omega."""
-    full, angled, empty, made, told, ready = barriers
+    full, angled, empty, made, ready = barriers
     half: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     ks, dts, cs, ss = tiles[2], vectors[3], vectors[4], vectors[5]
@@ -238,13 +262,13 @@ def _make(
         if step + 1 < EACH:
             _ask(tensors, tiles, vectors, full.index(before), before, place + 1, sequence, first, head + step + 1,
                  P, HALF, BLOCK)  # fmt: skip
-        drate = _add_turns((cs, ss), dts, rate, drate, told.index(before), later, ddt, place - 1, total, before, phase,
-                           HALF, BLOCK, narrow, ks.dtype)  # fmt: skip
+        drate = _add_turns((cs, ss), dts, rate, drate, later, ddt, place - 1, total, before,
+                           HALF, BLOCK, narrow, ks[0].dtype)  # fmt: skip
         if step + 1 < EACH:
             _ask_angles(tensors, vectors, angled.index(before), before, place + 1, head + step + 1, HALF, BLOCK)
-    drate = _add_turns((cs, ss), dts, rate, drate, told.index((EACH - 1) % STAGES), later, ddt,
-                       chunk * HEADS + head + EACH - 1, total,
-                       (EACH - 1) % STAGES, (EACH - 1) // STAGES & 1, HALF, BLOCK, narrow, ks.dtype)  # fmt: skip
+    mbarrier.wait(empty.index((EACH - 1) % STAGES), (EACH - 1) // STAGES & 1)
+    drate = _add_turns((cs, ss), dts, rate, drate, later, ddt, chunk * HEADS + head + EACH - 1, total,
+                       (EACH - 1) % STAGES, HALF, BLOCK, narrow, ks[0].dtype)  # fmt: skip
     _store_rows(domega + (part.to(gl.int64) * total + start) * HALF, drate, start, end, HALF, narrow)
 
 
@@ -261,8 +285,15 @@ def _weights(sums, weighted, at, BLOCK: gl.constexpr):
     """What i receives from j `[j, i]`, strictly before it; and the sums at the end and of each j."""
     j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
     later, earlier = sums.index(at).load(COLUMN), weighted.index(at).load(ROW)
-    last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
-    return gl.where(i[None, :] > j[:, None], gl.exp2(later[None, :] - earlier[:, None]), 0.0), last, earlier
+    weights = gl.where(i[None, :] > j[:, None], gl.exp2(later[None, :] - earlier[:, None]), 0.0)
+    return weights, _last(sums, at, BLOCK), earlier
+
+
+@gluon.jit
+def _last(sums, at, BLOCK: gl.constexpr):
+    """The sum of the log decays of a chunk."""
+    numbers = sums._reinterpret(gl.float32, [sums.shape[0] * BLOCK, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return gl.sum(numbers.index(at * BLOCK + BLOCK - 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -278,63 +309,72 @@ def _tell(received, decay, own, pairs, step, barriers):
 
 
 @gluon.jit
+def _exchange(weights, received, gains, dtype: gl.constexpr):
+    """Weights of entries for others, for products, and what each gave; what each gained is left in `gains`."""
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
+    # Both sides of each pair are the same number: two entries of the same decay cancel, as they must.
+    both = weights * received
+    leave_square(gains, halves(both, 32, narrow))
+    return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, SQUARE, 2)), gl.sum(both, 1)
+
+
+@gluon.jit
 def _own_weights(mine, direct, own, D, head, dD, place):
     """How much of its own input a token gives, through D too, whose gradient is stored."""
     mine *= own
     if D is not None:
         mine += gl.load(D + head).to(gl.float32)
-        gl.store(dD + place, gl.sum(direct, 0))
+        gl.store(dD + place, total_of(direct))
     return mine
 
 
 @gluon.jit
 def _inputs(
-    tiles, vectors, pairs, answered, barriers, dx, D, ddecays, dscales, downs, dD, chunk, start, end, head,
-    HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, DX: gl.constexpr, BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
+    tiles, vectors, pairs, answered, gained, barriers, dx, D, ddecays, dscales, downs, dD,
+    chunk, start, end, head, HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, DX: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the gradients of x, the decays, scales, own weights and D, and on the way what pairs of entries say
     to each other. Pairs are `[j, i]`: i receives from j."""
     us, dus, ks, qs, _, dhs = tiles
     sums, weighted, owns = vectors[:3]
     full, empty, made, weighed, free, asked = barriers
-    dtype: gl.constexpr = pairs.dtype
     j = gl.arange(0, BLOCK, ROW)
     none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
     for step in range(EACH):
         at = step % STAGES
+        keys = _both(ks, at)
         place = (chunk * HEADS + head + step).to(gl.int64)
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
         received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
         decay, last, earlier = _weights(sums, weighted, at, BLOCK)
         mbarrier.wait(made.index(at), step // STAGES & 1)
-        product = across(ks, qs, at, none)
+        product = meet(keys, _both(qs, at), none)
         own = owns.index(at).load(ROW)
         received = warpgroup_mma_wait(2, (received,))
         _tell(received, decay, own, pairs, step, (weighed, free))
         product = warpgroup_mma_wait(0, (product,))
         mine = trace(product)
-        product *= decay
-        weights = gl.convert_layout(product.to(dtype), gl.DotOperandLayout(0, SQUARE, 2))
-        # Both sides of each pair are the same number: two entries of the same decay cancel, as they must.
-        product *= received
-        gave, gained = gl.sum(product, 1), _by_column(product)
+        weights, gave = _exchange(product * decay, received, gained[0], pairs.dtype)
         # What went through the state.
-        state = across(ks, dhs, at, none)
+        state = meet(keys, halves_at(dhs, at), none)
         state = warpgroup_mma_wait(0, (state,)) * gl.exp2(last - earlier)[:, None]
         dinput = warpgroup_mma(weights, du, state, is_async=True)
-        given = u.load(SQUARE).to(gl.float32)
+        given = widened(u.load(SQUARE))
         through = gl.sum(state * given, 1)
         gave += through
-        answers = du.load(SQUARE).to(gl.float32)
+        answers = widened(du.load(SQUARE))
         direct = gl.sum(given * answers, 1)
+        leave_total(gained[1].index(0), through)
+        leave_total(gained[1].index(1), direct)
         gl.store(dscales + place * BLOCK + j, gave * gl.exp2(earlier - sums.index(at).load(ROW)))
         gl.store(downs + place * BLOCK + j, mine * direct)
-        mine = _own_weights(mine, direct, own, D, head + step, dD, place)
+        mine = _own_weights(mine, gained[1].index(1), own, D, head + step, dD, place)
         mbarrier.wait(asked.index(at), step // STAGES & 1)
-        ddecay = gained - gave + answered.index(at).load(ROW)
-        gl.store(ddecays + place * BLOCK + j, ddecay + gl.where(j == BLOCK - 1, gl.sum(through, 0), 0.0))
+        stays = total_of(gained[1].index(0)) + total_of(answered[1].index(at))
+        ddecay = square_of(gained[0]) - gave + answered[0].index(at).load(ROW)
+        gl.store(ddecays + place * BLOCK + j, ddecay + gl.where(j == BLOCK - 1, stays, 0.0))
         dinput = warpgroup_mma_wait(0, (dinput,)) + mine[:, None] * answers
         mbarrier.arrive(empty.index(at), count=1)
         _store_rows(dx + (start.to(gl.int64) * DX + (head + step) * P), dinput, start, end, DX, SQUARE)
@@ -347,102 +387,49 @@ def _turned_back(dk, ks, cs, ss, db1, db2, HALF: gl.constexpr, wide: gl.constexp
     With keys and queries as the products had them, rounded, what two entries say to each other cancels.
     """
     dk1, dk2 = halves(dk, HALF, narrow)
-    k1, k2 = halves(ks.load(wide), HALF, narrow)
-    dphi = dk2 * k1.to(gl.float32) - dk1 * k2.to(gl.float32)
+    k1, k2 = halves(widened(ks.load(wide)), HALF, narrow)
+    dphi = dk2 * k1 - dk1 * k2
     c, s = trig(cs, narrow), trig(ss, narrow)
     return dphi, db1 + dk1 * c + dk2 * s, db2 + dk2 * c - dk1 * s
 
 
 @gluon.jit
-def _swapped(t, HOW: gl.constexpr):
-    """What another thread of the warp has in the place of `t`."""
-    return gl.inline_asm_elementwise(HOW, "=f,f", [t], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _halved(t, BIT: gl.constexpr, HOW: gl.constexpr):
-    """Sums of two rows `[warp, row, n..., 2]` whose numbers differ in a bit: one of them keeps the first half of the
-    last dimension, the other the second."""
-    first, second = gl.split(t)
-    odd = _rows_like(first) // BIT % 2 == 1
-    return gl.where(odd, second, first) + _swapped(gl.where(odd, first, second), HOW)
-
-
-@gluon.jit
-def _rows_like(t):
-    """The number of the row of each element of `[warp, row, n...]`."""
-    layout: gl.constexpr = t.type.layout
-    if len(t.shape) == 3:
-        r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    else:
-        r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[None, :, None, None]
-    return r + gl.zeros(t.shape, gl.int32, layout)
-
-
-@gluon.jit
-def over_tokens(t):
-    """Sums over the rows of 64 x 32 or 64 x 16 numbers by warp, `[warp, row, place]`. Each step halves what is left to
-    add, where `gl.sum` would exchange all numbers at each step. `column_of` says what lies where."""
-    HALF: gl.constexpr = t.shape[1]
-    t = gl.sum(t.reshape([4, 2, 8, HALF]), 1)
-    t = _halved(t.reshape([4, 8, 2, HALF // 2]).permute((0, 1, 3, 2)), 1, SWAP_ROWS)
-    if HALF == 32:
-        t = _halved(t.reshape([4, 8, 2, 8]).permute((0, 1, 3, 2)), 2, SWAP_PAIRS)
-        t = _halved(t.reshape([4, 8, 4, 2]), 4, SWAP_FOURS)
-    else:
-        t = _halved(t.reshape([4, 8, 4, 2]), 2, SWAP_PAIRS)
-        t += _swapped(t, SWAP_FOURS)
-    return t
-
-
-@gluon.jit
-def column_of(row, place, HALF: gl.constexpr):
-    """Which column `over_tokens` leaves at a place of a row."""
-    if HALF == 32:
-        column = 16 * (row % 2) + 8 * (row // 2 % 2) + 2 * place + row // 4
-    else:
-        column = 8 * (row % 2) + 2 * place + row // 2 % 2
-    return column
-
-
-@gluon.jit
-def _by_column(t):
-    """Sums over the rows of 64 x 64 numbers, as rows have them."""
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
-    first, second = halves(t, 32, narrow)
-    t = gl.sum(gl.join(over_tokens(first), over_tokens(second)), 0)
-    # The bits of a row, a place and a half, in the order of those of a column.
-    t = t.reshape([2, 2, 2, 4, 2]).permute((4, 2, 1, 3, 0)).reshape([64])
-    return gl.convert_layout(t, ROW)
-
-
-@gluon.jit
-def _store_sums(out, a, b):
-    """Sums over the tokens of two tiles of columns that follow each other."""
+def _leave_sums(out, room, a, b):
+    """Leave sums over the tokens of each warp of two tiles of columns, if anybody asks for them."""
     if out is not None:
-        HALF: gl.constexpr = a.shape[1]
-        t = gl.sum(gl.join(over_tokens(a), over_tokens(b)), 0)
-        layout: gl.constexpr = t.type.layout
-        row = gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-        place = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-        half = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-        gl.store(out + (column_of(row, place, HALF) + HALF * half), t)
+        room.store(gl.join(by_warp(a), by_warp(b)).permute((2, 0, 1)))
+
+
+@gluon.jit
+def _room_for_biases(HALF: gl.constexpr):
+    """Room for the sums of two tiles of columns of B, and of C."""
+    return room_for_columns(2, HALF), room_for_columns(2, HALF)
+
+
+@gluon.jit
+def _store_sums(out, room):
+    """Sums over all tokens of two tiles of columns that follow each other."""
+    if out is not None:
+        total = columns_of(room)
+        HALF: gl.constexpr = total.shape[1]
+        tile = gl.arange(0, 2, gl.SliceLayout(1, total.type.layout))
+        n = gl.arange(0, HALF, gl.SliceLayout(0, total.type.layout))
+        gl.store(out + (tile[:, None] * HALF + n[None, :]), total)
 
 
 @gluon.jit
 def _turning(
-    tiles, vectors, pairs, barriers, dB, dC, dB_bias, dC_bias, chunk, start, end, total, head, group, split,
+    tiles, vectors, pairs, rooms, barriers, dB, dC, dB_bias, dC_bias, chunk, start, end, total, head, group, split,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
     BLOCK: gl.constexpr, INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the gradients of the columns of B and C that turn, summed over the heads, and of angles."""
     us, dus, ks, qs, hs, dhs = tiles
     sums, weighted, _, _, cs, ss, _, _ = vectors
-    full, angled, empty, made, weighed, free, told = barriers
+    full, angled, empty, made, weighed, free = barriers
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     side: gl.constexpr = gl.SliceLayout(1, wide)
-    i = gl.arange(0, BLOCK, COLUMN)
     nothing = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
     db1, db2 = gl.zeros((BLOCK, HALF), gl.float32, narrow), gl.zeros((BLOCK, HALF), gl.float32, narrow)
     dc1, dc2 = gl.zeros((BLOCK, HALF), gl.float32, narrow), gl.zeros((BLOCK, HALF), gl.float32, narrow)
@@ -452,31 +439,32 @@ def _turning(
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
         dk = warpgroup_mma(u, dhs.index(2 * at), nothing, use_acc=False, is_async=True)
-        last = gl.sum(gl.where(i == BLOCK - 1, sums.index(at).load(COLUMN), 0.0), 0)
+        last = _last(sums, at, BLOCK)
         weight = gl.exp2(last - weighted.index(at).load(side))
         dk = warpgroup_mma_wait(0, (dk,)) * weight[:, None]
         mbarrier.wait(angled.index(at), step // STAGES & 1)
         mbarrier.wait(made.index(at), step // STAGES & 1)
         mbarrier.wait(weighed.index(0), step & 1)
-        dk = warpgroup_mma(pairs, qs.index(2 * at), dk, is_async=True)
+        dk = warpgroup_mma(pairs, qs[0].index(at), dk, is_async=True)
         dk = warpgroup_mma_wait(0, (dk,))
-        dphi, db1, db2 = _turned_back(dk, ks.index(2 * at), cs.index(at), ss.index(at), db1, db2, HALF, wide, narrow)
+        dphi, db1, db2 = _turned_back(dk, ks[0].index(at), cs.index(at), ss.index(at), db1, db2, HALF, wide, narrow)
         dq = warpgroup_mma(du, hs.index(2 * at), nothing, use_acc=False, is_async=True)
         dq = warpgroup_mma_wait(0, (dq,)) * gl.exp2(sums.index(at).load(side))[:, None]
-        dq = warpgroup_mma(pairs.permute((1, 0)), ks.index(2 * at), dq, is_async=True)
+        dq = warpgroup_mma(pairs.permute((1, 0)), ks[0].index(at), dq, is_async=True)
         dq = warpgroup_mma_wait(0, (dq,))
         mbarrier.arrive(free.index(0), count=1)
-        dphi2, dc1, dc2 = _turned_back(dq, qs.index(2 * at), cs.index(at), ss.index(at), dc1, dc2, HALF, wide, narrow)
+        dphi2, dc1, dc2 = _turned_back(dq, qs[0].index(at), cs.index(at), ss.index(at), dc1, dc2, HALF, wide, narrow)
         # In two parts of 16 bits, in the place of cosines and sines, which nobody needs any more.
         dphi += dphi2
         coarse = dphi.to(pairs.dtype)
         cs.index(at).store(coarse)
         ss.index(at).store((dphi - coarse.to(gl.float32)).to(pairs.dtype))
         fence_async_shared()
-        mbarrier.arrive(told.index(at), count=1)
         mbarrier.arrive(empty.index(at), count=1)
-        _store_sums(None if dB_bias is None else dB_bias + bias, db1, db2)
-        _store_sums(None if dC_bias is None else dC_bias + bias, dc1, dc2)
+        _leave_sums(dB_bias, rooms[0], db1, db2)
+        _leave_sums(dC_bias, rooms[1], dc1, dc2)
+        _store_sums(None if dB_bias is None else dB_bias + bias, rooms[0])
+        _store_sums(None if dC_bias is None else dC_bias + bias, rooms[1])
     row = ((split.to(gl.int64) * total + start) * GROUPS + group) * (4 * HALF)
     _store_halves(dB + row, db1, db2, start, end, GROUPS, HALF, INTERLEAVED, narrow)
     _store_halves(dC + row, dc1, dc2, start, end, GROUPS, HALF, INTERLEAVED, narrow)
@@ -519,22 +507,20 @@ def _answer(tiles, du, sums, last, answered, made, phase, at):
     """What the state that enters says of decays, to the tokens and to the state that leaves."""
     qs, hs, dhs = tiles
     BLOCK: gl.constexpr = du.shape[0]
-    j = gl.arange(0, BLOCK, ROW)
     none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
     kept = across(hs, dhs, at, none)
     kept = trace(warpgroup_mma_wait(0, (kept,)))
     mbarrier.wait(made, phase)
-    answers = across(qs, hs, at, none)
-    kept = gl.sum(kept, 0) * gl.exp2(last)
+    answers = meet(_both(qs, at), halves_at(hs, at), none)
+    leave_total(answered[1].index(at), kept * gl.exp2(last))
     answers = warpgroup_mma_wait(0, (answers,))
-    answers = inner(answers, du) * gl.exp2(sums.index(at).load(ROW))
-    answered.index(at).store(answers + gl.where(j == BLOCK - 1, kept, 0.0))
+    answered[0].index(at).store(inner(answers, du) * gl.exp2(sums.index(at).load(ROW)))
 
 
 @gluon.jit
 def _standing(
-    tiles, vectors, pairs, answered, barriers, dB, dC, dB_bias, dC_bias, chunk, start, end, total, head, group, split,
-    HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
+    tiles, vectors, pairs, answered, rooms, barriers, dB, dC, dB_bias, dC_bias, chunk, start, end, total, head, group,
+    split, HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
     BLOCK: gl.constexpr, INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the gradients of the columns of B and C that stand still, summed over the heads; and what the
@@ -545,7 +531,6 @@ def _standing(
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
     side: gl.constexpr = gl.SliceLayout(1, wide)
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    i = gl.arange(0, BLOCK, COLUMN)
     nothing = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
     db, dc = gl.zeros((BLOCK, 2 * HALF), gl.float32, wide), gl.zeros((BLOCK, 2 * HALF), gl.float32, wide)
     for step in range(EACH):
@@ -553,28 +538,30 @@ def _standing(
         bias = (chunk * HEADS + head + step) * (4 * HALF) + 2 * HALF
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
-        last = gl.sum(gl.where(i == BLOCK - 1, sums.index(at).load(COLUMN), 0.0), 0)
+        last = _last(sums, at, BLOCK)
         _answer((qs, hs, dhs), du, sums, last, answered, made.index(at), step // STAGES & 1, at)
         mbarrier.arrive(asked.index(at), count=1)
         dk = warpgroup_mma(u, dhs.index(2 * at + 1), nothing, use_acc=False, is_async=True)
         weight = gl.exp2(last - weighted.index(at).load(side))
         dk = warpgroup_mma_wait(0, (dk,)) * weight[:, None]
         mbarrier.wait(weighed.index(0), step & 1)
-        dk = warpgroup_mma(pairs, qs.index(2 * at + 1), dk, is_async=True)
+        dk = warpgroup_mma(pairs, qs[1].index(at), dk, is_async=True)
         weight = gl.exp2(sums.index(at).load(side))
         dk = warpgroup_mma_wait(0, (dk,))
         db += dk
         dq = warpgroup_mma(du, hs.index(2 * at + 1), nothing, use_acc=False, is_async=True)
         b1, b2 = halves(db, HALF, narrow)
-        _store_sums(None if dB_bias is None else dB_bias + bias, b1, b2)
+        _leave_sums(dB_bias, rooms[0], b1, b2)
         dq = warpgroup_mma_wait(0, (dq,)) * weight[:, None]
-        dq = warpgroup_mma(pairs.permute((1, 0)), ks.index(2 * at + 1), dq, is_async=True)
+        dq = warpgroup_mma(pairs.permute((1, 0)), ks[1].index(at), dq, is_async=True)
         dq = warpgroup_mma_wait(0, (dq,))
         mbarrier.arrive(free.index(0), count=1)
         mbarrier.arrive(empty.index(at), count=1)
         dc += dq
         b1, b2 = halves(dc, HALF, narrow)
-        _store_sums(None if dC_bias is None else dC_bias + bias, b1, b2)
+        _leave_sums(dC_bias, rooms[1], b1, b2)
+        _store_sums(None if dB_bias is None else dB_bias + bias, rooms[0])
+        _store_sums(None if dC_bias is None else dC_bias + bias, rooms[1])
     row = ((split.to(gl.int64) * total + start) * GROUPS + group) * (4 * HALF)
     _store_still(dB + row, db, start, end, GROUPS, HALF, INTERLEAVED, wide)
     _store_still(dC + row, dc, start, end, GROUPS, HALF, INTERLEAVED, wide)
@@ -589,6 +576,13 @@ def _store_still(
     column = n + 2 * HALF if INTERLEAVED else n + HALF + n // HALF * HALF
     place = t[:, None] * (GROUPS * 4 * HALF) + column[None, :]
     gl.store(out + place, value.to(out.dtype.element_ty), mask=(start + t < end)[:, None])
+
+
+@gluon.jit
+def _room_for_keys(B, STAGES: gl.constexpr):
+    """Room for both halves of keys or queries of so many heads, made of such tiles."""
+    shape: gl.constexpr = [STAGES, B.block_type.shape[0], B.block_type.shape[1]]
+    return gl.allocate_shared_memory(B.dtype, shape, B.layout), gl.allocate_shared_memory(B.dtype, shape, B.layout)
 
 
 @gluon.jit
@@ -607,37 +601,38 @@ def gradients_kernel(
     sequence, first = start // length, start % length
     us = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, P], x.layout)
     dus = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, P], dy.layout)
-    ks = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BLOCK, 2 * HALF], B.layout)
-    qs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BLOCK, 2 * HALF], C.layout)
-    hs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, P, 2 * HALF], entering.layout)
-    dhs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, P, 2 * HALF], leaving.layout)
+    ks, qs = _room_for_keys(B, STAGES), _room_for_keys(C, STAGES)
+    hs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, P, 2 * HALF], gl.NVMMASharedLayout(4 * HALF, 16, 2))
+    dhs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, P, 2 * HALF], gl.NVMMASharedLayout(4 * HALF, 16, 2))
     bases = gl.allocate_shared_memory(x.dtype, [4, BLOCK, 2 * HALF], B.layout)
     pairs = gl.allocate_shared_memory(x.dtype, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
-    answered = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
+    answered = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout), room_for_totals(STAGES)
+    gained = room_for_square(), room_for_totals(2)
+    rooms, rooms2 = _room_for_biases(HALF), _room_for_biases(HALF)
     sums, weighted, owns, dts = _numbers(steps, STAGES, BLOCK)
     bs, bs2 = _biases(steps, HALF, STAGES), _biases(steps, HALF, STAGES)
     cs = gl.allocate_shared_memory(cos.dtype, [STAGES, BLOCK, HALF], cos.layout)
     ss = gl.allocate_shared_memory(cos.dtype, [STAGES, BLOCK, HALF], cos.layout)
     full, angled, empty = barriers_of(STAGES, 1), barriers_of(STAGES, 1), barriers_of(STAGES, 3)
-    made, told, asked = barriers_of(STAGES, 1), barriers_of(STAGES, 1), barriers_of(STAGES, 1)
+    made, asked = barriers_of(STAGES, 1), barriers_of(STAGES, 1)
     weighed, free, ready = barriers_of(1, 1), barriers_of(1, 2), barriers_of(1, 1)
     fence_async_shared()
     tiles, vectors = (us, dus, ks, qs, hs, dhs), (sums, weighted, owns, dts, cs, ss, bs, bs2)
     tensors = (x, dy, steps, B, C, entering, leaving, cos, sin, B_bias, C_bias)
     gl.warp_specialize(
         [
-            (_inputs, (tiles, vectors, pairs, answered, (full, empty, made, weighed, free, asked), dx, D, ddecays,
-                       dscales, downs, dD, chunk, start, end, head, HEADS, EACH, P, DX, BLOCK, STAGES)),
-            (_turning, (tiles, vectors, pairs, (full, angled, empty, made, weighed, free, told), dB, dC,
+            (_inputs, (tiles, vectors, pairs, answered, gained, (full, empty, made, weighed, free, asked), dx, D,
+                       ddecays, dscales, downs, dD, chunk, start, end, head, HEADS, EACH, P, DX, BLOCK, STAGES)),
+            (_turning, (tiles, vectors, pairs, rooms, (full, angled, empty, made, weighed, free), dB, dC,
                         dB_bias, dC_bias, chunk, start, end, total, head, group, split,
                         HEADS, GROUPS, EACH, P, HALF, BLOCK, INTERLEAVED, STAGES)),
-            (_standing, (tiles, vectors, pairs, answered, (full, empty, made, weighed, free, asked), dB, dC,
-                         dB_bias, dC_bias, chunk, start, end, total, head, group, split,
+            (_standing, (tiles, vectors, pairs, answered, rooms2, (full, empty, made, weighed, free, asked),
+                         dB, dC, dB_bias, dC_bias, chunk, start, end, total, head, group, split,
                          HEADS, GROUPS, EACH, P, HALF, BLOCK, INTERLEAVED, STAGES)),
-            (_make, (tensors, tiles, vectors, (full, angled, empty, made, told, ready), bases, omega, later, domega,
+            (_make, (tensors, tiles, vectors, (full, angled, empty, made, ready), bases, omega, later, domega,
                      ddt, chunk, sequence, first, start, end, total, head, group, part, omega_token,
                      HEADS, GROUPS, EACH, P, HALF, BLOCK, STAGES)),
         ],
         [4, 4, 4],
-        [136, 120, 96],
+        [152, 112, 88],
     )  # fmt: skip

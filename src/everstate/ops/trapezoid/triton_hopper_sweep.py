@@ -27,7 +27,8 @@ from everstate.ops.trapezoid.triton_hopper import (
     sizes_of,
     store_state,
 )
-from everstate.ops.trapezoid.triton_hopper_backward import column_of, halves, over_tokens, trig
+from everstate.ops.trapezoid.triton_hopper_backward import halves, trig
+from everstate.ops.trapezoid.triton_hopper_sums import by_warp, columns_of, room_for_columns
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.triton_hopper import barriers_of, place_of, tiles_of, vectors_of
 from everstate.ops.triton_launch import launch
@@ -140,15 +141,14 @@ def _make(
 
 
 @gluon.jit
-def _store_turned(out, h, s, HALF: gl.constexpr, wide: gl.constexpr, narrow: gl.constexpr):
+def _store_turned(out, h, s, room, HALF: gl.constexpr, wide: gl.constexpr, narrow: gl.constexpr):
     """What turning a state by a common angle would change, given the gradient of what it becomes."""
     h1, h2 = halves(h, HALF, narrow)
     s1, s2 = halves(s.load(wide), HALF, narrow)
-    change = gl.sum(over_tokens(h2 * s1.to(gl.float32) - h1 * s2.to(gl.float32)), 0)
-    layout: gl.constexpr = change.type.layout
-    row = gl.arange(0, 8, gl.SliceLayout(1, layout))[:, None]
-    place = gl.arange(0, 4, gl.SliceLayout(0, layout))[None, :]
-    gl.store(out + column_of(row, place, HALF), change)
+    room.store(by_warp(h2 * s1.to(gl.float32) - h1 * s2.to(gl.float32)).reshape(room.shape))
+    change = columns_of(room)
+    n = gl.arange(0, HALF, gl.SliceLayout(0, change.type.layout))
+    gl.store(out + n[None, :], change)
 
 
 @gluon.jit
@@ -164,7 +164,7 @@ def _write(boundaries, row, h1, h2, out, out2):
 
 @gluon.jit
 def _walk(
-    tiles, keys, vectors, barriers, out, boundaries, entering, ends, kept, turned, segments, segment, head,
+    tiles, keys, vectors, barriers, out, boundaries, entering, ends, kept, turned, met, segments, segment, head,
     OWN: gl.constexpr, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
     STAGES: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
@@ -201,7 +201,8 @@ def _walk(
         mbarrier.arrive(taken.index(room), count=1)
         decayed += last
         if turned is not None:
-            _store_turned(turned + place * HALF, h1, hs.index(2 * at + OWN), HALF, wide, narrow)
+            _store_turned(turned + place * HALF, h1, hs.index(2 * at + OWN), met,
+                          HALF, wide, narrow)  # fmt: skip
         mbarrier.arrive(empty.index(at), count=1)
     tma.store_wait(0)
     if boundaries is None:
@@ -230,6 +231,7 @@ def sweep_kernel(
     out = gl.allocate_shared_memory(x.dtype, [4, P, 2 * HALF], tile)
     sums = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], steps.layout)
     weighted = sums if REVERSE else gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], steps.layout)
+    met, met2 = room_for_columns(1, HALF), room_for_columns(1, HALF)
     angled, spent = barriers_of(STAGES, 1), barriers_of(STAGES, 1)
     full, empty, made, taken = barriers_of(STAGES, 1), barriers_of(STAGES, 2), barriers_of(4, 1), barriers_of(4, 1)
     fence_async_shared()
@@ -237,9 +239,9 @@ def sweep_kernel(
     gl.warp_specialize(
         [
             (_walk, (tiles, keys, vectors, (full, empty, made, taken), out, boundaries, entering, ends, kept, turned,
-                     segments, segment, head, 0, HEADS, P, HALF, BLOCK, STAGES, REVERSE)),
+                     met, segments, segment, head, 0, HEADS, P, HALF, BLOCK, STAGES, REVERSE)),
             (_walk, (tiles, keys, vectors, (full, empty, made, taken), out, boundaries, entering, ends, kept, turned,
-                     segments, segment, head + 1, 1, HEADS, P, HALF, BLOCK, STAGES, REVERSE)),
+                     met2, segments, segment, head + 1, 1, HEADS, P, HALF, BLOCK, STAGES, REVERSE)),
             (_make, (tiles, keys, (angled, spent, made, taken), bias, segments, segment, head, HALF, STAGES)),
             (_feed, ((x, steps, B, cos, sin, entered), tiles, vectors, (angled, spent, full, empty), segments, chunks,
                      length, segment, group, head, HEADS, GROUPS, P, HALF, BLOCK, STAGES, REVERSE)),
