@@ -52,7 +52,7 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
 
     `only` names the ops to measure, by default all that have kernels. Raises `ConfigError` for other names.
     """
-    known = [*(op for op in GPU_SHAPES if "triton" in OPS[op].backends()), *STEPS]
+    known = [*(name for name in GPU_SHAPES if "triton" in OPS[op_of(name)].backends()), *STEPS]
     if unknown := [name for name in only if name not in known]:
         raise ConfigError(f"bench ops: {', '.join(unknown)} is not measured on a GPU; give some of {', '.join(known)}")
     d_inner, total = (QUICK_D_INNER, QUICK_TOKENS) if quick else (D_INNER, TOKENS)
@@ -74,30 +74,35 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
     return result
 
 
+def op_of(name: str) -> str:
+    """The op of one of `GPU_SHAPES`."""
+    return name.partition(",")[0]
+
+
 def scans(
-    op: str, d_inner: int, total: int, device: str, first_call_s: dict[str, float], left_out: list[str]
+    name: str, d_inner: int, total: int, device: str, first_call_s: dict[str, float], left_out: list[str]
 ) -> Iterator[Row]:
     """Forward, and forward with backward, of one op on the same tokens cut into more or fewer sequences."""
-    draw = Draw(dtype=torch.float32, device=device, drawn_on=device)
-    small = lower(GPU_SHAPES[op](draw, min(d_inner, 512), GATE_TOKENS))
+    op, draw = op_of(name), Draw(dtype=torch.float32, device=device, drawn_on=device)
+    small = lower(GPU_SHAPES[name](draw, min(d_inner, 512), GATE_TOKENS))
     started = time.perf_counter()
     error = gate_error(op, small)
-    first_call_s[op] = time.perf_counter() - started
+    first_call_s[name] = time.perf_counter() - started
     gate = Gate(error, ALLOWED[torch.bfloat16])
-    long = lower(GPU_SHAPES[op](draw, d_inner, total))
+    long = lower(GPU_SHAPES[name](draw, d_inner, total))
     for batch in SPLITS:
         example = cut(long, batch)
         candidates = dict(zip(KINDS, calls(partial(run_op, op), example), strict=True))
-        for name, run in peers_of(op, example).items():
-            if reason := scan_disagreement(op, name, run, example):
+        for peer, run in peers_of(name, example).items():
+            if reason := scan_disagreement(op, peer, run, example):
                 left_out.append(reason)
             else:
-                candidates |= {f"{name} {kind}": call for kind, call in working(op, name, run, example, left_out)}
+                candidates |= {f"{peer} {kind}": call for kind, call in working(op, peer, run, example, left_out)}
         timings = interleave(candidates, gate, REPEATS, device, on_device=True)
         for kind in KINDS:
             end = f" {kind}"
             theirs = {key.removesuffix(end): timing for key, timing in timings.items() if key.endswith(end)}
-            title = f"{op} {batch} x {total // batch}" + (" + backward" if kind == "both" else "")
+            title = f"{name} {batch} x {total // batch}" + (" + backward" if kind == "both" else "")
             yield from beside(title, total, gate, timings.get(kind), theirs)
 
 

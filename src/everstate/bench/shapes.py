@@ -29,8 +29,9 @@ def _ssd_scan(draw: Draw, d_inner: int, length: int) -> Example:
     )
 
 
-def _trapezoid_scan(draw: Draw, d_inner: int, length: int) -> Example:
-    heads, pairs = d_inner // HEADDIM, D_STATE // 4
+def _trapezoid_scan(draw: Draw, d_inner: int, length: int, *, rank: int = 1) -> Example:
+    heads, pairs = d_inner // HEADDIM, _pairs(rank)
+    several = {"mimo_x": draw.normal(heads, rank, HEADDIM), "interleaved": False} if rank > 1 else {}
     return Example(
         timed={
             "x": draw.normal(1, length, heads, HEADDIM),
@@ -38,26 +39,31 @@ def _trapezoid_scan(draw: Draw, d_inner: int, length: int) -> Example:
             "A": -draw.uniform(1, length, heads, low=0.01, high=2.0),
             "lam": draw.uniform(1, length, heads),
             "omega": draw.uniform(1, length, pairs, low=-math.pi, high=math.pi),
-            "B": draw.normal(1, length, 1, 1, D_STATE),
-            "C": draw.normal(1, length, 1, 1, D_STATE),
+            "B": draw.normal(1, length, rank, 1, D_STATE),
+            "C": draw.normal(1, length, rank, 1, D_STATE),
         },
         state=TrapezoidState(
             ssm=draw.normal(1, heads, HEADDIM, D_STATE),
-            k=draw.normal(1, 1, heads, D_STATE),
+            k=draw.normal(1, rank, heads, D_STATE),
             x=draw.normal(1, heads, HEADDIM),
             angle=draw.uniform(1, heads, pairs, low=-math.pi, high=math.pi),
         ),
         fixed={
-            "B_bias": draw.normal(heads, 1, D_STATE),
-            "C_bias": draw.normal(heads, 1, D_STATE),
+            "B_bias": draw.normal(heads, rank, D_STATE),
+            "C_bias": draw.normal(heads, rank, D_STATE),
             "D": draw.normal(heads),
+            **several,
         },
     )
 
 
-def _mamba3_scan(draw: Draw, d_inner: int, length: int, *, rank: int) -> Example:
+def _pairs(rank: int) -> int:
     """As published: one rank turns half of its entries, adjacent ones together, several turn all, in halves."""
-    heads, pairs = d_inner // HEADDIM, D_STATE // 4 if rank == 1 else D_STATE // 2
+    return D_STATE // 4 if rank == 1 else D_STATE // 2
+
+
+def _mamba3_scan(draw: Draw, d_inner: int, length: int, *, rank: int) -> Example:
+    heads, pairs = d_inner // HEADDIM, _pairs(rank)
     names = ("mimo_x", "mimo_z", "mimo_o") if rank > 1 else ()
     factors: dict[str, Any] = {name: draw.normal(heads, rank, HEADDIM) for name in names}
     layer = Mamba3Layer(
@@ -136,7 +142,10 @@ def _linear_cross_entropy(draw: Draw, d_inner: int, length: int) -> Example:
     )
 
 
-SHAPES: dict[str, Callable[[Draw, int, int], Example]] = {
+Shape = Callable[[Draw, int, int], Example]
+"""`(draw, d_inner, length) -> Example`."""
+
+SHAPES: dict[str, Shape] = {
     "ssd_scan": _ssd_scan,
     "trapezoid_scan": _trapezoid_scan,
     "selective_scan": _selective_scan,
@@ -144,12 +153,17 @@ SHAPES: dict[str, Callable[[Draw, int, int], Example]] = {
     "causal_conv1d": _causal_conv1d,
     "gated_rms_norm": _gated_rms_norm,
 }
-"""Op -> `(draw, d_inner, length) -> Example`."""
+"""By op."""
 
-GPU_SHAPES = {**SHAPES, "rotary": _rotary, "linear_cross_entropy": _linear_cross_entropy}
-"""Those, and ops for which only a GPU has an implementation of its own or the memory."""
+GPU_SHAPES: dict[str, Shape] = {
+    **SHAPES,
+    "trapezoid_scan, 4 ranks": partial(_trapezoid_scan, rank=4),
+    "rotary": _rotary,
+    "linear_cross_entropy": _linear_cross_entropy,
+}
+"""Those, and what only a GPU has its own implementation of, or the memory for. An op's name ends at a comma."""
 
-STEPS: dict[str, tuple[str, Callable[[Draw, int, int], Example]]] = {
+STEPS: dict[str, tuple[str, Shape]] = {
     "ssd_step_": ("ssd_step_", _ssd_scan),
     "selective_step_": ("selective_step_", _selective_scan),
     "mamba3_step_": ("mamba3_step_", partial(_mamba3_scan, rank=1)),
