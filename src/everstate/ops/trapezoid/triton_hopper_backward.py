@@ -32,6 +32,7 @@ from everstate.ops.trapezoid.triton_hopper import REGISTERS, across, halves_at, 
 from everstate.ops.trapezoid.triton_hopper_sums import (
     by_warp,
     columns_of,
+    halves,
     leave_square,
     leave_total,
     room_for_columns,
@@ -139,13 +140,6 @@ def _ask_angles(tensors, vectors, bar, at, place, head, HALF: gl.constexpr, BLOC
         tma.async_copy_global_to_shared(B_bias, [head * (4 * HALF)], bar, bs[0].index(at))
     if C_bias is not None:
         tma.async_copy_global_to_shared(C_bias, [head * (4 * HALF)], bar, bs2[0].index(at))
-
-
-@gluon.jit
-def halves(t, HALF: gl.constexpr, narrow: gl.constexpr):
-    """First and second members of the pairs."""
-    first, second = gl.split(t.reshape([t.shape[0], 2, HALF]).permute((0, 2, 1)))
-    return gl.convert_layout(first, narrow), gl.convert_layout(second, narrow)
 
 
 @gluon.jit
@@ -311,10 +305,9 @@ def _tell(received, decay, own, pairs, step, barriers):
 @gluon.jit
 def _exchange(weights, received, gains, dtype: gl.constexpr):
     """Weights of entries for others, for products, and what each gave; what each gained is left in `gains`."""
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
     # Both sides of each pair are the same number: two entries of the same decay cancel, as they must.
     both = weights * received
-    leave_square(gains, halves(both, 32, narrow))
+    leave_square(gains, both)
     return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, SQUARE, 2)), gl.sum(both, 1)
 
 

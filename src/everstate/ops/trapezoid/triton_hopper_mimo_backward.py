@@ -38,6 +38,14 @@ from everstate.ops.trapezoid.triton_hopper_mimo_make import (
     turn,
     vectors_for,
 )
+from everstate.ops.trapezoid.triton_hopper_sums import (
+    leave_square,
+    leave_total,
+    room_for_square,
+    room_for_totals,
+    square_of,
+    total_of,
+)
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, inner, rows_of, tiles_of, trace
@@ -174,10 +182,10 @@ def _make(
 
 
 @gluon.jit
-def _weigh(u, du, ks, qs, pairs, vectors, at, weighed, downs, dD, place, none, RANKS: gl.constexpr):
+def _weigh(u, du, ks, qs, pairs, vectors, gained, at, weighed, downs, dD, none, RANKS: gl.constexpr):
     """What pairs `[j, i]` say to each other, i receives from j: through keys and queries it goes to `pairs`, through
-    inputs it is returned, with what entries gave to later tokens and received of earlier ones. And the gradients of own
-    weights and of D."""
+    inputs it is returned, with what entries gave to later tokens; what they received of earlier ones is left in
+    `gained`, and the gradient of D. And the gradients of own weights."""
     sums, weighted, owns = vectors[:3]
     dtype: gl.constexpr = pairs.dtype
     j, i = gl.arange(0, ENTRIES, ROW), gl.arange(0, ENTRIES, COLUMN)
@@ -187,7 +195,7 @@ def _weigh(u, du, ks, qs, pairs, vectors, at, weighed, downs, dD, place, none, R
     weights = weights_of(later, earlier, owns.index(at).load(ROW), j, i, RANKS)
     received, product = warpgroup_mma_wait(0, (received, product))
     if dD is not None:
-        gl.store(dD + place, gl.sum(trace(received), 0))
+        leave_total(gained[1].index(1), trace(received))
     given = (received * weights).to(dtype)
     pairs.store(given)
     fence_async_shared()
@@ -198,13 +206,14 @@ def _weigh(u, du, ks, qs, pairs, vectors, at, weighed, downs, dD, place, none, R
     gl.store(downs + j, gl.sum(same, 1))
     # Both sides with the same rounded weights: then two entries of the same decay cancel, as they must.
     passed = gl.where(after, product * given.to(gl.float32), 0.0)
-    return (product * weights).to(dtype), gl.sum(passed, 1), gl.convert_layout(gl.sum(passed, 0), ROW)
+    leave_square(gained[0], passed)
+    return (product * weights).to(dtype), gl.sum(passed, 1)
 
 
 @gluon.jit
 def _inputs(
-    us, ks, qs, tiles, vectors, pairs, barriers, dinputs, D, ddecays, dscales, downs, dD, chunk, start, end, head,
-    HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, RANKS: gl.constexpr,
+    us, ks, qs, tiles, vectors, pairs, gained, barriers, dinputs, D, ddecays, dscales, downs, dD,
+    chunk, start, end, head, HEADS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, RANKS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the gradients of inputs, decays, scales and own weights, by entry. Pairs are `[j, i]`."""
     dus, hs, dhs = tiles
@@ -223,10 +232,9 @@ def _inputs(
         u, du = us.index(at), dus.index(at).reshape([ENTRIES, P])
         mbarrier.wait(full.index(at), step // 2 & 1)
         mbarrier.wait(made.index(at), step // 2 & 1)
-        weights, gave, gained = _weigh(
-            u, du, ks, qs, pairs.index(at), vectors, at, weighed.index(at), downs + place, dD, place // ENTRIES, none,
-            RANKS,
-        )  # fmt: skip
+        weights, gave = _weigh(
+            u, du, ks, qs, pairs.index(at), vectors, gained, at, weighed.index(at), downs + place, dD, none, RANKS
+        )
         earlier = weighted.index(at).load(ROW)
         # What went through the state.
         state = across(ks, dhs, at, none)
@@ -243,11 +251,14 @@ def _inputs(
         answers = warpgroup_mma_wait(0, (answers,))
         mbarrier.arrive(spent.index(at), count=1)
         kept = across(hs, dhs, at, none)
-        ddecay = inner(answers, du) * takes.index(at).load(ROW) + gained - gave
+        ddecay = inner(answers, du) * takes.index(at).load(ROW) - gave
         dlast += trace(warpgroup_mma_wait(0, (kept,))) * keeps.index(at).load(ROW)
         mbarrier.arrive(empty.index(at), count=1)
-        dlast = gl.sum(dlast, 0)
-        gl.store(ddecays + place + j, ddecay + gl.where(j == ENTRIES - 1, dlast, 0.0))
+        leave_total(gained[1].index(0), dlast)
+        if dD is not None:
+            gl.store(dD + place // ENTRIES, total_of(gained[1].index(1)))
+        ddecay += square_of(gained[0]) + gl.where(j == ENTRIES - 1, total_of(gained[1].index(0)), 0.0)
+        gl.store(ddecays + place + j, ddecay)
 
 
 @gluon.jit
@@ -281,20 +292,32 @@ def _by_warp(sums, RANKS: gl.constexpr):
 
 
 @gluon.jit
-def _store_sums(out, place, first, second, rooms, at, RANKS: gl.constexpr, HALF: gl.constexpr):
-    """Sums over the tokens, by rank. Warps meet in a room of keys that all have read."""
+def _meeting(rooms, at, RANKS: gl.constexpr, HALF: gl.constexpr):
+    """Sums of both halves of the columns, `[half, warp, rank, column]`, in a room of keys that all have read."""
+    EACH: gl.constexpr = 8 // RANKS
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    return rooms._reinterpret(gl.float32, [2 * EACH, 2, 4, RANKS, HALF], plain).index(EACH * at)
+
+
+@gluon.jit
+def _leave_sums(out, rooms, at, first, second, RANKS: gl.constexpr, HALF: gl.constexpr):
+    """Leave sums over the tokens of each warp, by rank, if anybody asks for them."""
     if out is not None:
-        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-        EACH: gl.constexpr = 8 // RANKS  # a room holds as many of both sums
-        parts = rooms._reinterpret(gl.float32, [2 * EACH * 2, 4, RANKS, HALF], plain)
-        parts.index(2 * EACH * at).store(_by_warp(first, RANKS))
-        parts.index(2 * EACH * at + 1).store(_by_warp(second, RANKS))
-        line: gl.constexpr = gl.BlockedLayout([4, 1, 1], [1, 1, 32], [1, 4, 2], [2, 1, 0])
-        r = gl.arange(0, RANKS, gl.SliceLayout(1, gl.SliceLayout(0, line)))
-        n = gl.arange(0, HALF, gl.SliceLayout(0, gl.SliceLayout(0, line)))
-        place = place * (RANKS * 2 * HALF) + (r[:, None] * (2 * HALF) + n[None, :])
-        gl.store(out + place, gl.sum(parts.index(2 * EACH * at).load(line), 0))
-        gl.store(out + HALF + place, gl.sum(parts.index(2 * EACH * at + 1).load(line), 0))
+        both = gl.join(_by_warp(first, RANKS), _by_warp(second, RANKS))
+        _meeting(rooms, at, RANKS, HALF).store(both.permute((3, 0, 1, 2)))
+
+
+@gluon.jit
+def _store_sums(out, place, rooms, at, RANKS: gl.constexpr, HALF: gl.constexpr):
+    """Sums over all tokens, by rank."""
+    if out is not None:
+        line: gl.constexpr = gl.BlockedLayout([1, 4, 1, 1], [1, 1, 1, 32], [2, 1, 4, 1], [3, 2, 1, 0])
+        total = gl.sum(_meeting(rooms, at, RANKS, HALF).load(line), 1)
+        flat: gl.constexpr = gl.SliceLayout(1, line)
+        half = gl.arange(0, 2, gl.SliceLayout(1, gl.SliceLayout(2, flat)))[:, None, None]
+        r = gl.arange(0, RANKS, gl.SliceLayout(0, gl.SliceLayout(2, flat)))[None, :, None]
+        n = gl.arange(0, HALF, gl.SliceLayout(0, gl.SliceLayout(1, flat)))[None, None, :]
+        gl.store(out + place * (RANKS * 2 * HALF) + (half * HALF + r * (2 * HALF) + n), total)
 
 
 @gluon.jit
@@ -320,9 +343,8 @@ def _store_columns(
 @gluon.jit
 def _columns(
     us, ks, qs, tiles, angles, vectors, pairs, barriers, dB, dC, dB_bias, dC_bias, dangles,
-    chunk, start, end, total, head, group, split,
-    HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
-    RANKS: gl.constexpr, INTERLEAVED: gl.constexpr, TURNED: gl.constexpr,
+    chunk, start, end, total, head, group, split, HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr,
+    P: gl.constexpr, HALF: gl.constexpr, RANKS: gl.constexpr, INTERLEAVED: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
     """Eight warps: the gradients of B and C, summed over the heads, and of angles."""
     dus, hs, dhs = tiles
@@ -361,8 +383,10 @@ def _columns(
         dphi, dc1, dc2 = _turned_back(dq1, dq2, qs, 2 * at, angles, at, dphi, dc1, dc2, RANKS, wide, TURNED)
         gl.store(dangles + place * (TOKENS * HALF) + angle, gl.sum(dphi, 1))
         mbarrier.wait(spent.index(at), step // 2 & 1)
-        _store_sums(dB_bias, place, db1, db2, ks, at, RANKS, HALF)
-        _store_sums(dC_bias, place, dc1, dc2, qs, at, RANKS, HALF)
+        _leave_sums(dB_bias, ks, at, db1, db2, RANKS, HALF)
+        _leave_sums(dC_bias, qs, at, dc1, dc2, RANKS, HALF)
+        _store_sums(dB_bias, place, ks, at, RANKS, HALF)
+        _store_sums(dC_bias, place, qs, at, RANKS, HALF)
         mbarrier.arrive(empty.index(at), count=1)
     row = ((split.to(gl.int64) * total + start) * (RANKS * GROUPS) + group) * (2 * HALF)
     _store_columns(dB + row, db1, db2, start, end, GROUPS, HALF, RANKS, INTERLEAVED, TURNED)
@@ -394,15 +418,15 @@ def gradients_kernel(
     bases = gl.allocate_shared_memory(dy.dtype, [4, ENTRIES, HALF], B.layout)
     pairs = gl.allocate_shared_memory(dy.dtype, [2, ENTRIES, ENTRIES], square)
     angles = gl.allocate_shared_memory(cos.dtype.element_ty, [4, ENTRIES // RANKS, HALF], plain)
-    vectors = vectors_for(2)
+    vectors, gained = vectors_for(2), (room_for_square(), room_for_totals(2))
     full, empty, made, weighed = barriers_of(2, 1), barriers_of(2, 2), barriers_of(2, 1), barriers_of(2, 1)
     spent, ready = barriers_of(2, 1), barriers_of(2, 1)
     fence_async_shared()
     tiles, barriers = (dus, hs, dhs), (full, empty, made, weighed, spent)
     gl.warp_specialize(
         [
-            (_inputs, (us, ks, qs, tiles, vectors, pairs, barriers, du, D, ddecays, dscales, downs, dD, chunk, start,
-                       end, head, HEADS, EACH, P, RANKS)),
+            (_inputs, (us, ks, qs, tiles, vectors, pairs, gained, barriers, du, D, ddecays, dscales, downs, dD, chunk,
+                       start, end, head, HEADS, EACH, P, RANKS)),
             (_columns, (us, ks, qs, tiles, angles, vectors, pairs, barriers, dB, dC, dB_bias, dC_bias, dangles, chunk,
                         start, end, total, head, group, split,
                         HEADS, GROUPS, EACH, P, HALF, RANKS, INTERLEAVED, TURNED)),

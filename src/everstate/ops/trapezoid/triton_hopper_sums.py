@@ -45,6 +45,13 @@ def _rows_like(t):
 
 
 @gluon.jit
+def halves(t, HALF: gl.constexpr, narrow: gl.constexpr):
+    """The first half of the columns, and the second."""
+    first, second = gl.split(t.reshape([t.shape[0], 2, HALF]).permute((0, 2, 1)))
+    return gl.convert_layout(first, narrow), gl.convert_layout(second, narrow)
+
+
+@gluon.jit
 def by_warp(t):
     """Sums over the rows of each warp of 64 x 32 numbers, `[warp, column]`; of 64 x 16, over every other four of them.
     Each step halves what is left to add, where `gl.sum` would exchange all numbers at each step."""
@@ -85,8 +92,9 @@ def room_for_square():
 
 @gluon.jit
 def leave_square(room, t):
-    """Leave the sums of each warp, given the first 32 columns and the others."""
-    both = gl.join(by_warp(t[0]), by_warp(t[1])).permute((0, 2, 1)).reshape([4, 64])
+    """Leave the sums of each warp."""
+    first, second = halves(t, 32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
+    both = gl.join(by_warp(first), by_warp(second)).permute((0, 2, 1)).reshape([4, 64])
     room._reinterpret(gl.float32, [1, 4, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).index(0).store(both)
 
 

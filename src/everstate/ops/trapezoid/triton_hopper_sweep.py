@@ -27,8 +27,8 @@ from everstate.ops.trapezoid.triton_hopper import (
     sizes_of,
     store_state,
 )
-from everstate.ops.trapezoid.triton_hopper_backward import halves, trig
-from everstate.ops.trapezoid.triton_hopper_sums import by_warp, columns_of, room_for_columns
+from everstate.ops.trapezoid.triton_hopper_backward import trig
+from everstate.ops.trapezoid.triton_hopper_sums import by_warp, columns_of, halves, room_for_columns
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.triton_hopper import barriers_of, place_of, tiles_of, vectors_of
 from everstate.ops.triton_launch import launch
