@@ -265,6 +265,21 @@ def halves_at(tiles, room):
 
 
 @gluon.jit
+def two_stacks(
+    dtype: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """Room for so many tiles, twice."""
+    first = gl.allocate_shared_memory(dtype, [COUNT, ROWS, WIDTH], layout)
+    return first, gl.allocate_shared_memory(dtype, [COUNT, ROWS, WIDTH], layout)
+
+
+@gluon.jit
+def both_at(tiles, room):
+    """As `halves_at`, of halves in two stacks: then no barrier parts what is written into one and the other."""
+    return tiles[0].index(room), tiles[1].index(room)
+
+
+@gluon.jit
 def _turn(sources, bias, c, s, out, HALF: gl.constexpr, full: gl.constexpr):
     """Keys of a head into two tiles: `sources` are the halves of a chunk of B, `bias` is that of the head."""
     BLOCK: gl.constexpr = c.shape[0]
@@ -310,7 +325,7 @@ def _make(
                 # Of one kind there is room for two chunks.
                 slot, phase = (kind, step) if KINDS == 2 else (step % 2, step // 2)
                 mbarrier.wait(brought.index(slot), phase & 1)
-                _turn(halves_at(sources, slot), bias, c, s, halves_at(tiles, kind * ROOMS + room), HALF, full)
+                _turn(halves_at(sources, slot), bias, c, s, both_at(tiles, kind * ROOMS + room), HALF, full)
                 mbarrier.arrive(read.index(slot), count=1)
             fence_async_shared()
             mbarrier.arrive(made.index(room), count=1)
@@ -469,11 +484,11 @@ def _walk(
             at, room = (step % STAGES * 2 + OWN) * READS, (2 * step + OWN) % ROOMS
             u = us.index(step % STAGES * 2 + OWN).reshape([BLOCK, P]).permute((1, 0))
             mbarrier.wait(made.index(room), (2 * step + OWN) // ROOMS & 1)
-            weights = meet(halves_at(tiles, room), halves_at(tiles, ROOMS + room), none)
+            weights = meet(both_at(tiles, room), both_at(tiles, ROOMS + room), none)
             mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
             later, earlier = vectors.index(at + SUM).load(COLUMN), vectors.index(at + WEIGHTED).load(ROW)
             weights = warpgroup_mma_wait(0, (weights,))
-            answers = ask((h1, h2), halves_at(tiles, ROOMS + room), none, states, dtype)
+            answers = ask((h1, h2), both_at(tiles, ROOMS + room), none, states, dtype)
             weights *= gl.exp2(later[None, :] - earlier[:, None])
             # What was written here for the chunk before must be on its way.
             tma.store_wait(0)
@@ -486,7 +501,7 @@ def _walk(
             answers = warpgroup_mma_wait(0, (answers,)) * vectors.index(at + READ).load(COLUMN)[None, :] + own
             answers = warpgroup_mma(u, pairs, answers, is_async=True)
             kept = vectors.index(at + KEPT).load(gl.SliceLayout(1, wide))
-            h1, h2 = grow((h1, h2), halves_at(tiles, room), added, kept)
+            h1, h2 = grow((h1, h2), both_at(tiles, room), added, kept)
             answers = warpgroup_mma_wait(2, (answers,))
             _write(y, [sequence, start + chunk * BLOCK, head * P], answers.to(dtype), out)
             h1, h2 = warpgroup_mma_wait(0, (h1, h2))
@@ -514,7 +529,7 @@ def scan_kernel(
     """One program per segment and pair of heads, which share B and C."""
     tile: gl.constexpr = gl.NVMMASharedLayout(4 * HALF, 16, 2)
     us = gl.allocate_shared_memory(x.dtype, [2 * STAGES, 1, BLOCK, P], x.layout)
-    tiles = gl.allocate_shared_memory(x.dtype, [4 * ROOMS, BLOCK, 2 * HALF], tile)  # keys, then queries
+    tiles = two_stacks(x.dtype, 2 * ROOMS, BLOCK, 2 * HALF, tile)  # keys, then queries
     out = gl.allocate_shared_memory(x.dtype, [2, 1, BLOCK, P], y.layout)
     mask = _mask(BLOCK)
     sources = gl.allocate_shared_memory(x.dtype, [4, 1, BLOCK, 2 * HALF], B.layout)
@@ -591,7 +606,7 @@ def _sweep(
             added = (u * vectors.index(at + GIVEN).load(gl.SliceLayout(0, inputs))[None, :]).to(dtype)
             keeps = vectors.index(at + KEPT).load(row)
             mbarrier.wait(made.index(room), (2 * step + OWN) // ROOMS & 1)
-            h1, h2 = grow((h1, h2), halves_at(keys, room), added, keeps)
+            h1, h2 = grow((h1, h2), both_at(keys, room), added, keeps)
             remains *= keeps
             h1, h2 = warpgroup_mma_wait(0, (h1, h2))
             mbarrier.arrive(taken.index(room), count=1)
@@ -610,7 +625,7 @@ def sweep_kernel(
     """One program per segment and pair of heads: only the states."""
     tile: gl.constexpr = gl.NVMMASharedLayout(4 * HALF, 16, 2)
     us = gl.allocate_shared_memory(x.dtype, [2 * STAGES, 1, BLOCK, P], x.layout)
-    keys = gl.allocate_shared_memory(x.dtype, [2 * ROOMS, BLOCK, 2 * HALF], tile)
+    keys = two_stacks(x.dtype, ROOMS, BLOCK, 2 * HALF, tile)
     sources = gl.allocate_shared_memory(x.dtype, [4, 1, BLOCK, 2 * HALF], B.layout)
     trig = gl.allocate_shared_memory(gl.float16, [2, BLOCK, 2 * HALF], tile)
     speeds = gl.allocate_shared_memory(gl.float32, [2, BLOCK, HALF], rates.layout)

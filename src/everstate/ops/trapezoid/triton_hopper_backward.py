@@ -28,7 +28,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from everstate.ops.trapezoid.triton_hopper import REGISTERS, across, halves_at, meet, rows, sizes_of
+from everstate.ops.trapezoid.triton_hopper import (
+    REGISTERS,
+    across,
+    both_at,
+    halves_at,
+    meet,
+    rows,
+    sizes_of,
+    two_stacks,
+)
 from everstate.ops.trapezoid.triton_hopper_sums import (
     by_warp,
     columns_of,
@@ -143,12 +152,6 @@ def _ask_angles(tensors, vectors, bar, at, place, head, HALF: gl.constexpr, BLOC
 
 
 @gluon.jit
-def _both(tiles, at):
-    """The halves of keys or queries: memory of their own, so that no barrier parts what is written into each."""
-    return tiles[0].index(at), tiles[1].index(at)
-
-
-@gluon.jit
 def _turn(bases, biases, cs, ss, ks, qs, at, HALF: gl.constexpr, half: gl.constexpr):
     """The keys of a head from B, and queries from C, by 32 rows; biases are those of the head, if there are any."""
     for part in gl.static_range(2):
@@ -160,7 +163,7 @@ def _turn(bases, biases, cs, ss, ks, qs, at, HALF: gl.constexpr, half: gl.conste
 @gluon.jit
 def _turn_rows(bases, which, bias, c, s, out, at, part: gl.constexpr, HALF: gl.constexpr, half: gl.constexpr):
     """Some rows of both halves, given the cosines and sines of the angles of the first."""
-    first, second = _both(out, at)
+    first, second = both_at(out, at)
     dtype: gl.constexpr = first.dtype
     side: gl.constexpr = gl.SliceLayout(0, half)
     a, b = halves(widened(bases.index(which).slice(32 * part, 32).load(half)), HALF, half)
@@ -336,14 +339,14 @@ def _inputs(
     none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
     for step in range(EACH):
         at = step % STAGES
-        keys = _both(ks, at)
+        keys = both_at(ks, at)
         place = (chunk * HEADS + head + step).to(gl.int64)
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
         received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
         decay, last, earlier = _weights(sums, weighted, at, BLOCK)
         mbarrier.wait(made.index(at), step // STAGES & 1)
-        product = meet(keys, _both(qs, at), none)
+        product = meet(keys, both_at(qs, at), none)
         own = owns.index(at).load(ROW)
         received = warpgroup_mma_wait(2, (received,))
         _tell(received, decay, own, pairs, step, (weighed, free))
@@ -504,7 +507,7 @@ def _answer(tiles, du, sums, last, answered, made, phase, at):
     kept = across(hs, dhs, at, none)
     kept = trace(warpgroup_mma_wait(0, (kept,)))
     mbarrier.wait(made, phase)
-    answers = meet(_both(qs, at), halves_at(hs, at), none)
+    answers = meet(both_at(qs, at), halves_at(hs, at), none)
     leave_total(answered[1].index(at), kept * gl.exp2(last))
     answers = warpgroup_mma_wait(0, (answers,))
     answered[0].index(at).store(inner(answers, du) * gl.exp2(sums.index(at).load(ROW)))
@@ -572,13 +575,6 @@ def _store_still(
 
 
 @gluon.jit
-def _room_for_keys(B, STAGES: gl.constexpr):
-    """Room for both halves of keys or queries of so many heads, made of such tiles."""
-    shape: gl.constexpr = [STAGES, B.block_type.shape[0], B.block_type.shape[1]]
-    return gl.allocate_shared_memory(B.dtype, shape, B.layout), gl.allocate_shared_memory(B.dtype, shape, B.layout)
-
-
-@gluon.jit
 def gradients_kernel(
     x, dy, steps, B, C, entering, leaving, cos, sin, B_bias, C_bias, D, omega, later, dx, ddecays, dscales, downs, dD,
     dB, dC, dB_bias, dC_bias, domega, ddt, chunks, total, length, omega_token,
@@ -588,15 +584,15 @@ def gradients_kernel(
     """One program per chunk, group and part of its heads."""
     EACH: gl.constexpr = HEADS // GROUPS // SPLITS
     chunk, part = gl.program_id(0) // (GROUPS * SPLITS), gl.program_id(0) % (GROUPS * SPLITS)
-    group, split = part // SPLITS, part % SPLITS
-    head = part * EACH
+    group, split, head = part // SPLITS, part % SPLITS, part * EACH
     start, end = gl.load(chunks + 2 * chunk), gl.load(chunks + 2 * chunk + 1)
     sequence, first = start // length, start % length
     us = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, P], x.layout)
     dus = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, P], dy.layout)
-    ks, qs = _room_for_keys(B, STAGES), _room_for_keys(C, STAGES)
-    hs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, P, 2 * HALF], gl.NVMMASharedLayout(4 * HALF, 16, 2))
-    dhs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, P, 2 * HALF], gl.NVMMASharedLayout(4 * HALF, 16, 2))
+    tile: gl.constexpr = gl.NVMMASharedLayout(4 * HALF, 16, 2)
+    ks = two_stacks(x.dtype, STAGES, BLOCK, 2 * HALF, tile)
+    qs = two_stacks(x.dtype, STAGES, BLOCK, 2 * HALF, tile)
+    hs, dhs = two_stacks(x.dtype, 2 * STAGES, P, 2 * HALF, tile)
     bases = gl.allocate_shared_memory(x.dtype, [4, BLOCK, 2 * HALF], B.layout)
     pairs = gl.allocate_shared_memory(x.dtype, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
     answered = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout), room_for_totals(STAGES)

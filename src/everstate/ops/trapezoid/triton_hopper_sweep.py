@@ -22,15 +22,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from everstate.ops.trapezoid.triton_hopper import (
     REGISTERS,
+    both_at,
     load_state,
     rows,
     sizes_of,
     store_state,
+    two_stacks,
 )
 from everstate.ops.trapezoid.triton_hopper_backward import trig
 from everstate.ops.trapezoid.triton_hopper_sums import by_warp, columns_of, halves, room_for_columns
 from everstate.ops.trapezoid.triton_keys import NUMBERS
-from everstate.ops.triton_hopper import barriers_of, place_of, tiles_of, vectors_of
+from everstate.ops.triton_hopper import barriers_of, place_of, tiles_of, vectors_of, widened
 from everstate.ops.triton_launch import launch
 
 if TYPE_CHECKING:
@@ -98,8 +100,7 @@ def _turn(base, bias, cs, ss, out, HALF: gl.constexpr, half: gl.constexpr):
     dtype: gl.constexpr = out.dtype
     n = gl.arange(0, HALF, gl.SliceLayout(0, half))
     c, s = trig(cs, half), trig(ss, half)
-    a, b = halves(base.load(half), HALF, half)
-    a, b = a.to(gl.float32), b.to(gl.float32)
+    a, b = halves(widened(base.load(half)), HALF, half)
     if bias is not None:
         a += gl.load(bias + n)[None, :]
         b += gl.load(bias + HALF + n)[None, :]
@@ -113,7 +114,7 @@ def _shift(base, bias, out, HALF: gl.constexpr, half: gl.constexpr):
     m = gl.arange(0, 2 * HALF, gl.SliceLayout(0, half))
     still = base.load(half)
     if bias is not None:
-        still = (still.to(gl.float32) + gl.load(bias + 2 * HALF + m)[None, :]).to(out.dtype)
+        still = (widened(still) + gl.load(bias + 2 * HALF + m)[None, :]).to(out.dtype)
     out.store(still)
 
 
@@ -132,9 +133,9 @@ def _make(
         for own in gl.static_range(2):
             mine = None if bias is None else bias + (head + own) * (4 * HALF)
             mbarrier.wait(taken.index(room + own), (step // 2 & 1) ^ 1)
-            _shift(bases.index(2 * at + 1), mine, keys.index(2 * (room + own) + 1), HALF, half)
-            _turn(bases.index(2 * at), mine, cs.index(2 * at + own), ss.index(2 * at + own),
-                 keys.index(2 * (room + own)), HALF, half)  # fmt: skip
+            turning, standing = both_at(keys, room + own)
+            _shift(bases.index(2 * at + 1), mine, standing, HALF, half)
+            _turn(bases.index(2 * at), mine, cs.index(2 * at + own), ss.index(2 * at + own), turning, HALF, half)
             fence_async_shared()
             mbarrier.arrive(made.index(room + own), count=1)
         mbarrier.arrive(spent.index(at), count=1)
@@ -192,11 +193,12 @@ def _walk(
         later = sums.index(2 * at + OWN).load(token)
         last = gl.sum(gl.where(j == BLOCK - 1, later, 0.0), 0)
         weight = gl.exp2(later if REVERSE else last - weighted.index(2 * at + OWN).load(token))
-        added = us.index(2 * at + OWN).reshape([BLOCK, P]).permute((1, 0)).load(inputs).to(gl.float32)
-        added = (added * weight[None, :]).to(dtype)
+        added = us.index(2 * at + OWN).reshape([BLOCK, P]).permute((1, 0)).load(inputs)
+        added = (widened(added) * weight[None, :]).to(dtype)
         mbarrier.wait(made.index(room), step // 2 & 1)
-        h1 = warpgroup_mma(added, keys.index(2 * room), h1 * gl.exp2(last), is_async=True)
-        h2 = warpgroup_mma(added, keys.index(2 * room + 1), h2 * gl.exp2(last), is_async=True)
+        turning, standing = both_at(keys, room)
+        h1 = warpgroup_mma(added, turning, h1 * gl.exp2(last), is_async=True)
+        h2 = warpgroup_mma(added, standing, h2 * gl.exp2(last), is_async=True)
         h1, h2 = warpgroup_mma_wait(0, (h1, h2))
         mbarrier.arrive(taken.index(room), count=1)
         decayed += last
@@ -227,7 +229,7 @@ def sweep_kernel(
     cs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BLOCK, HALF], cos.layout)
     ss = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BLOCK, HALF], cos.layout)
     hs = us if entered is None else gl.allocate_shared_memory(x.dtype, [2 * STAGES, P, 2 * HALF], tile)
-    keys = gl.allocate_shared_memory(x.dtype, [8, BLOCK, 2 * HALF], tile)
+    keys = two_stacks(x.dtype, 4, BLOCK, 2 * HALF, tile)
     out = gl.allocate_shared_memory(x.dtype, [4, P, 2 * HALF], tile)
     sums = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], steps.layout)
     weighted = sums if REVERSE else gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], steps.layout)
