@@ -14,7 +14,7 @@ from torch import Tensor
 
 from everstate.bench import kernels
 from everstate.bench.report import Row
-from everstate.bench.shapes import SHAPES, STEPS
+from everstate.bench.shapes import GPU_SHAPES, SHAPES, STEPS
 from everstate.bench.timing import Gate, Timing
 from everstate.core.errors import ConfigError
 from everstate.core.state import tensors
@@ -26,6 +26,14 @@ def test_the_gate_sees_a_kernel_and_its_gradients(kernel_device: torch.device) -
     example = kernels.lower(SHAPES["ssd_scan"](Draw(dtype=torch.float32, device=kernel_device), 64, 70))
     assert example.timed["x"].dtype == torch.bfloat16
     assert 1e-4 < kernels.gate_error("ssd_scan", example) <= 2 * kernels.ALLOWED[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", GPU_SHAPES)
+def test_kernels_take_what_is_measured(name: str, kernel_device: torch.device) -> None:
+    example = kernels.cut(kernels.lower(GPU_SHAPES[name](Draw(dtype=torch.float32, device=kernel_device), 128, 6)), 2)
+    state = {} if example.state is None else {"state": example.state}
+    verdicts = OPS[kernels.op_of(name)].explain(**example.timed, **state, **example.fixed)
+    assert verdicts["triton"] == "accepts"
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -41,7 +49,7 @@ def test_the_gate_sees_a_step(name: str, dtype: torch.dtype, kernel_device: torc
 
 
 def test_an_op_without_kernels_is_not_measured() -> None:
-    with pytest.raises(ConfigError, match="lti_conv is not measured on a GPU; give some of ssd_scan, "):
+    with pytest.raises(ConfigError, match="lti_conv is not measured on a GPU; give one or more of: ssd_scan; "):
         kernels.run(quick=True, output=None, now=datetime.now(UTC), device="cpu", only=["lti_conv"])
 
 

@@ -298,6 +298,25 @@ def test_memory_that_only_launches_use_shares_one_piece() -> None:
     assert not {summed, out} & set(range(4))
 
 
+def test_large_memory_is_given_back_beside_a_shared_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    from everstate.ops import triton_replay
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        large, small, out = torch.empty(2, NUMBERS), torch.empty_like(x), torch.empty_like(x)
+        plus(x, large[1], 1.5)
+        plus(large[1], small, 2.5)
+        plus(small, out, 0.5)
+        return out
+
+    monkeypatch.setattr(triton_replay, "SHARED", 6 * NUMBERS)
+    replay, held = listed(function), list(inputs())
+    addresses = [t.data_ptr() for t in held]
+    replay.run(held, addresses, 7)
+    assert [at for at, t in enumerate(held) if t is None] == [2, 3]
+    assert addresses[3] == held[-1].data_ptr()
+    assert [freed for _, freed in replay._steps] == [(), (), (), (), (2,), ()]
+
+
 def test_lists_can_be_forgotten() -> None:
     from everstate.ops.triton_replay import forget
 

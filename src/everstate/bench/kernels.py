@@ -50,11 +50,12 @@ Call = Callable[[], object]
 def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: Sequence[str] = ()) -> dict[str, Any]:
     """Measure, print a table and a line of JSON, write that to `output`, and return it.
 
-    `only` names the ops to measure, by default all that have kernels. Raises `ConfigError` for other names.
+    `only` has names of `GPU_SHAPES` and `STEPS`, by default all that have kernels. Raises `ConfigError` for others.
     """
     known = [*(name for name in GPU_SHAPES if "triton" in OPS[op_of(name)].backends()), *STEPS]
     if unknown := [name for name in only if name not in known]:
-        raise ConfigError(f"bench ops: {', '.join(unknown)} is not measured on a GPU; give some of {', '.join(known)}")
+        allowed = "; ".join(known)
+        raise ConfigError(f"bench ops: {'; '.join(unknown)} is not measured on a GPU; give one or more of: {allowed}")
     d_inner, total = (QUICK_D_INNER, QUICK_TOKENS) if quick else (D_INNER, TOKENS)
     first_call_s: dict[str, float] = {}
     rows: list[Row] = []

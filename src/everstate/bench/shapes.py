@@ -58,7 +58,7 @@ def _trapezoid_scan(draw: Draw, d_inner: int, length: int, *, rank: int = 1) -> 
 
 
 def _pairs(rank: int) -> int:
-    """As published: one rank turns half of its entries, adjacent ones together, several turn all, in halves."""
+    """How many pairs turn, as published: of one rank half of the entries, adjacent ones together; else all of them."""
     return D_STATE // 4 if rank == 1 else D_STATE // 2
 
 

@@ -40,8 +40,8 @@ MOST, ADDRESSES = 512, 64
 """Lists that are kept of a function, and descriptions of a tensor."""
 
 SHARED = 64 * 2**20
-"""Bytes up to which memory that only launches use shares one piece, which is asked for once a call. Where more is
-needed the host's time does not count, but memory does, and each is given back when it has been read."""
+"""Bytes of a tensor that only launches use, up to which it shares one piece with others, held until the call ends. In
+front of larger ones the host's time does not count, but memory does, and each is given back when it has been read."""
 ALIGNED = 512
 """Bytes between which memory begins in a shared piece, as PyTorch's allocator has it."""
 
@@ -150,7 +150,7 @@ class _Shared:
     """New memory that only launches use, in one piece: what is needed at the same time lies apart."""
 
     def __init__(self, memory: dict[int, _Memory], last: dict[int, int]) -> None:
-        """`memory` is by the step that makes it, and `last` says by which it is read for the last time."""
+        """`memory` is by the step that makes it; `last` has by the place of a tensor the last step that uses it."""
         placed: list[tuple[int, int, int]] = []
         self._offsets: list[tuple[int, int]] = []
         for made, part in memory.items():
@@ -319,11 +319,12 @@ class _Recorder(TorchDispatchMode):
         wanted = {part.source for part in _leaves(answer) if isinstance(part, _Part)}
         if not self._can or any(source < self._inputs for source in wanted):
             return None
-        freed: dict[int, list[int]] = {}
-        for source, step in self._last.items():
-            if source >= self._inputs and source not in wanted:
-                freed.setdefault(step, []).append(source)
         shared = {at: step for at, step in enumerate(self._steps) if self._may_share(step)}
+        kept = wanted | {step.at for step in shared.values()}
+        freed: dict[int, list[int]] = {}
+        for source, last in self._last.items():
+            if source >= self._inputs and source not in kept:
+                freed.setdefault(last, []).append(source)
         steps = [(step, freed.get(at, [])) for at, step in enumerate(self._steps) if at not in shared]
         if shared:
             steps.insert(0, (_Shared(shared, self._last), []))

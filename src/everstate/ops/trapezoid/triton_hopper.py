@@ -260,7 +260,7 @@ def _start(starts, angle, own, home):
 
 @gluon.jit
 def halves_at(tiles, room):
-    """The tiles of both halves of keys or queries."""
+    """The tiles of both halves of the columns, in one stack."""
     return tiles.index(2 * room), tiles.index(2 * room + 1)
 
 

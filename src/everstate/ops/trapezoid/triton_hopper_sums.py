@@ -71,7 +71,7 @@ def by_warp(t):
 
 @gluon.jit
 def room_for_columns(COUNT: gl.constexpr, HALF: gl.constexpr):
-    """Room for what `by_warp` makes of so many tiles, `[tile, warp, column]`."""
+    """Room for what `by_warp` makes of so many tiles, `[tile, part of the rows, column]`."""
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     return gl.allocate_shared_memory(gl.float32, [COUNT, 128 // HALF, HALF], plain)
 

@@ -203,8 +203,7 @@ def _walk(
         mbarrier.arrive(taken.index(room), count=1)
         decayed += last
         if turned is not None:
-            _store_turned(turned + place * HALF, h1, hs.index(2 * at + OWN), met,
-                          HALF, wide, narrow)  # fmt: skip
+            _store_turned(turned + place * HALF, h1, hs.index(2 * at + OWN), met, HALF, wide, narrow)
         mbarrier.arrive(empty.index(at), count=1)
     tma.store_wait(0)
     if boundaries is None:
