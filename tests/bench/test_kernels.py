@@ -14,7 +14,7 @@ from torch import Tensor
 
 from everstate.bench import kernels
 from everstate.bench.report import Row
-from everstate.bench.shapes import GPU_SHAPES, SHAPES, STEPS
+from everstate.bench.shapes import GPU_SHAPES, SHAPES, STEPS, op_of
 from everstate.bench.timing import Gate, Timing
 from everstate.core.errors import ConfigError
 from everstate.core.state import tensors
@@ -32,14 +32,14 @@ def test_the_gate_sees_a_kernel_and_its_gradients(kernel_device: torch.device) -
 def test_kernels_take_what_is_measured(name: str, kernel_device: torch.device) -> None:
     example = kernels.cut(kernels.lower(GPU_SHAPES[name](Draw(dtype=torch.float32, device=kernel_device), 128, 6)), 2)
     state = {} if example.state is None else {"state": example.state}
-    verdicts = OPS[kernels.op_of(name)].explain(**example.timed, **state, **example.fixed)
+    verdicts = OPS[op_of(name)].explain(**example.timed, **state, **example.fixed)
     assert verdicts["triton"] == "accepts"
 
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_sees_a_step(name: str, dtype: torch.dtype, kernel_device: torch.device) -> None:
-    op, shape = STEPS[name]
+    op, shape = op_of(name), STEPS[name]
     example = kernels.lower(shape(Draw(dtype=torch.float32, device=kernel_device), 64, 1))
     token = {key: value[:, 0] for key, value in example.timed.items()} | example.fixed
     pool = kernels.in_precision(example.state, dtype)

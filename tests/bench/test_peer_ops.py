@@ -12,7 +12,7 @@ from torch import Tensor
 
 from everstate.bench import kernels
 from everstate.bench.peer_ops import PEERS, peers_of, step_peer
-from everstate.bench.shapes import GPU_SHAPES, STEPS
+from everstate.bench.shapes import GPU_SHAPES, STEPS, op_of
 from everstate.core.state import clone
 from everstate.ops import OPS
 from everstate.ops.example import Draw, Example
@@ -129,7 +129,7 @@ def test_a_peer_computes_what_our_op_does(op: str) -> None:
 
 @pytest.mark.parametrize("name", ["ssd_step_", "selective_step_"])
 def test_a_step_of_mamba_ssm_computes_what_ours_does(name: str) -> None:
-    op, shape = STEPS[name]
+    op, shape = op_of(name), STEPS[name]
     example = kernels.cut(shape(Draw(dtype=torch.float32), 128, 3), 3)
     token = {key: value[:, 0] for key, value in example.timed.items()} | example.fixed
     peer = step_peer(name, token, example.state)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from everstate.bench.peer_ops import Run, peers_of, step_peer
 from everstate.bench.report import Row, machine, publishing
-from everstate.bench.shapes import GPU_SHAPES, STEPS
+from everstate.bench.shapes import GPU_SHAPES, STEPS, op_of
 from everstate.bench.timing import Gate, Timing, interleave
 from everstate.core.errors import ConfigError
 from everstate.core.op import REFERENCE
@@ -73,11 +73,6 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
             else:
                 rows += scans(name, d_inner, total, device, first_call_s, left_out)
     return result
-
-
-def op_of(name: str) -> str:
-    """The op of one of `GPU_SHAPES`."""
-    return name.partition(",")[0]
 
 
 def scans(
@@ -146,7 +141,7 @@ def scan_disagreement(op: str, peer: str, run: Run, example: Example) -> str | N
 
 def steps(name: str, d_inner: int, batches: tuple[int, ...], device: str, left_out: list[str]) -> Iterator[Row]:
     """One token for each of many sequences: how fast the states move through memory."""
-    op, shape = STEPS[name]
+    op, shape = op_of(name), STEPS[name]
     for batch in batches:
         long = cut(lower(shape(Draw(dtype=torch.float32, device=device, drawn_on=device), d_inner, batch)), batch)
         token = {key: value[:, 0] for key, value in long.timed.items()} | long.fixed

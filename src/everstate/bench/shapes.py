@@ -161,12 +161,17 @@ GPU_SHAPES: dict[str, Shape] = {
     "rotary": _rotary,
     "linear_cross_entropy": _linear_cross_entropy,
 }
-"""Those, and what only a GPU has its own implementation of, or the memory for. An op's name ends at a comma."""
+"""Those, and what only a GPU has its own implementation of, or the memory for."""
 
-STEPS: dict[str, tuple[str, Shape]] = {
-    "ssd_step_": ("ssd_step_", _ssd_scan),
-    "selective_step_": ("selective_step_", _selective_scan),
-    "mamba3_step_": ("mamba3_step_", partial(_mamba3_scan, rank=1)),
-    "mamba3_step_, 4 ranks": ("mamba3_step_", partial(_mamba3_scan, rank=4)),
+STEPS: dict[str, Shape] = {
+    "ssd_step_": _ssd_scan,
+    "selective_step_": _selective_scan,
+    "mamba3_step_": partial(_mamba3_scan, rank=1),
+    "mamba3_step_, 4 ranks": partial(_mamba3_scan, rank=4),
 }
-"""Name -> the op that reads one token, and the shapes of the scan that it belongs to."""
+"""Ops that read one token, with the shapes of the scans that they belong to."""
+
+
+def op_of(name: str) -> str:
+    """The op that is measured under a name: what stands before a comma."""
+    return name.partition(",")[0]
