@@ -115,8 +115,7 @@ def _rows_of(bias: Tensor | None) -> Tiles | None:
 
 @gluon.jit
 def _ask(
-    tensors, tiles, vectors, bar, at, place, sequence, start, head, P: gl.constexpr, HALF: gl.constexpr,
-    BLOCK: gl.constexpr,
+    tensors, tiles, vectors, bar, at, place, sequence, start, head, P: gl.constexpr, BLOCK: gl.constexpr
 ):  # fmt: skip
     """Inputs, their gradients, states and numbers per token of a head, into their places."""
     x, dy, steps, _, _, entering, leaving = tensors[:7]
@@ -129,10 +128,15 @@ def _ask(
     tma.async_copy_global_to_shared(steps, [numbers + 3 * BLOCK], bar, owns.index(at))
     tma.async_copy_global_to_shared(x, [sequence, start, head * P], bar, us.index(at))
     tma.async_copy_global_to_shared(dy, [sequence, start, head * P], bar, dus.index(at))
-    for part in gl.static_range(2):
-        tensor, tile = (entering, hs) if part == 0 else (leaving, dhs)
-        room = tile._reinterpret(x.dtype, [tile.shape[0] // 2, 2, P, 2 * HALF], tensor.layout).index(at)
-        tma.async_copy_global_to_shared(tensor, [0, place * P, 0], bar, room)
+    tma.async_copy_global_to_shared(entering, [0, place * P, 0], bar, _room_for_halves(hs, at, entering))
+    tma.async_copy_global_to_shared(leaving, [0, place * P, 0], bar, _room_for_halves(dhs, at, leaving))
+
+
+@gluon.jit
+def _room_for_halves(tiles, at, tensor):
+    """Two tiles of a stack as the copy engine fills them with both halves of a state."""
+    both: gl.constexpr = [tiles.shape[0] // 2, 2, tiles.shape[1], tiles.shape[2]]
+    return tiles._reinterpret(tiles.dtype, both, tensor.layout).index(at)
 
 
 @gluon.jit
@@ -194,7 +198,7 @@ def _make_next(
     _, _, _, _, cs, ss, bs, bs2 = vectors
     at = step % STAGES
     mbarrier.wait(angled.index(at), step // STAGES & 1)
-    biases = None if B_bias is None else bs[1:], None if C_bias is None else bs2[1:]
+    biases = (None if B_bias is None else bs[1:], None if C_bias is None else bs2[1:])
     _turn(bases, biases, cs.index(at), ss.index(at), ks, qs, at, HALF, half)
     fence_async_shared()
     mbarrier.arrive(made.index(at), count=1)
@@ -203,7 +207,7 @@ def _make_next(
 @gluon.jit
 def _add_turns(
     angles, dts, rate, drate, later, ddt, place, total, at, HALF: gl.constexpr, BLOCK: gl.constexpr,
-    narrow: gl.constexpr, dtype: gl.constexpr,
+    narrow: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the rates and of dt: a turn moves all angles from its token on, so they are sums from the right,
     products with ones. These are made such that the compiler knows none of them: ptxas 12.8 may set a register that
@@ -214,7 +218,7 @@ def _add_turns(
     first: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     row, column = gl.arange(0, BLOCK, gl.SliceLayout(1, first)), gl.arange(0, BLOCK, gl.SliceLayout(0, first))
     nought = (total < 0) * 1.0
-    ones = gl.where(row[:, None] <= column[None, :], 1.0 - nought, nought).to(dtype)
+    ones = gl.where(row[:, None] <= column[None, :], 1.0 - nought, nought).to(cs.dtype)
     dturn = warpgroup_mma(ones, cs.index(at), dturn, is_async=True)
     dturn = warpgroup_mma(ones, ss.index(at), dturn, is_async=True)
     step = dts.index(at).load(gl.SliceLayout(1, narrow))
@@ -234,7 +238,7 @@ def _make(
     full, angled, empty, made, ready = barriers
     half: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    ks, dts, cs, ss = tiles[2], vectors[3], vectors[4], vectors[5]
+    dts, cs, ss = vectors[3:6]
     B, C, B_bias, C_bias = tensors[3], tensors[4], tensors[9], tensors[10]
     row = (chunk * GROUPS + group) * BLOCK
     mbarrier.expect(ready.index(0), 4 * B.block_type.nbytes)
@@ -244,7 +248,7 @@ def _make(
     for step in gl.static_range(STAGES if EACH > 1 else 1):
         _ask_angles(tensors, vectors, angled.index(step), step, chunk * HEADS + head + step, head + step, HALF, BLOCK)
         _ask(tensors, tiles, vectors, full.index(step), step, chunk * HEADS + head + step, sequence, first, head + step,
-             P, HALF, BLOCK)  # fmt: skip
+             P, BLOCK)  # fmt: skip
     t, n = gl.arange(0, BLOCK, gl.SliceLayout(1, narrow)), gl.arange(0, HALF, gl.SliceLayout(0, narrow))
     there = (start + t < end)[:, None] & (n < HALF)[None, :]
     rates = omega + start.to(gl.int64) * omega_token + (t[:, None] * omega_token + n[None, :])
@@ -258,14 +262,13 @@ def _make(
         mbarrier.wait(empty.index(before), phase)
         if step + 1 < EACH:
             _ask(tensors, tiles, vectors, full.index(before), before, place + 1, sequence, first, head + step + 1,
-                 P, HALF, BLOCK)  # fmt: skip
-        drate = _add_turns((cs, ss), dts, rate, drate, later, ddt, place - 1, total, before,
-                           HALF, BLOCK, narrow, ks[0].dtype)  # fmt: skip
+                 P, BLOCK)  # fmt: skip
+        drate = _add_turns((cs, ss), dts, rate, drate, later, ddt, place - 1, total, before, HALF, BLOCK, narrow)
         if step + 1 < EACH:
             _ask_angles(tensors, vectors, angled.index(before), before, place + 1, head + step + 1, HALF, BLOCK)
     mbarrier.wait(empty.index((EACH - 1) % STAGES), (EACH - 1) // STAGES & 1)
     drate = _add_turns((cs, ss), dts, rate, drate, later, ddt, chunk * HEADS + head + EACH - 1, total,
-                       (EACH - 1) % STAGES, HALF, BLOCK, narrow, ks[0].dtype)  # fmt: skip
+                       (EACH - 1) % STAGES, HALF, BLOCK, narrow)  # fmt: skip
     _store_rows(domega + (part.to(gl.int64) * total + start) * HALF, drate, start, end, HALF, narrow)
 
 
@@ -403,14 +406,14 @@ def _room_for_biases(HALF: gl.constexpr):
 
 
 @gluon.jit
-def _store_sums(out, room):
+def _store_sums(out, at, room):
     """Sums over all tokens of two tiles of columns that follow each other."""
     if out is not None:
         total = columns_of(room)
         HALF: gl.constexpr = total.shape[1]
         tile = gl.arange(0, 2, gl.SliceLayout(1, total.type.layout))
         n = gl.arange(0, HALF, gl.SliceLayout(0, total.type.layout))
-        gl.store(out + (tile[:, None] * HALF + n[None, :]), total)
+        gl.store(out + at + (tile[:, None] * HALF + n[None, :]), total)
 
 
 @gluon.jit
@@ -459,8 +462,8 @@ def _turning(
         mbarrier.arrive(empty.index(at), count=1)
         _leave_sums(dB_bias, rooms[0], db1, db2)
         _leave_sums(dC_bias, rooms[1], dc1, dc2)
-        _store_sums(None if dB_bias is None else dB_bias + bias, rooms[0])
-        _store_sums(None if dC_bias is None else dC_bias + bias, rooms[1])
+        _store_sums(dB_bias, bias, rooms[0])
+        _store_sums(dC_bias, bias, rooms[1])
     row = ((split.to(gl.int64) * total + start) * GROUPS + group) * (4 * HALF)
     _store_halves(dB + row, db1, db2, start, end, GROUPS, HALF, INTERLEAVED, narrow)
     _store_halves(dC + row, dc1, dc2, start, end, GROUPS, HALF, INTERLEAVED, narrow)
@@ -556,8 +559,8 @@ def _standing(
         dc += dq
         b1, b2 = halves(dc, HALF, narrow)
         _leave_sums(dC_bias, rooms[1], b1, b2)
-        _store_sums(None if dB_bias is None else dB_bias + bias, rooms[0])
-        _store_sums(None if dC_bias is None else dC_bias + bias, rooms[1])
+        _store_sums(dB_bias, bias, rooms[0])
+        _store_sums(dC_bias, bias, rooms[1])
     row = ((split.to(gl.int64) * total + start) * GROUPS + group) * (4 * HALF)
     _store_still(dB + row, db, start, end, GROUPS, HALF, INTERLEAVED, wide)
     _store_still(dC + row, dc, start, end, GROUPS, HALF, INTERLEAVED, wide)
