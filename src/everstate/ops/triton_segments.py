@@ -115,10 +115,12 @@ def hopper_kernels(name: str, x: Tensor) -> ModuleType | None:
     return import_module(name) if TRIED else None  # their language is experimental
 
 
-def rows_of(t: Tensor) -> Tensor:
-    """`t` with b and l as one dimension (kept as l of b = 1), the last dimension dense: a view where it can be one."""
+def rows_of(t: Float[Tensor, "b l h p"]) -> Float[Tensor, "one t h p"]:
+    """`t` with b and l as one dimension (kept as l of b = 1), the last dimension dense: a view where it can be one, and
+    where offsets of heads fit into 32 bits."""
     t = t if t.shape[0] == 1 else t.flatten(0, 1).unsqueeze(0)
-    return t if t.stride(-1) == 1 else t.contiguous()
+    near = (t.shape[2] - 1) * t.stride(2) < 2**31
+    return t if near and t.stride(-1) == 1 else t.contiguous()
 
 
 @triton.jit

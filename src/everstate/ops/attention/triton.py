@@ -268,7 +268,8 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program per block of queries and head."""
-    head, block = tl.program_id(0) % HEADS, plan + tl.program_id(0) // HEADS * 4
+    # Heads may lie in memory one whole sequence after the other.
+    head, block = (tl.program_id(0) % HEADS).to(tl.int64), plan + tl.program_id(0) // HEADS * 4
     begin, start, end = tl.load(block), tl.load(block + 1), tl.load(block + 2)
     sequence, group = tl.load(block + 3).to(tl.int64), head // (HEADS // GROUPS)
     read, seen, oldest = ring_of(pos, sequence, capacity, reach)
@@ -358,7 +359,8 @@ def _query_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program per block of queries and head: the gradient of q."""
-    head, block = tl.program_id(0) % HEADS, plan + tl.program_id(0) // HEADS * 4
+    # Heads may lie in memory one whole sequence after the other.
+    head, block = (tl.program_id(0) % HEADS).to(tl.int64), plan + tl.program_id(0) // HEADS * 4
     begin, start, end = tl.load(block), tl.load(block + 1), tl.load(block + 2)
     sequence, group = tl.load(block + 3).to(tl.int64), head // (HEADS // GROUPS)
     _, seen, oldest = ring_of(pos, sequence, capacity, reach)
@@ -441,7 +443,7 @@ def _key_kernel(
 ):  # fmt: skip
     """One program per block of keys, of the segment or OF_RING, and group: the gradients of k and v."""
     PER_GROUP: tl.constexpr = HEADS // GROUPS
-    group, block = tl.program_id(0) % GROUPS, plan + tl.program_id(0) // GROUPS * 4
+    group, block = (tl.program_id(0) % GROUPS).to(tl.int64), plan + tl.program_id(0) // GROUPS * 4
     begin, start, end = tl.load(block), tl.load(block + 1), tl.load(block + 2)
     sequence, length = tl.load(block + 3).to(tl.int64), end - start
     n, p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)

@@ -216,7 +216,7 @@ class _Call:
 
 @triton.jit
 def _places(t, row, token, stride_row, stride_token, offsets, tokens):
-    """Pointers `(channel, token)` to a tile: only the base is 64 bits wide."""
+    """Pointers `(channel, token)` to a tile."""
     base = t + row.to(tl.int64) * stride_row + token.to(tl.int64) * stride_token
     return (base + offsets)[:, None] + (tokens * stride_token)[None, :]
 
@@ -271,7 +271,8 @@ def _where(tokens, value, tile):
 
 @triton.jit
 def _offsets(channels, outer, inner, width):
-    return channels // width * outer + channels % width * inner
+    """Where channels lie: far from each other where time is the last dimension in memory."""
+    return (channels // width).to(tl.int64) * outer + (channels % width).to(tl.int64) * inner
 
 
 @triton.jit
