@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from everstate.bench import kernels
+from everstate.bench.peer_ops import run_op
 from everstate.bench.report import Row
 from everstate.bench.shapes import GPU_SHAPES, SHAPES, STEPS, op_of
 from everstate.bench.timing import Gate, Timing
@@ -22,10 +23,11 @@ from everstate.ops import OPS
 from everstate.ops.example import Draw, Example
 
 
-def test_the_gate_sees_a_kernel_and_its_gradients(kernel_device: torch.device) -> None:
-    example = kernels.lower(SHAPES["ssd_scan"](Draw(dtype=torch.float32, device=kernel_device), 64, 70))
-    assert example.timed["x"].dtype == torch.bfloat16
-    assert 1e-4 < kernels.gate_error("ssd_scan", example) <= 2 * kernels.ALLOWED[torch.bfloat16]
+@pytest.mark.parametrize("name", ["ssd_scan", "attention, packed", "experts"])
+def test_the_gate_sees_a_kernel_and_its_gradients(name: str, kernel_device: torch.device) -> None:
+    example = kernels.lower(GPU_SHAPES[name](Draw(dtype=torch.float32, device=kernel_device), 64, 70))
+    assert next(iter(example.timed.values())).dtype == torch.bfloat16
+    assert 1e-4 < kernels.gate_error(op_of(name), example) <= 2 * kernels.ALLOWED[torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", GPU_SHAPES)
@@ -71,10 +73,31 @@ def test_tokens_are_cut_into_sequences() -> None:
     example = kernels.cut(SHAPES["ssd_scan"](Draw(), 128, 12), 4)
     assert example.timed["x"].shape[:2] == (4, 3)
     assert example.state.shape[0] == 4
+    packed = kernels.cut(GPU_SHAPES["attention, packed"](Draw(), 128, 12), 4)
+    assert packed.timed["q"].shape[:2] == (1, 12)
+    assert packed.fixed["packing"].lengths == (3, 3, 3, 3)
+    assert packed.state.pos.tolist() == [0, 0, 0, 0]
+
+
+def test_experts_are_measured_with_few_tokens_too() -> None:
+    assert kernels.sizes("ssd_scan", 512) == [(32, 16), (8, 64), (1, 512)]
+    assert kernels.sizes("experts", 512) == [(1, 512), (1, 64), (1, 16), (1, 4), (1, 1)]
+    few = kernels.first(GPU_SHAPES["experts"](Draw(), 128, 12), 4)
+    assert {value.shape[:2] for value in few.timed.values()} == {(1, 4)}
+
+
+def test_every_sequence_of_a_paged_cache_has_blocks_of_its_own() -> None:
+    example = kernels.cut(STEPS["attention_step_, paged"](Draw(), 8, 3), 3)
+    pages, state = example.fixed["pages"], example.state
+    assert sorted(pages.flatten().tolist()) == list(range(len(state.k)))
+    read = 256 * 8 // 3
+    assert state.pos.tolist() == [read] * 3
+    assert pages.shape[1] * state.k.shape[1] > read + kernels.REPEATS
+    assert kernels.moved(state) == 2 * 3 * read * 128 * 8  # keys and values of one group of 128, float64
 
 
 def test_a_peer_that_computes_something_else_is_left_out() -> None:
-    same = partial(kernels.run_op, "ssd_scan")
+    same = partial(run_op, "ssd_scan")
     example = SHAPES["ssd_scan"](Draw(dtype=torch.float32), 128, 12)
     assert kernels.scan_disagreement("ssd_scan", "same", same, example) is None
     reason = kernels.scan_disagreement("ssd_scan", "other", lambda one: [2 * same(one)[0]], example)
@@ -90,7 +113,7 @@ def test_a_peer_that_fails_is_left_out() -> None:
     assert kernels.scan_disagreement("ssd_scan", "peer", fails, example) == "ssd_scan of peer: not on this GPU"
     left_out: list[str] = []
     # Forward alone works.
-    forward_only = lambda one: fails(one) if torch.is_grad_enabled() else kernels.run_op("ssd_scan", one)
+    forward_only = lambda one: fails(one) if torch.is_grad_enabled() else run_op("ssd_scan", one)
     assert [kind for kind, _ in kernels.working("ssd_scan", "peer", forward_only, example, left_out)] == ["forward"]
     assert left_out == ["ssd_scan of peer, with backward: not on this GPU"]
 

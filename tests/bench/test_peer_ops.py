@@ -90,9 +90,18 @@ def selective_state_update(
     return y if z is None else y * torch.nn.functional.silu(z)
 
 
+def parallel_attn(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor) -> Tensor:
+    """One sequence after the other, with a head of keys and values for each of queries."""
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+    parts = zip(*(t.transpose(1, 2).split(cu_seqlens.diff().tolist(), 2) for t in (q, k, v)), strict=True)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return torch.cat([attend(*part, is_causal=True) for part in parts], 2).transpose(1, 2)
+
+
 NAMES = {
     "fla.ops.simple_gla": chunk_simple_gla,
     "fla.ops.hgrn": chunk_hgrn,
+    "fla.ops.attn": parallel_attn,
     "fla.modules.causal_conv1d": causal_conv1d,
     "fla.modules.rotary": rotary_embedding,
     "fla.modules.fused_linear_cross_entropy": fused_linear_cross_entropy_loss,
@@ -118,29 +127,34 @@ def _plain_peers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
-@pytest.mark.parametrize("op", [op for op in PEERS if op != "trapezoid_scan"])
-def test_a_peer_computes_what_our_op_does(op: str) -> None:
-    example = GPU_SHAPES[op](Draw(dtype=torch.float32), 128, TOKENS)
-    peers = peers_of(op, example)
-    assert list(peers) == list(PEERS[op])
-    for name, peer in peers.items():
-        assert kernels.scan_disagreement(op, name, peer, example) is None
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "trapezoid_scan"])
+def test_a_peer_computes_what_our_op_does(name: str, kernel_device: torch.device) -> None:
+    if name == "experts":
+        pytest.importorskip("transformers")
+    example = kernels.cut(GPU_SHAPES[name](Draw(dtype=torch.float32, device=kernel_device), 128, TOKENS), 3)
+    peers = peers_of(name, example)
+    assert list(peers) == list(PEERS[name])
+    for who, peer in peers.items():
+        assert kernels.scan_disagreement(op_of(name), who, peer, example) is None
 
 
-@pytest.mark.parametrize("name", ["ssd_step_", "selective_step_"])
-def test_a_step_of_mamba_ssm_computes_what_ours_does(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "width"), [("ssd_step_", 128), ("selective_step_", 128), ("attention_step_, paged", 8)]
+)
+def test_a_step_of_a_peer_computes_what_ours_does(name: str, width: int, kernel_device: torch.device) -> None:
     op, shape = op_of(name), STEPS[name]
-    example = kernels.cut(shape(Draw(dtype=torch.float32), 128, 3), 3)
+    example = kernels.cut(shape(Draw(dtype=torch.float32, device=kernel_device), width, 3), 3)
     token = {key: value[:, 0] for key, value in example.timed.items()} | example.fixed
-    peer = step_peer(name, token, example.state)
-    assert peer is not None
-    assert kernels.step_disagreement(op, token, example.state, peer) is None
+    found = step_peer(name, token, example.state)
+    assert found is not None
+    assert kernels.step_disagreement(op, *found, token, example.state) is None
     wrong = lambda state: 2 * OPS[op](**token, state=clone(state))
-    assert "differ from ours by 1e+00" in str(kernels.step_disagreement(op, token, example.state, wrong))
+    assert "differ from ours by 1e+00" in str(kernels.step_disagreement(op, "peer", wrong, token, example.state))
     # One that cannot be made on this machine.
     failing = step_peer(name, {}, example.state)
     assert failing is not None
-    assert "of mamba_ssm: " in str(kernels.step_disagreement(op, token, example.state, failing))
+    reason = str(kernels.step_disagreement(op, *failing, token, example.state))
+    assert reason.startswith(f"{op} of {found[0]}: ")
 
 
 def test_a_peer_that_is_not_installed_is_not_there() -> None:

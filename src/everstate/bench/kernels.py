@@ -17,22 +17,25 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from everstate.bench.peer_ops import Run, peers_of, step_peer
+from everstate.bench.peer_ops import Run, peers_of, run_op, step_peer
 from everstate.bench.report import Row, machine, publishing
 from everstate.bench.shapes import GPU_SHAPES, STEPS, op_of
 from everstate.bench.timing import Gate, Timing, interleave
 from everstate.core.errors import ConfigError
 from everstate.core.op import REFERENCE
+from everstate.core.packing import Packing
 from everstate.core.state import clone, map_state, nbytes, tensors
-from everstate.ops import OPS, use
+from everstate.ops import OPS, AttentionState, use
 from everstate.ops.example import Draw, Example
 
 D_INNER, TOKENS = 4096, 65_536
 QUICK_D_INNER, QUICK_TOKENS = 128, 512
 SPLITS = (32, 8, 1)
 """Into how many sequences the tokens are cut."""
+FEW = (64, 16, 4, 1)
+"""Tokens that experts are measured with too, as decoding gives them."""
 STEP_BATCHES = (1, 16, 64, 256, 1024)
-LOW = ("x", "B", "C", "z", "projected")
+LOW = ("x", "B", "C", "z", "projected", "q", "k", "v", "w_in", "w_out")
 """Arguments that a model trained in bfloat16 computes in it."""
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of an output or a gradient against float64, of norms. Gradients of decays and angles, which are
@@ -86,8 +89,8 @@ def scans(
     first_call_s[name] = time.perf_counter() - started
     gate = Gate(error, ALLOWED[torch.bfloat16])
     long = lower(GPU_SHAPES[name](draw, d_inner, total))
-    for batch in SPLITS:
-        example = cut(long, batch)
+    for batch, length in sizes(op, total):
+        example = cut(first(long, batch * length), batch)
         candidates = dict(zip(KINDS, calls(partial(run_op, op), example), strict=True))
         for peer, run in peers_of(name, example).items():
             if reason := scan_disagreement(op, peer, run, example):
@@ -98,8 +101,15 @@ def scans(
         for kind in KINDS:
             end = f" {kind}"
             theirs = {key.removesuffix(end): timing for key, timing in timings.items() if key.endswith(end)}
-            title = f"{name} {batch} x {total // batch}" + (" + backward" if kind == "both" else "")
-            yield from beside(title, total, gate, timings.get(kind), theirs)
+            title = f"{name} {batch} x {length}" + (" + backward" if kind == "both" else "")
+            yield from beside(title, batch * length, gate, timings.get(kind), theirs)
+
+
+def sizes(op: str, total: int) -> list[tuple[int, int]]:
+    """Sequences, and tokens of each. Experts know no sequences: what matters to them is how many tokens there are."""
+    if op == "experts":
+        return [(1, tokens) for tokens in (total, *FEW)]
+    return [(batch, total // batch) for batch in SPLITS]
 
 
 def working(op: str, peer: str, run: Run, example: Example, left_out: list[str]) -> Iterator[tuple[str, Call]]:
@@ -145,27 +155,39 @@ def steps(name: str, d_inner: int, batches: tuple[int, ...], device: str, left_o
     for batch in batches:
         long = cut(lower(shape(Draw(dtype=torch.float32, device=device, drawn_on=device), d_inner, batch)), batch)
         token = {key: value[:, 0] for key, value in long.timed.items()} | long.fixed
-        for dtype in (torch.float32, torch.bfloat16):
+        keys = isinstance(long.state, AttentionState)
+        # Keys and values are copies of inputs, and in their dtype.
+        for dtype in (torch.bfloat16,) if keys else (torch.float32, torch.bfloat16):
             pool = in_precision(long.state, dtype)
             gate = Gate(step_error(op, token, pool), ALLOWED[torch.bfloat16])
+            # Both before the pool is stepped: keys grow.
+            size, extent = moved(pool), f"{batch} x {pool.pos[0]}" if keys else f"{batch}"
+            title = f"{name} of {extent}, {str(dtype).removeprefix('torch.')} state"
             # Several pools in turn, so that none is left in the cache.
             pools = [pool, *(clone(pool) for _ in range(256_000_000 // nbytes(pool)))][:32]
             candidates: dict[str, Call] = {OURS: partial(step_each, partial(OPS[op], **token), pools)}
-            if (peer := step_peer(name, token, pool)) is not None:
-                if reason := step_disagreement(op, token, pool, peer):
+            if (found := step_peer(name, token, pool)) is not None:
+                peer, step = found
+                if reason := step_disagreement(op, peer, step, token, pool):
                     left_out.append(reason)
                 else:
-                    candidates["mamba_ssm"] = partial(step_each, peer, pools)
+                    candidates[peer] = partial(step_each, step, pools)
             timings = {
                 key: Timing(tuple(seconds / len(pools) for seconds in timing.seconds))
                 for key, timing in interleave(candidates, gate, REPEATS, device, on_device=True).items()
             }
-            title = f"{name} of {batch}, {str(dtype).removeprefix('torch.')} state"
             ours = timings.pop(OURS, None)
-            speed = None if ours is None else 2 * nbytes(pool) / ours.median / 1e12
+            speed = None if ours is None else size / ours.median / 1e12
             yield Row(title, batch, gate, ours, ratio=speed, ratio_of="TB/s of states")
             for other, theirs in timings.items():
                 yield Row(f"  {other}", batch, gate, theirs)
+
+
+def moved(pool: Any) -> int:
+    """Bytes of a pool that a step moves: all of it, in and out; of keys and values what has been filled, in."""
+    if isinstance(pool, AttentionState):
+        return nbytes((pool.k[0, 0], pool.v[0, 0])) * int(pool.pos.sum())
+    return 2 * nbytes(pool)
 
 
 def step_each(step: Callable[..., object], pools: list[Any]) -> None:
@@ -177,7 +199,7 @@ def step_each(step: Callable[..., object], pools: list[Any]) -> None:
 
 def step_error(op: str, token: dict[str, Any], pool: Any) -> float:
     """Of the output of a step and of the state after it, against the torch form in float64."""
-    mine, exact = clone(pool), map_state(Tensor.double, pool)
+    mine, exact = clone(pool), widen(clone(pool))
     with torch.no_grad():
         got = OPS[op](**token, state=mine)
         with use("torch"):
@@ -186,10 +208,10 @@ def step_error(op: str, token: dict[str, Any], pool: Any) -> float:
     return max(norm_error(one, other) for one, other in pairs)
 
 
-def step_disagreement(op: str, token: dict[str, Any], pool: Any, peer: Callable[..., object]) -> str | None:
+def step_disagreement(op: str, peer: str, step: Callable[..., object], token: dict[str, Any], pool: Any) -> str | None:
     """Why the step of a peer is left out, or None."""
     with torch.no_grad():
-        return disagreement(f"{op} of mamba_ssm", partial(peer, clone(pool)), OPS[op](**token, state=clone(pool)))
+        return disagreement(f"{op} of {peer}", partial(step, clone(pool)), OPS[op](**token, state=clone(pool)))
 
 
 def disagreement(what: str, peer: Callable[[], object], ours: Tensor) -> str | None:
@@ -202,11 +224,11 @@ def disagreement(what: str, peer: Callable[[], object], ours: Tensor) -> str | N
 
 
 def in_precision(state: Any, dtype: torch.dtype) -> Any:
-    """A pool of states in another precision, all but angles."""
+    """A pool of states in another precision, all but angles and positions."""
     if isinstance(state, Tensor):
         return state.to(dtype)
     named = state._asdict().items()
-    return type(state)(*(part if name == "angle" else part.to(dtype) for name, part in named))
+    return type(state)(*(part if name in ("angle", "pos") else part.to(dtype) for name, part in named))
 
 
 def widen(value: Any) -> Any:
@@ -217,22 +239,25 @@ def widen(value: Any) -> Any:
 
 
 def lower(example: Example) -> Example:
-    """The example with the activations of a model in bfloat16."""
-    low = lambda name, value: value.to(torch.bfloat16) if name in LOW else value
-    return example._replace(timed={name: low(name, value) for name, value in example.timed.items()})
+    """The example with the activations of a model, and weights of its products, in bfloat16."""
+    low = lambda given: {name: value.to(torch.bfloat16) if name in LOW else value for name, value in given.items()}
+    return example._replace(timed=low(example.timed), fixed=low(example.fixed))
+
+
+def first(example: Example, tokens: int) -> Example:
+    """The first tokens of an example."""
+    return example._replace(timed={name: value[:, :tokens] for name, value in example.timed.items()})
 
 
 def cut(example: Example, batch: int) -> Example:
-    """One row of tokens as `batch` rows, all from the same state."""
-    timed = {name: value[0].unflatten(0, (batch, -1)) for name, value in example.timed.items()}
+    """One row of tokens as `batch` rows, or packed ones as so many sequences, all from the same state."""
     repeat = lambda t: t.repeat_interleave(batch, 0)
-    return example._replace(timed=timed, state=None if example.state is None else map_state(repeat, example.state))
-
-
-def run_op(op: str, example: Example) -> list[Tensor]:
-    """What the op returns, tensor by tensor."""
-    state = {} if example.state is None else {"state": example.state}
-    return tensors(OPS[op](**example.timed, **state, **example.fixed))
+    state = None if example.state is None else map_state(repeat, example.state)
+    if "packing" in example.fixed:
+        packing = Packing.of_lengths([example.fixed["packing"].total // batch] * batch)
+        return example._replace(state=state, fixed={**example.fixed, "packing": packing})
+    timed = {name: value[0].unflatten(0, (batch, -1)) for name, value in example.timed.items()}
+    return example._replace(timed=timed, state=state)
 
 
 def calls(function: Run, example: Example) -> tuple[Call, Call]:
@@ -280,4 +305,5 @@ def gate_error(op: str, example: Example) -> float:
 
 def norm_error(got: Tensor, expected: Tensor) -> float:
     """Norm of the difference, relative to the norm of what is expected."""
+    expected = expected.double()
     return ((got.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()

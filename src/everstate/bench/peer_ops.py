@@ -1,4 +1,4 @@
-"""The ops of `mamba_ssm` and `fla` that compute what ours do, where these are installed.
+"""The ops of `mamba_ssm`, `fla` and `transformers` that compute what ours do, where these are installed, and PyTorch's.
 
 What a peer wants in another form is made before it is timed. A peer whose outputs are not ours is left out.
 """
@@ -14,7 +14,8 @@ from warnings import catch_warnings
 import torch
 from torch import Tensor
 
-from everstate.ops import rms_norm
+from everstate.core.state import tensors
+from everstate.ops import OPS, rms_norm, use
 from everstate.ops.example import Example
 from everstate.ops.mamba3.ends import enter
 
@@ -24,18 +25,25 @@ Step = Callable[[Any], Any]
 """From a pool of states to the outputs of one token, or to a tuple with them first."""
 
 
-def peers_of(op: str, example: Example) -> dict[str, Run]:
+def run_op(op: str, example: Example) -> list[Tensor]:
+    """What our op returns, tensor by tensor, without counts of tokens."""
+    state = {} if example.state is None else {"state": example.state}
+    returned = tensors(OPS[op](**example.timed, **state, **example.fixed))
+    return [tensor for tensor in returned if tensor.is_floating_point()]
+
+
+def peers_of(name: str, example: Example) -> dict[str, Run]:
     """Peer -> the same op, ready for arguments of the shapes of `example`; only those that are installed.
 
     One that cannot be made is an op that fails.
     """
     found: dict[str, Run] = {}
-    for name, make in PEERS.get(op, {}).items():
+    for peer, make in PEERS.get(name, {}).items():
         try:
             with suppress(ImportError), catch_warnings(action="ignore"):
-                found[name] = make(example)
+                found[peer] = make(example)
         except Exception as error:
-            found[name] = _failing(error)
+            found[peer] = _failing(error)
     return found
 
 
@@ -146,6 +154,43 @@ def _loss_of_fla(example: Example) -> Run:
     return loss
 
 
+def _attention_of_torch(example: Example) -> Run:
+    """Our own form by `scaled_dot_product_attention`."""
+
+    def attend(one: Example) -> list[Tensor]:
+        with use("sdpa"):
+            return run_op("attention", one)
+
+    return attend
+
+
+def _attention_of_fla(example: Example) -> Run:
+    from fla.ops.attn import parallel_attn
+
+    ends = torch.tensor(example.fixed["packing"].cu_seqlens, device=example.timed["q"].device)
+    return lambda one: [parallel_attn(**one.timed, cu_seqlens=ends)]
+
+
+def _experts_of_transformers(example: Example) -> Run:
+    from transformers import OlmoeConfig
+    from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+    count, d_model, d_hidden = example.fixed["w_out"].shape
+    config_class: Any = OlmoeConfig
+    config = config_class(
+        num_experts=count, hidden_size=d_model, intermediate_size=d_hidden, experts_implementation="grouped_mm"
+    )
+    with torch.device("meta"):
+        module = OlmoeExperts(config)
+
+    def experts(one: Example) -> list[Tensor]:
+        x, weights, indices = (one.timed[name].flatten(0, 1) for name in ("x", "weights", "indices"))
+        parameters = {"gate_up_proj": one.fixed["w_in"], "down_proj": one.fixed["w_out"]}
+        return [torch.func.functional_call(module, parameters, (x, indices, weights.to(x.dtype)))]
+
+    return experts
+
+
 PEERS: dict[str, dict[str, Callable[[Example], Run]]] = {
     "ssd_scan": {"mamba_ssm": _ssd_of_mamba_ssm, "fla without D": _ssd_of_fla},
     "trapezoid_scan": {"mamba_ssm": _trapezoid_of_mamba_ssm},
@@ -154,19 +199,24 @@ PEERS: dict[str, dict[str, Callable[[Example], Run]]] = {
     "gated_rms_norm": {"mamba_ssm": _gated_norm_of_mamba_ssm},
     "rotary": {"fla": _rotary_of_fla},
     "linear_cross_entropy": {"fla": _loss_of_fla},
+    "attention, packed": {"torch, one by one": _attention_of_torch, "fla": _attention_of_fla},
+    "experts": {"transformers, grouped_mm": _experts_of_transformers},
 }
-"""Op -> peer -> what makes the peer's op. The selective scan of `mamba_ssm` is CUDA."""
+"""Name of what is measured -> peer -> what makes the peer's op. The selective scan of `mamba_ssm` is CUDA."""
 
 
-def step_peer(name: str, token: dict[str, Any], pool: Any) -> Step | None:
-    """The same step of `mamba_ssm` for a pool like this, where it is installed and has one."""
-    makers = {"ssd_step_": _ssd_step, "selective_step_": _selective_step, "mamba3_step_": _mamba3_step}
+def step_peer(name: str, token: dict[str, Any], pool: Any) -> tuple[str, Step] | None:
+    """The peer that has the same step for a pool like this, and its step; None where there is none."""
+    if name not in STEP_PEERS:
+        return None
+    peer, make = STEP_PEERS[name]
     try:
-        return makers[name](token, pool) if name in makers else None
+        step = make(token, pool)
     except ImportError:
         return None
     except Exception as error:
-        return _failing(error)
+        step = _failing(error)
+    return None if step is None else (peer, step)
 
 
 def _ssd_step(token: dict[str, Any], pool: Tensor) -> Step:
@@ -206,3 +256,22 @@ def _mamba3_step(token: dict[str, Any], pool: Any) -> Step | None:
     )  # fmt: skip
     dense = [tensor.contiguous() for tensor in given]
     return lambda state: mamba3_siso_step(*dense, (state.angle, state.ssm, state.k[:, 0], state.x))
+
+
+def _attention_step(token: dict[str, Any], pool: Any) -> Step:
+    """Our own form: the blocks of each sequence are gathered, then `scaled_dot_product_attention` reads them."""
+
+    def step(state: Any) -> Any:
+        with use("sdpa"):
+            return OPS["attention_step_"](**token, state=state)
+
+    return step
+
+
+STEP_PEERS: dict[str, tuple[str, Callable[[dict[str, Any], Any], Step | None]]] = {
+    "ssd_step_": ("mamba_ssm", _ssd_step),
+    "selective_step_": ("mamba_ssm", _selective_step),
+    "mamba3_step_": ("mamba_ssm", _mamba3_step),
+    "attention_step_, paged": ("torch", _attention_step),
+}
+"""Name of what is measured -> peer, and what makes the peer's step."""

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from everstate.ops import Mamba3Layer, TrapezoidState
+import torch
+
+from everstate.core.packing import Packing
+from everstate.ops import AttentionState, Mamba3Layer, TrapezoidState, route
 from everstate.ops.example import Draw, Example
 
 HEADDIM, D_STATE = 64, 128
+PAGE = 64
+"""Tokens of a block of keys and values."""
 
 
 def _ssd_scan(draw: Draw, d_inner: int, length: int) -> Example:
@@ -142,6 +147,57 @@ def _linear_cross_entropy(draw: Draw, d_inner: int, length: int) -> Example:
     )
 
 
+def _attention(draw: Draw, d_inner: int, length: int) -> Example:
+    """One packed sequence, which `kernels.cut` makes several of; nothing is remembered, as in training."""
+    heads = max(d_inner // 128, 1)
+    groups = max(heads // 4, 1)
+    return Example(
+        timed={
+            "q": draw.normal(1, length, heads, 128),
+            "k": draw.normal(1, length, groups, 128),
+            "v": draw.normal(1, length, groups, 128),
+        },
+        state=AttentionState(
+            k=draw.normal(1, 0, groups, 128),
+            v=draw.normal(1, 0, groups, 128),
+            pos=torch.zeros(1, dtype=torch.int64, device=draw.device),
+        ),
+        fixed={"packing": Packing.of_lengths([length])},
+    )
+
+
+def _attention_step(draw: Draw, d_inner: int, length: int) -> Example:
+    """A token of each of `length` sequences, which together have read 2^20 tokens where a layer has 32 heads.
+
+    Their blocks lie in no order, and each has one more for the tokens that it will write.
+    """
+    timed = _attention(draw, d_inner, length).timed
+    read, groups = 256 * d_inner // length, timed["k"].shape[2]
+    blocks = -(-read // PAGE) + 1
+    return Example(
+        timed=timed,
+        state=AttentionState(
+            k=draw.normal(blocks, PAGE, groups, 128),
+            v=draw.normal(blocks, PAGE, groups, 128),
+            pos=torch.full((1,), read, device=draw.device),
+        ),
+        fixed={"pages": draw.uniform(length * blocks).argsort().view(length, blocks)},
+    )
+
+
+def _experts(draw: Draw, d_inner: int, length: int) -> Example:
+    """Those of OLMoE: 64, of which a token goes through 8."""
+    count, d_model, d_hidden = 64, d_inner // 2, d_inner // 4
+    weights, indices = route(draw.normal(1, length, count), top_k=8)
+    return Example(
+        timed={"x": draw.normal(1, length, d_model), "weights": weights, "indices": indices},
+        fixed={
+            "w_in": draw.normal(count, 2 * d_hidden, d_model, scale=d_model**-0.5),
+            "w_out": draw.normal(count, d_model, d_hidden, scale=d_hidden**-0.5),
+        },
+    )
+
+
 Shape = Callable[[Draw, int, int], Example]
 """`(draw, d_inner, length) -> Example`."""
 
@@ -160,6 +216,8 @@ GPU_SHAPES: dict[str, Shape] = {
     "trapezoid_scan, 4 ranks": partial(_trapezoid_scan, rank=4),
     "rotary": _rotary,
     "linear_cross_entropy": _linear_cross_entropy,
+    "attention, packed": _attention,
+    "experts": _experts,
 }
 """Those, and what only a GPU has its own implementation of, or the memory for."""
 
@@ -168,8 +226,9 @@ STEPS: dict[str, Shape] = {
     "selective_step_": _selective_scan,
     "mamba3_step_": partial(_mamba3_scan, rank=1),
     "mamba3_step_, 4 ranks": partial(_mamba3_scan, rank=4),
+    "attention_step_, paged": _attention_step,
 }
-"""Ops that read one token, with the shapes of the scans that they belong to."""
+"""Ops that read one token of each of `length` sequences, in the shapes of a scan whose state they step."""
 
 
 def op_of(name: str) -> str:
