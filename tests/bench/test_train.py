@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
 from everstate.bench import prefill, train
 from everstate.bench.build import build
+from everstate.bench.kernels import norm_error
+from everstate.bench.peer import PEER_NAME, Peer, available, name_with_kernels
 from everstate.bench.report import package_version
 from everstate.cli import build as build_cli
 from everstate.models import LM, ModelConfig
@@ -83,6 +88,39 @@ def test_a_quick_run_reads_a_prompt_beside_its_peer(monkeypatch: pytest.MonkeyPa
     names = [row["name"] for row in result["rows"] if not row["name"].startswith(" ")]
     assert names == ["mamba2-130m 300", "mamba3-1.3b 300"]
     assert all(row["passed"] and row["seconds"] > 0 for row in result["rows"])
+    peers = [row["name"] for row in result["rows"] if row["name"].startswith(" ")]
+    assert peers == ([f"  {name_with_kernels()}"] if available("mamba2") else [])
+
+
+def test_a_peer_that_fails_is_left_out_of_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(tokens: Tensor) -> Tensor:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(prefill, "REPEATS", 1)
+    monkeypatch.setattr(prefill, "VOCABULARY", 64)
+    monkeypatch.setattr(prefill, "peers_of", lambda *arguments: [("peer", fails, fails)])
+    left_out: list[str] = []
+    (row,) = prefill.prefills("mamba2-130m", True, "cpu", left_out)
+    assert row.timing is not None
+    assert left_out == ["peer: out of memory"]
+
+
+def test_the_peer_has_the_precision_of_our_model() -> None:
+    pytest.importorskip("transformers")
+    model = build(ModelConfig(d_model=64, vocab_size=11, layout="2 * (mamba2)"), "cpu", torch.bfloat16)
+    tokens = torch.arange(70).unsqueeze(0) % 11
+    hidden = Peer(model).hidden(tokens)
+    assert hidden.dtype == torch.bfloat16
+    error = norm_error(hidden, prefill.hidden_of(model, tokens))
+    assert 1e-4 < error <= prefill.ALLOWED[torch.bfloat16]
+
+
+def test_the_peer_says_whose_kernels_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", None)
+    assert name_with_kernels() == f"{PEER_NAME}, pure PyTorch"
+    monkeypatch.setitem(sys.modules, "mamba_ssm", ModuleType("mamba_ssm"))
+    assert name_with_kernels() == f"{PEER_NAME} with mamba_ssm"
 
 
 @pytest.mark.parametrize("command", ["prefill", "train"])

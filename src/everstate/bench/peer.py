@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -36,21 +37,22 @@ class Peer:
             "num_hidden_layers": len(model.layers), "layer_norm_epsilon": model.config.norm_eps,
             "tie_word_embeddings": True, "use_cache": False,
         }  # fmt: skip
-        if isinstance(mixer, Mamba1):
-            table |= {"state_size": mixer.config.d_state, "time_step_rank": mixer.dt_rank}
-            peer: Any = transformers.MambaForCausalLM(transformers.MambaConfig(**table))
-        else:
-            assert isinstance(mixer, Mamba2)
-            table |= {"state_size": mixer.config.d_state, "num_heads": mixer.nheads}
-            table |= {"head_dim": mixer.config.headdim, "n_groups": mixer.config.ngroups}
-            peer = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**table))
+        with model.device:
+            if isinstance(mixer, Mamba1):
+                table |= {"state_size": mixer.config.d_state, "time_step_rank": mixer.dt_rank}
+                peer: Any = transformers.MambaForCausalLM(transformers.MambaConfig(**table))
+            else:
+                assert isinstance(mixer, Mamba2)
+                table |= {"state_size": mixer.config.d_state, "num_heads": mixer.nheads}
+                table |= {"head_dim": mixer.config.headdim, "n_groups": mixer.config.ngroups}
+                peer = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**table))
         peer.load_state_dict(_weights(model))
-        self._model = peer.to(model.device).eval()
+        self._model = peer.to(model.dtype).eval()
 
     @torch.no_grad()
     def hidden(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
-        """What `LM.hidden` computes."""
-        return cast(Tensor, self._model.backbone(tokens).last_hidden_state)
+        """What `LM.hidden` computes, as its head reads it: the residual stream is float32."""
+        return cast(Tensor, self._model.backbone(tokens).last_hidden_state.to(self._model.dtype))
 
     @torch.no_grad()
     def logits(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l v"]:
@@ -59,6 +61,20 @@ class Peer:
 
 
 PEER_NAME = f"transformers {package_version('transformers')}"
+
+
+def name_with_kernels() -> str:
+    """The peer, and whose kernels its layers call: those of packages that can be imported; all else is PyTorch."""
+    found = [package for package in ("mamba_ssm", "causal_conv1d") if _imports(package)]
+    return f"{PEER_NAME} with {' and '.join(found)}" if found else f"{PEER_NAME}, pure PyTorch"
+
+
+def _imports(package: str) -> bool:
+    try:
+        import_module(package)
+    except Exception:  # whatever it is, the peer then does without, too
+        return False
+    return True
 
 
 def available(mixer: str) -> bool:
