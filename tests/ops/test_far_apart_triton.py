@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from everstate.ops import attention, linear_scan, ssd_scan, use
+from everstate.ops import TrapezoidState, attention, linear_scan, ssd_scan, trapezoid_scan, use
 from everstate.ops.attention import AttentionState
 
 
@@ -38,12 +38,20 @@ def by_states(x: Tensor, B: Tensor) -> Tensor:
     return ssd_scan(x, -scale, scale, B, B, x.new_zeros(1, 3, 16, 16, dtype=torch.float32))[0]
 
 
+def by_turning_states(x: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    given = [x.new_full(x.shape[:3], 0.5, dtype=torch.float32) for _ in range(3)]
+    shapes = [(3, 16, 16), (2, 3, 16), (3, 16), (3, 4)]
+    state = TrapezoidState(*(x.new_zeros(1, *shape, dtype=torch.float32) for shape in shapes))
+    return trapezoid_scan(x, given[0], -given[1], given[2], x.new_ones(1, x.shape[1], 4), B, C, state)[0]
+
+
 @pytest.mark.parametrize(
     ("function", "shapes"),
     [
         (scanned, [(1, 40, 3), (1, 40, 3)]),
         (attended, [(1, 40, 6, 16), (1, 40, 3, 16)]),
         (by_states, [(1, 70, 3, 16), (1, 70, 3, 16)]),
+        (by_turning_states, [(1, 70, 3, 16), (1, 70, 2, 3, 16), (1, 70, 2, 3, 16)]),
     ],
 )
 def test_offsets_of_heads_and_channels(

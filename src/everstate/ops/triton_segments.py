@@ -73,9 +73,14 @@ def fill(programs: int, device: torch.device) -> int:
     return min(range(1, most + 1), key=lambda pieces: cdiv(programs * pieces, available) / pieces)
 
 
-def stages_for(x: Tensor, wanted: int) -> int:
-    """How many tiles kernels load ahead: on a GPU with less shared memory than Hopper, and in float32, none."""
-    return wanted if x.dtype.itemsize == 2 and shared_memory(x.device) >= DEEP else 1
+def settings_for(x: Tensor, stages: int) -> dict[str, int]:
+    """How kernels whose tiles fill the registers are compiled.
+
+    They load tiles ahead: on a GPU with less shared memory than Hopper, and in float32, none. For other GPUs they ask
+    for all the registers that a thread may have: the assembler would give some of them 32, and keep the rest in memory.
+    """
+    settings = {"num_stages": stages if x.dtype.itemsize == 2 and shared_memory(x.device) >= DEEP else 1}
+    return settings if capability(x.device)[0] == 9 else {**settings, "maxnreg": 255}
 
 
 def splits_of(heads: int, programs: int, wanted: int, most: int | None = None) -> int:
@@ -115,12 +120,12 @@ def hopper_kernels(name: str, x: Tensor) -> ModuleType | None:
     return import_module(name) if TRIED else None  # their language is experimental
 
 
-def rows_of(t: Float[Tensor, "b l h p"]) -> Float[Tensor, "one t h p"]:
+def rows_of(t: Float[Tensor, "b l *h p"]) -> Float[Tensor, "one t *h p"]:
     """`t` with b and l as one dimension (kept as l of b = 1), the last dimension dense: a view where it can be one, and
-    where offsets of heads fit into 32 bits."""
+    where offsets within a token fit into 32 bits."""
     t = t if t.shape[0] == 1 else t.flatten(0, 1).unsqueeze(0)
-    near = (t.shape[2] - 1) * t.stride(2) < 2**31
-    return t if near and t.stride(-1) == 1 else t.contiguous()
+    farthest = sum((size - 1) * step for size, step in zip(t.shape[2:], t.stride()[2:], strict=True))
+    return t if farthest < 2**31 and t.stride(-1) == 1 else t.contiguous()
 
 
 @triton.jit

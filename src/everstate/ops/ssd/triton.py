@@ -46,8 +46,8 @@ from everstate.ops.triton_segments import (
     pieces_for,
     plan,
     rows_of,
+    settings_for,
     splits_of,
-    stages_for,
     store_rows,
     store_state,
 )
@@ -276,7 +276,7 @@ class Call:
             self.rows(self.x, tile), self.decays, self.scales, self.rows(self.B), self.rows(self.C),
             self.diagonal, self.D, entering, self.rows(rows_of(y), tile), final,
             self.plan.chunks, self.plan.segments, *self.strides, **self.sizes,
-            SKIP=self.skip, BLOCK_P=tile, num_warps=self.layout.warps, num_stages=stages_for(self.x, 2),
+            SKIP=self.skip, BLOCK_P=tile, num_warps=self.layout.warps, **settings_for(self.x, 2),
         )  # fmt: skip
         return y, final
 
@@ -340,7 +340,7 @@ class Call:
             self.rows(x, tile), self.decays, self.scales, self.rows(keys), entering, chunks, ends, kept,
             self.plan.chunks, self.plan.segments, *x.stride()[1:3], *keys.stride()[1:3],
             **only(self.sizes, _sweep_kernel), BLOCK_P=tile, REVERSE=reverse, num_warps=self.layout.warps,
-            num_stages=stages_for(self.x, 2 if reverse else 3),
+            **settings_for(self.x, 2 if reverse else 3),
         )  # fmt: skip
 
     def _place(self, into: Sequence[Tensor], found: Sequence[Tensor]) -> None:
@@ -362,7 +362,7 @@ class Call:
             self.diagonal, self.D, self.states(entering), self.states(leaving), self.rows(rows_of(dx)),
             ddecays, dscales, ddiagonal, dD, self.plan.chunks, *self.strides, *dy.stride()[1:3], **self.sizes,
             SKIP=self.skip, BLOCK_P=self.layout.block_p, SPLITS=splits,
-            num_warps=4 if self.layout.block_p <= 64 else 8, num_stages=stages_for(self.x, 2 if self.full else 1),
+            num_warps=4 if self.layout.block_p <= 64 else 8, **settings_for(self.x, 2 if self.full else 1),
         )  # fmt: skip
         da, ds = (self.decays.new_empty(*self.shape, self.heads) for _ in "as")
         launch(
@@ -381,13 +381,13 @@ class Call:
         """Gradients of B and C."""
         splits = self._head_splits(self.heads, 2 * processors(self.x.device))
         # Accumulators of 64 x 128 leave room for the next two heads, larger ones for one.
-        stages = stages_for(self.x, 3 if self.layout.warps == 4 and self.layout.block_p <= TILE_P else 2)
+        settings = settings_for(self.x, 3 if self.layout.warps == 4 and self.layout.block_p <= TILE_P else 2)
         dB, dC = self._empty_key_gradients(splits)
         launch(
             _keys_kernel, (self.layout.chunks * self.groups * splits,),
             self.x, dy, self.decays, self.scales, self.B, self.C, entering, leaving, dB, dC, self.plan.chunks,
             *self.strides, *dy.stride()[1:3], self.shape[0] * self.shape[1], **only(self.sizes, _keys_kernel),
-            BLOCK_P=self.layout.block_p, SPLITS=splits, num_warps=8, num_stages=stages,
+            BLOCK_P=self.layout.block_p, SPLITS=splits, num_warps=8, **settings,
         )  # fmt: skip
         return joined(dB), joined(dC)
 

@@ -3,12 +3,13 @@
 The formulas are those of `everstate.ops.trapezoid.lookahead`, chunks and segments those of
 `everstate.ops.triton_segments`.
 
-Forward: `triton_prepare` makes numbers per token, cosines and sines; then `triton_forward` walks along time and makes
-keys and queries of B, C and these where it uses them (`triton_keys`). It keeps for backward the phases with which
-chunks start, and for a Hopper GPU the states that enter segments. Backward: two sweeps along time write the state that
-enters each chunk and the gradient of that which leaves it, and on their way the keys and queries of all heads, but for
-a Hopper GPU; and from both states, what all later chunks say of the angles. Then every chunk is independent
-(`triton_backward`). All is summed in a fixed order: the same call gives the same bits.
+Forward: `triton_prepare` makes numbers per token and the phases with which chunks start; then `triton_forward` walks
+along time and makes cosines, sines, keys and queries where it uses them (`triton_keys`). It keeps the phases for
+backward, and for a Hopper GPU the states that enter segments. Backward: two sweeps along time write the state that
+enters each chunk and the gradient of that which leaves it; and from both states, what all later chunks say of the
+angles. Then every chunk is independent (`triton_backward`). Nothing of a head and token is written to memory that can
+be made again, but for cosines and sines for Hopper GPUs: backward, and of several ranks. All is summed in a fixed
+order: the same call gives the same bits.
 """
 
 import math
@@ -65,8 +66,9 @@ from everstate.ops.triton_segments import (
     pass_kernel,
     pieces_for,
     plan,
+    rows_of,
+    settings_for,
     splits_of,
-    stages_for,
 )
 
 BLOCK_H = 16
@@ -210,10 +212,9 @@ def _differentiate(
 _scan.register_autograd(_differentiate, setup_context=_save)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """`t` with b and l as one dimension, the last one dense: a view where it can be one."""
-    t = t.flatten(0, 1)
-    return t if t.stride(-1) == 1 else t.contiguous()
+def _rows(t: Float[Tensor, "b l *h p"]) -> Float[Tensor, "t *h p"]:
+    """`t` with b and l as one dimension, as `rows_of`."""
+    return rows_of(t).squeeze(0)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -272,7 +273,7 @@ class Call:
         self.width = 2 * half + still
         self.sizes: dict[str, Any] = {
             "HEADS": self.heads, "GROUPS": self.groups, "P": self.headdim, "RANK": self.rank, "RANKS": self.ranks,
-            "TOKENS": self.tokens, "HALF": half, "STILL": still,
+            "TOKENS": self.tokens, "PAIRS": self.pairs, "HALF": half, "STILL": still,
             "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
         }  # fmt: skip
         self.order = {"N": self.d_state, "PAIRS": self.pairs, "HALF": half, "INTERLEAVED": interleaved}
@@ -328,7 +329,16 @@ class Call:
 
     @cached_property
     def trig(self) -> tuple[Tensor, Tensor]:
-        return self._angles()
+        """Cosines and sines of each token, head and pair, by chunk, for kernels that would wait if they made them."""
+        count, heads = len(self.plan.chunks), power_of_2(self.heads)
+        cos, sin = self.x.new_empty(2, count, self.heads, self.tokens, self.pairs, dtype=torch.float16).unbind(0)
+        block = max(min(heads, 512 // self.pairs), 1)
+        launch(
+            angles_kernel, (count, cdiv(self.heads, block)),
+            self.steps, self.omega, self.phases, cos, sin, self.plan.chunks, self.omega.stride(0),
+            HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_H=block,
+        )  # fmt: skip
+        return cos, sin
 
     @property
     def cos(self) -> Float[Tensor, "chunks h t s"]:
@@ -458,19 +468,6 @@ class Call:
     def final_angle(self) -> Float[Tensor, "seqs h s"]:
         return self.phases[len(self.plan.chunks) :].to(torch.float32) * (math.tau / 2**32)
 
-    def _angles(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of each token, head and pair, by chunk."""
-        count, half = len(self.plan.chunks), self.sizes["HALF"]
-        dtype = torch.float32 if self.x.dtype == torch.float32 else torch.float16
-        cos, sin = self.x.new_empty(2, count, self.heads, self.tokens, half, dtype=dtype).unbind(0)
-        block = max(min(power_of_2(self.heads), 512 // half), 1)
-        launch(
-            angles_kernel, (count, cdiv(self.heads, block)),
-            self.steps, self.omega, self.phases, cos, sin, self.plan.chunks, self.omega.stride(0),
-            HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, HALF=half, BLOCK_H=block,
-        )  # fmt: skip
-        return cos, sin
-
     @property
     def block(self) -> int:
         """Rows of the state in one program of a sweep."""
@@ -544,16 +541,14 @@ class Call:
         grid = (len(self.plan.segments) * self.heads * cdiv(self.headdim, TILE_P),)
         launch(
             scan_kernel, grid,
-            self.x, self.mimo_x, self.steps, self.cos, self.sin, self.B, self.C,
+            self.x, self.mimo_x, self.steps, self.omega, self.phases, self.B, self.C,
             self.B_bias, self.C_bias, self.D, entering, y, final, self.plan.chunks, self.plan.segments,
-            *self.x.stride()[:2], **{**self.sizes, **self.order}, BLOCK_P=self.block, num_warps=self.warps,
-            num_stages=stages_for(self.x, 2),
+            *self.x.stride()[:2], self.omega.stride(0), **{**self.sizes, **self.order}, BLOCK_P=self.block,
+            num_warps=self.warps, **settings_for(self.x, 2),
         )  # fmt: skip
         return y, final, self.final_angle
 
-    def entering(
-        self, state: Tensor | None, dy: Tensor | None = None, made: Tensor | None = None
-    ) -> Float[Tensor, "segments h p w"] | None:
+    def entering(self, state: Tensor | None, dy: Tensor | None = None) -> Float[Tensor, "segments h p w"] | None:
         """The state that enters each segment; given dy, the gradient of the state that leaves it. None is zeros."""
         segments, sequences = self.plan.segments, self.plan.sequences
         if len(segments) == len(sequences):
@@ -562,7 +557,7 @@ class Call:
             return self._arranged(self.as_given(self.kept_states), torch.float32)
         ends = self._empty_states(len(segments))
         kept = ends.new_empty(len(segments), self.heads)
-        self._sweep(dy, made, None, None, ends, kept, make=True)
+        self._sweep(dy, None, None, ends, kept)
         size = self.headdim * self.width
         launch(
             pass_kernel, (len(sequences) * self.heads, cdiv(size, 1024)),
@@ -583,21 +578,18 @@ class Call:
         dy: Tensor | None = None,
         entered: Tensor | None = None,
         turned: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The state that enters each chunk (given dy, the gradient of that which leaves it), the one at the end, and,
-        but for a Hopper GPU, all keys (queries). `sweep_kernel` says what it does with `entered` and `turned`."""
-        count = len(self.plan.chunks)
-        made = self.x.new_empty(count, self.heads, CHUNK, self.width) if self.hopper is None else None
-        entering = self.entering(state, dy, made)
-        chunks = self.x.new_empty(count, self.heads, self.rows, self.width)
+    ) -> tuple[Tensor, Tensor]:
+        """The state that enters each chunk (given dy, the gradient of that which leaves it), and the one at the end.
+        `sweep_kernel` says what it does with `entered` and `turned`."""
+        entering = self.entering(state, dy)
+        chunks = self.x.new_empty(len(self.plan.chunks), self.heads, self.rows, self.width)
         last = self._empty_states(len(self.plan.sequences))
-        make = made is None or len(self.plan.segments) == len(self.plan.sequences)
-        self._sweep(dy, made, entering, chunks, last, None, entered, turned, make=make)
-        return chunks, last, made
+        self._sweep(dy, entering, chunks, last, None, entered, turned)
+        return chunks, last
 
     def _sweep(
-        self, dy: Tensor | None, made: Tensor | None, entering: Tensor | None, chunks: Tensor | None, ends: Tensor,
-        kept: Tensor | None, entered: Tensor | None = None, turned: Tensor | None = None, *, make: bool,
+        self, dy: Tensor | None, entering: Tensor | None, chunks: Tensor | None, ends: Tensor,
+        kept: Tensor | None, entered: Tensor | None = None, turned: Tensor | None = None,
     ) -> None:  # fmt: skip
         if self.hopper is not None and (self.single or kept is None):
             kernels = hopper_kernels(self.hopper.__name__ + "_sweep", self.x)
@@ -609,12 +601,11 @@ class Call:
         token, head = x.stride(0), x.stride(-2)
         launch(
             sweep_kernel, grid,
-            x, None if dy is not None else self.mimo_x, self.steps, self.cos, self.sin,
-            keys if make or made is None else made, bias, made, entering, chunks,
-            ends, kept, entered, turned, self.plan.chunks, self.plan.segments,
-            token, 0 if dy is None else x.stride(1), head,
-            **self.sizes, BLOCK_P=self.block, REVERSE=dy is not None, MAKE=make, num_warps=self.warps,
-            num_stages=stages_for(self.x, 2),
+            x, None if dy is not None else self.mimo_x, self.steps, self.omega, self.phases,
+            keys, bias, entering, chunks, ends, kept, entered, turned, self.plan.chunks, self.plan.segments,
+            token, 0 if dy is None else x.stride(1), head, self.omega.stride(0),
+            **self.sizes, BLOCK_P=self.block, REVERSE=dy is not None, num_warps=self.warps,
+            **settings_for(self.x, 2),
         )  # fmt: skip
 
     def gradients(
@@ -626,14 +617,14 @@ class Call:
         dy = _rows(dy)
         if self.hopper is not None and (self.rank > 1 or not can_copy(dy.squeeze(1))):
             dy = dy.contiguous()
-        entering, ended, k = self._boundaries(self.enter())
+        entering, ended = self._boundaries(self.enter())
         turned = self.steps.new_empty(len(self.plan.chunks), self.heads, self.rows // self.block, self.sizes["HALF"])
         dended = None if dssm is None else self._arranged(dssm, torch.float32)
-        leaving, dentered, q = self._boundaries(dended, dy, entering, turned)
+        leaving, dentered = self._boundaries(dended, dy, entering, turned)
         dlast_B, dleaving = self._leave_gradients(dk, dangle)
         later, dstart = self._angle_gradients(turned, ended, dended, dleaving)
-        inputs, keys = self._chunk_gradients(dy, k, q, entering, leaving, later, into)
-        del entering, leaving, k, q
+        inputs, keys = self._chunk_gradients(dy, entering, leaving, later, into)
+        del entering, leaving
         enter = self._enter_gradients(dentered)
         if into is not None and inputs.x is not into:
             inputs = inputs._replace(x=into.copy_(inputs.x))
@@ -656,14 +647,12 @@ class Call:
         ]  # fmt: skip
 
     def _chunk_gradients(
-        self, dy: Tensor, k: Tensor | None, q: Tensor | None, entering: Tensor, leaving: Tensor, later: Tensor,
-        into: Tensor | None,
-    ) -> tuple[InputGradients, KeyGradients]:  # fmt: skip
+        self, dy: Tensor, entering: Tensor, leaving: Tensor, later: Tensor, into: Tensor | None
+    ) -> tuple[InputGradients, KeyGradients]:
         """What chunks say, given what later ones say of angles."""
-        if k is not None and q is not None:
-            given = (dy, k, q, entering, leaving)
+        if self.hopper is None:
+            given = (dy, entering, leaving)
             return self._input_gradients(*given), self._key_gradients(*given, later)
-        assert self.hopper is not None
         backward = hopper_kernels(self.hopper.__name__ + "_backward", self.x)
         assert backward is not None
         splits, own = self._splits(), [into] if self.single else []
@@ -675,7 +664,7 @@ class Call:
         )
         return inputs, KeyGradients(dB, dC, dB_bias, dC_bias, joined(keys.omega), keys.dt)
 
-    def _input_gradients(self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor) -> InputGradients:
+    def _input_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> InputGradients:
         count, steps = len(self.plan.chunks), self.steps
         dx = self.x.new_empty(self.batch * self.length, self.heads, self.headdim)
         decays, scales, owns = steps.new_empty(3, count, self.heads, self.tokens).unbind(0)
@@ -683,10 +672,10 @@ class Call:
         dD = None if self.D is None else steps.new_empty(count, self.heads)
         launch(
             inputs_kernel, (count * self.heads,),
-            self.x, self.mimo_x, dy, steps, k, q, self.D, entering, leaving,
-            dx, decays, scales, owns, dmimo_x, dD, self.plan.chunks, *self.x.stride()[:2], *dy.stride()[:3],
-            **only(self.sizes, inputs_kernel), BLOCK_P=self.block_p,
-            num_warps=4 if self.block_p <= 64 else 8, num_stages=1,
+            self.x, self.mimo_x, dy, steps, self.omega, self.phases, self.B, self.C, self.B_bias, self.C_bias,
+            self.D, entering, leaving, dx, decays, scales, owns, dmimo_x, dD, self.plan.chunks,
+            *self.x.stride()[:2], *dy.stride()[:3], self.omega.stride(0), **self.sizes, BLOCK_P=self.block_p,
+            num_warps=4 if self.block_p <= 64 else 8, **settings_for(self.x, 1),
         )  # fmt: skip
         return InputGradients(dx, decays, scales, owns, dmimo_x, dD)
 
@@ -694,9 +683,7 @@ class Call:
         """Programs among which the heads of a group are divided in the gradients: as few as fill the GPU."""
         return splits_of(self.heads // self.groups, len(self.plan.chunks) * self.groups, 2 * processors(self.x.device))
 
-    def _key_gradients(
-        self, dy: Tensor, k: Tensor, q: Tensor, entering: Tensor, leaving: Tensor, later: Tensor
-    ) -> KeyGradients:
+    def _key_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor, later: Tensor) -> KeyGradients:
         splits, count, steps = self._splits(), len(self.plan.chunks), self.steps
         total, shape, half = self.batch * self.length, (*self.given.B.shape[:-1], self.width), self.sizes["HALF"]
         dB, dC = (t.new_empty(splits, *shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
@@ -705,10 +692,11 @@ class Call:
         for turn in (True, False) if self.sizes["STILL"] else (True,):
             launch(
                 keys_kernel, (count * self.groups * splits,),
-                self.x, self.mimo_x, dy, steps, self.cos, self.sin, k, q, entering, leaving,
-                dB, dC, dB_bias, dC_bias, dangles, self.plan.chunks, *self.x.stride()[:2], *dy.stride()[:3],
-                total, **self.sizes, BLOCK_P=self.block_p, SPLITS=splits, TURN=turn,
-                num_warps=4 if self.block_p <= 64 else 8, num_stages=stages_for(self.x, 2),
+                self.x, self.mimo_x, dy, steps, self.omega, self.phases, self.B, self.C, self.B_bias, self.C_bias,
+                entering, leaving, dB, dC, dB_bias, dC_bias, dangles, self.plan.chunks,
+                *self.x.stride()[:2], *dy.stride()[:3], self.omega.stride(0), total, **self.sizes,
+                BLOCK_P=self.block_p, SPLITS=splits, TURN=turn,
+                num_warps=4 if self.block_p <= 64 else 8, **settings_for(self.x, 2),
             )  # fmt: skip
         turns = self.turn_gradients(dangles, later, self.ranks)
         dB, dC = (self._returned(joined(t)) for t in (dB, dC))
@@ -730,7 +718,7 @@ class Call:
             dangles, steps, self.omega, later, dt, omega, self.plan.chunks, self.omega.stride(0),
             self.batch * self.length, HEADS=self.heads, RANKS=ranks, TOKENS=self.tokens, PAIRS=self.pairs,
             HALF=self.sizes["HALF"], BLOCK=max(self.tokens, 32), SPLITS=splits, PRECISION=self.sizes["PRECISION"],
-            DTYPE=tl.float32 if exact else tl.bfloat16, num_stages=stages_for(self.x, 3),
+            DTYPE=tl.float32 if exact else tl.bfloat16, **settings_for(self.x, 3),
         )  # fmt: skip
         return joined(omega), dt
 

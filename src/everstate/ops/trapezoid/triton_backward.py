@@ -28,8 +28,11 @@ from everstate.ops.trapezoid.triton_keys import (
     load_step,
     load_tile,
     load_tiles,
-    load_trig,
+    make_keys,
+    make_trig,
+    still_keys,
     store_entries,
+    turning_keys,
 )
 from everstate.ops.trapezoid.triton_values import InputGradients
 from everstate.ops.triton_common import dot
@@ -42,10 +45,11 @@ if TYPE_CHECKING:
 
 @triton.jit
 def inputs_kernel(
-    x, mimo_x, dy, steps, keys, queries, D, entering, leaving,
-    dx, ddecays, dscales, downs, dmimo_x, dD, chunks, x_token, x_head, dy_token, dy_rank, dy_head,
-    HEADS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
-    HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    x, mimo_x, dy, steps, omega, phases, B, C, B_bias, C_bias, D, entering, leaving,
+    dx, ddecays, dscales, downs, dmimo_x, dD, chunks, x_token, x_head, dy_token, dy_rank, dy_head, omega_token,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    TOKENS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and head: the gradients of x, its factors, D, the decays, scales and own weights."""
     chunk, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
@@ -54,10 +58,12 @@ def inputs_kernel(
     place, p, entry = chunk * HEADS + head, tl.arange(0, BLOCK_P), tl.arange(0, ENTRIES)
     start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     rows, token = entries(start, end, TOKENS, RANK, RANKS), entry // RANKS
-    k = load_tiles(keys, place * ENTRIES, ENTRIES, HALF, STILL)
+    row = (chunk * GROUPS + head // (HEADS // GROUPS)) * ENTRIES
+    trig = make_trig(steps, omega, phases, place, rows, end, omega_token, TOKENS, RANKS, PAIRS, HALF)
+    k = make_keys(B, row, B_bias, trig, rows[2], head, RANK, STILL, DTYPE)
     dh = load_tiles(leaving, place * BLOCK_P, BLOCK_P, HALF, STILL)
     u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
-    q = load_tiles(queries, place * ENTRIES, ENTRIES, HALF, STILL)
+    q = make_keys(C, row, C_bias, trig, rows[2], head, RANK, STILL, DTYPE)
     h = load_tiles(entering, place * BLOCK_P, BLOCK_P, HALF, STILL)
     du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
     sums, weighted = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, WEIGHTED)
@@ -176,10 +182,10 @@ def ranks_kernel(
 
 @triton.jit
 def keys_kernel(
-    x, mimo_x, dy, steps, cos, sin, keys, queries, entering, leaving, dB, dC, dB_bias, dC_bias, dangles, chunks,
-    x_token, x_head, dy_token, dy_rank, dy_head, total,
+    x, mimo_x, dy, steps, omega, phases, B, C, B_bias, C_bias, entering, leaving, dB, dC, dB_bias, dC_bias, dangles,
+    chunks, x_token, x_head, dy_token, dy_rank, dy_head, omega_token, total,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-    TOKENS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr,
+    TOKENS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr, SPLITS: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk, group and part of its heads: with TURN the gradients of the columns of B, C (summed over
@@ -193,7 +199,7 @@ def keys_kernel(
     group, split = part // SPLITS, part % SPLITS
     start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     rows, p, entry = entries(start, end, TOKENS, RANK, RANKS), tl.arange(0, BLOCK_P), tl.arange(0, ENTRIES)
-    token, n = entry // RANKS, tl.arange(0, SIZE)
+    token, n, row = entry // RANKS, tl.arange(0, SIZE), (chunk * GROUPS + group) * ENTRIES
     db = tl.zeros((ENTRIES, SIZE), tl.float32)
     db2, dc, dc2 = tl.zeros_like(db), tl.zeros_like(db), tl.zeros_like(db)
     for head in range(part * EACH, (part + 1) * EACH):  # group by group, split by split
@@ -201,15 +207,15 @@ def keys_kernel(
         u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
         du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
         weights, gave, took = _weigh(u, du, steps, place, token, TOKENS, PRECISION)
-        k, q, dk, dq = _columns(
-            u, du, weights, gave, took, keys, queries, entering, leaving, place, FIRST, SIZE, WIDTH, PRECISION
-        )  # fmt: skip
+        c, s = 1.0, 0.0
         if TURN:
-            k2, q2, dk2, dq2 = _columns(
-                u, du, weights, gave, took, keys, queries, entering, leaving, place, HALF, HALF, WIDTH, PRECISION
-            )  # fmt: skip
+            c, s = make_trig(steps, omega, phases, place, rows, end, omega_token, TOKENS, RANKS, PAIRS, HALF)
+        k, k2 = _some_keys(B, row, B_bias, (c, s), rows[2], head, RANK, HALF, STILL, u.dtype, TURN)
+        q, q2 = _some_keys(C, row, C_bias, (c, s), rows[2], head, RANK, HALF, STILL, u.dtype, TURN)
+        dk, dq = _columns(u, du, weights, gave, took, k, q, entering, leaving, place, FIRST, WIDTH, PRECISION)
+        if TURN:
+            dk2, dq2 = _columns(u, du, weights, gave, took, k2, q2, entering, leaving, place, HALF, WIDTH, PRECISION)
             _store_angle_gradients(dangles + place * (ENTRIES * HALF), k, q, k2, q2, dk, dq, dk2, dq2)
-            c, s = load_trig(cos, place, TOKENS, RANKS, HALF), load_trig(sin, place, TOKENS, RANKS, HALF)
             dk, dk2, dq, dq2 = dk * c + dk2 * s, dk2 * c - dk * s, dq * c + dq2 * s, dq2 * c - dq * s
             db2 += dk2
             dc2 += dq2
@@ -225,6 +231,20 @@ def keys_kernel(
     if TURN:
         store_entries(dB + base + HALF, rows, n, GROUPS * WIDTH, db2, SIZE, RANK)
         store_entries(dC + base + HALF, rows, n, GROUPS * WIDTH, dc2, SIZE, RANK)
+
+
+@triton.jit
+def _some_keys(
+    source, row, bias, trig, rank, head, RANK: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr,
+    DTYPE: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """Both parts of the columns that turn; or those that stand still, which are one."""
+    if TURN:
+        first, second = turning_keys(source, row, bias, trig, rank, head, RANK, STILL, DTYPE)
+    else:
+        first = still_keys(source, row, bias, rank, head, RANK, HALF, STILL, DTYPE)
+        second = first
+    return first, second
 
 
 @triton.jit
@@ -251,19 +271,17 @@ def _weigh(u, du, steps, place, token, TOKENS: tl.constexpr, PRECISION: tl.const
 
 @triton.jit
 def _columns(
-    u, du, weights, gave, took, keys, queries, entering, leaving, place,
-    FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    u, du, weights, gave, took, k, q, entering, leaving, place,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of keys and queries, as they were turned, and the gradients of these."""
-    ENTRIES: tl.constexpr = u.shape[0]
+    """The gradients of some columns of keys and queries, as they were turned: of those from FIRST on."""
+    SIZE: tl.constexpr = k.shape[1]
     BLOCK_P: tl.constexpr = u.shape[1]
-    q = load_tile(queries, place * ENTRIES, FIRST, ENTRIES, SIZE, WIDTH)
-    k = load_tile(keys, place * ENTRIES, FIRST, ENTRIES, SIZE, WIDTH)
     dh = load_tile(leaving, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH)
     h = load_tile(entering, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH)
     dk = dot(weights, q, dot(u, dh, None, PRECISION) * gave, PRECISION)
     dq = dot(tl.trans(weights), k, dot(du, h, None, PRECISION) * took, PRECISION)
-    return k, q, dk, dq
+    return dk, dq
 
 
 @triton.jit

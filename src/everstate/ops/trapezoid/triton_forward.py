@@ -16,9 +16,8 @@ from everstate.ops.trapezoid.triton_keys import (
     load_part,
     load_parts,
     load_step,
-    load_tiles,
-    load_trig,
     make_keys,
+    make_trig,
     source_of,
     store_entries,
     store_parts,
@@ -35,8 +34,8 @@ def _place(TILES: tl.constexpr, HEADS: tl.constexpr):
 
 @triton.jit
 def scan_kernel(
-    x, mimo_x, steps, cos, sin, B, C, B_bias, C_bias, D, entering, y, final, chunks, segments,
-    x_token, x_head,
+    x, mimo_x, steps, omega, phases, B, C, B_bias, C_bias, D, entering, y, final, chunks, segments,
+    x_token, x_head, omega_token,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
     RANKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr,
     BLOCK_P: tl.constexpr, PRECISION: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -55,9 +54,9 @@ def scan_kernel(
         start, end, place = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1), chunk * HEADS + head
         rows = entries(start, end, TOKENS, RANK, RANKS)
         row, rank = (chunk * GROUPS + group) * (TOKENS * RANKS), rows[2]
-        c, s = load_trig(cos, place, TOKENS, RANKS, HALF), load_trig(sin, place, TOKENS, RANKS, HALF)
-        k = make_keys(B, row, B_bias, c, s, rank, head, RANK, STILL, DTYPE)
-        q = make_keys(C, row, C_bias, c, s, rank, head, RANK, STILL, DTYPE)
+        trig = make_trig(steps, omega, phases, place, rows, end, omega_token, TOKENS, RANKS, PAIRS, HALF)
+        k = make_keys(B, row, B_bias, trig, rank, head, RANK, STILL, DTYPE)
+        q = make_keys(C, row, C_bias, trig, rank, head, RANK, STILL, DTYPE)
         u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
         sums, own = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, OWN)
         weighted = load_step(steps, place, token, TOKENS, WEIGHTED)
@@ -96,18 +95,18 @@ def _store_final(
 
 @triton.jit
 def sweep_kernel(
-    x, mimo_x, steps, cos, sin, B, B_bias, made, entering, boundaries, ends, kept, entered, turned, chunks, segments,
-    x_token, x_rank, x_head,
+    x, mimo_x, steps, omega, phases, B, B_bias, entering, boundaries, ends, kept, entered, turned, chunks, segments,
+    x_token, x_rank, x_head, omega_token,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-    TOKENS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
-    REVERSE: tl.constexpr, MAKE: tl.constexpr,
+    TOKENS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Only the state, forwards; or only its gradient, backwards, with dy for x and C for B.
 
     Without `boundaries` it starts from zero and leaves in `ends` what each segment adds, in `kept` the log of how much
     of an older state it keeps. With it, the state before each chunk goes there, and that after the last segment to
-    `ends`. With MAKE keys are made of B, and written to `made` if it is given; else B is what was made. Backwards,
-    given the states that enter the chunks in `entered`, `turned` gets what turning each of them would change.
+    `ends`. Backwards, given the states that enter the chunks in `entered`, `turned` gets what turning each of them
+    would change.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     WIDTH: tl.constexpr = 2 * HALF + STILL
@@ -122,17 +121,14 @@ def sweep_kernel(
     for step in range(count):
         now = count - 1 - step if REVERSE else step
         chunk, start = (first + now).to(tl.int64), begin + now * TOKENS
-        place, rows = chunk * HEADS + head, entries(start, tl.minimum(start + TOKENS, stop), TOKENS, RANK, RANKS)
+        end, place = tl.minimum(start + TOKENS, stop), chunk * HEADS + head
+        rows = entries(start, end, TOKENS, RANK, RANKS)
         if boundaries is not None:
             store_parts(boundaries + place * (TILES * BLOCK_P * WIDTH), p, (h1, h2, h3), TILES * BLOCK_P, HALF, STILL)
         s1, s2 = _turning(entered, place * (TILES * BLOCK_P), p, WIDTH, HALF)
-        if MAKE:
-            row = (chunk * GROUPS + head // (HEADS // GROUPS)) * (TOKENS * RANKS)
-            k = _make(B, row, B_bias, cos, sin, rows[2], place, head, TOKENS, RANK, RANKS, HALF, STILL, DTYPE)
-            if made is not None:
-                _keep(made + place * (TOKENS * RANKS * WIDTH), entry, k, tile == 0, HALF, STILL)
-        else:
-            k = load_tiles(B, place * (TOKENS * RANKS), TOKENS * RANKS, HALF, STILL)
+        row = (chunk * GROUPS + head // (HEADS // GROUPS)) * (TOKENS * RANKS)
+        trig = make_trig(steps, omega, phases, place, rows, end, omega_token, TOKENS, RANKS, PAIRS, HALF)
+        k = make_keys(B, row, B_bias, trig, rows[2], head, RANK, STILL, DTYPE)
         last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
         weight = load_step(steps, place, entry // RANKS, TOKENS, SUM if REVERSE else WEIGHTED)
         if REVERSE:
@@ -160,16 +156,6 @@ def _start(entering, offset, p, P: tl.constexpr, HALF: tl.constexpr, STILL: tl.c
 
 
 @triton.jit
-def _make(
-    B, row, bias, cos, sin, rank, place, head, TOKENS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-    HALF: tl.constexpr, STILL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Keys of a chunk and head, as `make_keys`."""
-    c, s = load_trig(cos, place, TOKENS, RANKS, HALF), load_trig(sin, place, TOKENS, RANKS, HALF)
-    return make_keys(B, row, bias, c, s, rank, head, RANK, STILL, DTYPE)
-
-
-@triton.jit
 def _turning(states, row, p, WIDTH: tl.constexpr, HALF: tl.constexpr):
     """The columns of a state that turn; asked for long before they are needed, because nobody loads them ahead."""
     s1, s2 = 0.0, 0.0
@@ -185,13 +171,6 @@ def _store_turned(out, place, h1, h2, s1, s2):
     if out is not None:
         change = tl.sum(h2 * s1.to(tl.float32) - h1 * s2.to(tl.float32), 0)
         tl.store(out + place + tl.arange(0, h1.shape[1]), change)
-
-
-@triton.jit
-def _keep(out, entry, k, asked, HALF: tl.constexpr, STILL: tl.constexpr):
-    """Write the keys of a chunk and head, by one of the programs that made them."""
-    if asked:
-        store_parts(out, entry, k, entry.shape[0], HALF, STILL)
 
 
 @triton.jit

@@ -108,6 +108,18 @@ def of_ranks(tile, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def by_entry(tile, RANKS: tl.constexpr):
+    """Rows of tokens, once for each rank."""
+    if RANKS == 1:
+        return tile
+    else:
+        TOKENS: tl.constexpr = tile.shape[0]
+        WIDTH: tl.constexpr = tile.shape[1]
+        several = tl.broadcast_to(tile[:, None, :], (TOKENS, RANKS, WIDTH))
+        return tl.reshape(several, (TOKENS * RANKS, WIDTH))
+
+
+@triton.jit
 def by_token(tile, RANKS: tl.constexpr):
     """Rows of entries, summed over the ranks of each token."""
     if RANKS == 1:
@@ -204,24 +216,54 @@ def _with_bias(tile, bias, rank, head, FIRST: tl.constexpr, RANK: tl.constexpr, 
 
 
 @triton.jit
-def load_trig(trig, place, TOKENS: tl.constexpr, RANKS: tl.constexpr, HALF: tl.constexpr):
-    """Cosines or sines of a chunk of a head, by entry and pair; `place` is chunk * HEADS + head."""
-    token, pairs = tl.arange(0, TOKENS * RANKS) // RANKS, tl.arange(0, HALF)
-    tile = tl.load(trig + place * (TOKENS * HALF) + (token[:, None] * HALF + pairs[None, :]))
-    return tile.to(tl.float32)
+def make_trig(
+    steps, omega, phases, place, rows, end, omega_token,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Cosines and sines of a chunk of a head, by entry and pair, from the phases with which it starts; `place` is
+    chunk * HEADS + head."""
+    token, pairs = tl.arange(0, TOKENS), tl.arange(0, HALF)
+    rate = load_rates(omega, rows[0], end, token, pairs, omega_token, PAIRS)
+    turns = phase_of(load_step(steps, place, token, TOKENS, DT)[:, None] * rate, False)
+    before = tl.load(phases + place * PAIRS + pairs, mask=pairs < PAIRS, other=0)
+    angle = angle_of(tl.cumsum(turns, 0) + before[None, :])
+    return by_entry(cosine(angle), RANKS), by_entry(sine(angle), RANKS)
 
 
 @triton.jit
-def make_keys(source, row, bias, c, s, rank, head, RANK: tl.constexpr, STILL: tl.constexpr, DTYPE: tl.constexpr):
-    """Keys of a chunk of a head from B, or queries from C, in three parts; `row` is the first of the chunk."""
+def turning_keys(
+    source, row, bias, trig, rank, head, RANK: tl.constexpr, STILL: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """The columns of the keys of a chunk of a head that turn, from those of B, or of queries from C, in two parts;
+    `row` is the first of the chunk."""
+    c, s = trig
     HALF: tl.constexpr = c.shape[1]
     WIDTH: tl.constexpr = 2 * HALF + STILL
-    a, b, rest = load_tiles(source, row, c.shape[0], HALF, STILL)
+    a = load_tile(source, row, 0, c.shape[0], HALF, WIDTH)
+    b = load_tile(source, row, HALF, c.shape[0], HALF, WIDTH)
     a = _with_bias(a, bias, rank, head, 0, RANK, WIDTH)
     b = _with_bias(b, bias, rank, head, HALF, RANK, WIDTH)
+    return (a * c - b * s).to(DTYPE), (a * s + b * c).to(DTYPE)
+
+
+@triton.jit
+def still_keys(
+    source, row, bias, rank, head, RANK: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Likewise the columns that stand still."""
+    WIDTH: tl.constexpr = 2 * HALF + STILL
+    still = load_tile(source, row, 2 * HALF, rank.shape[0], STILL, WIDTH)
+    return _with_bias(still, bias, rank, head, 2 * HALF, RANK, WIDTH).to(DTYPE)
+
+
+@triton.jit
+def make_keys(source, row, bias, trig, rank, head, RANK: tl.constexpr, STILL: tl.constexpr, DTYPE: tl.constexpr):
+    """All columns of the keys of a chunk of a head, or of queries, in three parts."""
+    first, second = turning_keys(source, row, bias, trig, rank, head, RANK, STILL, DTYPE)
+    rest = 0.0
     if STILL > 0:
-        rest = _with_bias(rest, bias, rank, head, 2 * HALF, RANK, WIDTH).to(DTYPE)
-    return (a * c - b * s).to(DTYPE), (a * s + b * c).to(DTYPE), rest
+        rest = still_keys(source, row, bias, rank, head, RANK, first.shape[1], STILL, DTYPE)
+    return first, second, rest
 
 
 @triton.jit

@@ -167,24 +167,24 @@ def turns_kernel(
 @triton.jit
 def angles_kernel(
     steps, omega, phases, cos, sin, chunks, omega_token,
-    HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and some heads: cosines and sines of all angles, walking along time.
 
-    For numbers of 16 bits they are float16: off by 1e-4, a tenth of what rounding a key to bfloat16 costs.
+    They are float16: off by 1e-4, a tenth of what rounding a key to bfloat16 costs.
     """
-    chunk, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, HALF)
+    chunk, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, PAIRS)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     place, mask = chunk * HEADS + heads, (heads < HEADS)[:, None]
     before = phases + (place[:, None] * PAIRS + pairs[None, :])
-    phase = tl.load(before, mask=mask & (pairs < PAIRS)[None, :], other=0)
+    phase = tl.load(before, mask=mask, other=0)
     for token in tl.range(TOKENS, loop_unroll_factor=4):
         at = omega + (start + token).to(tl.int64) * omega_token + pairs
-        rate = tl.load(at, mask=(pairs < PAIRS) & (start + token < end), other=0.0).to(tl.float32)
+        rate = tl.load(at, mask=(pairs >= 0) & (start + token < end), other=0.0).to(tl.float32)
         dt = tl.load(steps + place * (NUMBERS * TOKENS) + DT * TOKENS + token, mask=heads < HEADS, other=0.0)
         phase += phase_of(dt[:, None] * rate[None, :], False)
-        angle, out = angle_of(phase), (place[:, None] * TOKENS + token) * HALF + pairs[None, :]
+        angle, out = angle_of(phase), (place[:, None] * TOKENS + token) * PAIRS + pairs[None, :]
         tl.store(cos + out, cosine(angle).to(cos.dtype.element_ty), mask=mask)
         tl.store(sin + out, sine(angle).to(sin.dtype.element_ty), mask=mask)
 
