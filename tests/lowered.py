@@ -8,6 +8,9 @@ of some rows then have numbers of others (mended in triton-lang/triton#11186). T
 
 `python -m tests.lowered operands` says of each kernel of `trapezoid_scan` and `ssd_scan` whether a product of matrices
 reads constants from registers: ptxas 12.8 may set such a register only behind the product that reads it.
+
+`python -m tests.lowered memory` says of each kernel of `trapezoid_scan` how many bytes of shared memory it takes on a
+GPU that has no more than 99 KiB for a program.
 """
 
 from __future__ import annotations
@@ -25,9 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
+from everstate.core import kernels
 from everstate.core.kernels import interpreting
 from everstate.ops import OPS, triton_launch, use
 from everstate.ops.example import EXAMPLES, Draw, Example
+from everstate.ops.trapezoid.limits import SHARED_MEMORY
 from tests.ops.test_ssd_triton import draw as draw_ssd
 from tests.ops.test_trapezoid_triton import draw as draw_trapezoid
 
@@ -35,11 +40,14 @@ LENGTH = 131
 REORDERED = "allow_reorder"
 
 
-class Hopper:
+class Driver:
     """All that the compiler asks of a driver."""
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -52,16 +60,24 @@ class Lowered(Exception):  # noqa: N818
     """No error: enough is known, the kernel need not become machine code."""
 
 
+class Code(str):
+    """What becomes of a kernel, and the bytes of shared memory that it takes."""
+
+    shared: int
+
+
 @contextmanager
-def lowering(stage: str) -> Iterator[dict[str, list[str]]]:
+def lowering(stage: str, capability: int) -> Iterator[dict[str, list[Code]]]:
     """Inside the block kernels are lowered up to a stage instead of launched: name of each -> what becomes of it."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[Code]] = {}
     given, launch = CUDABackend.__dict__[stage], JITFunction.run
     lower = getattr(given, "__func__", given)
     latest = ""
 
     def lower_and_stop(*args: Any) -> None:
-        found.setdefault(latest, []).append(str(lower(*args)))
+        code = Code(lower(*args))
+        code.shared = next(arg for arg in args if isinstance(arg, dict)).get("shared", 0)
+        found.setdefault(latest, []).append(code)
         raise Lowered
 
     def launch_nothing(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **sizes: Any) -> None:
@@ -75,7 +91,7 @@ def lowering(stage: str) -> Iterator[dict[str, list[str]]]:
 
     setattr(CUDABackend, stage, staticmethod(lower_and_stop) if isinstance(given, staticmethod) else lower_and_stop)
     JITFunction.run = launch_nothing
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(Driver(capability))
     known, triton_launch._KNOWN = triton_launch._KNOWN, False  # nothing is compiled that could be known
     with interpreting():
         yield found
@@ -83,11 +99,11 @@ def lowering(stage: str) -> Iterator[dict[str, list[str]]]:
     JITFunction.run, triton_launch._KNOWN = launch, known
 
 
-def lowered(name: str, given: dict[str, Any], stage: str) -> dict[str, list[str]]:
+def lowered(name: str, given: dict[str, Any], stage: str, capability: int = 90) -> dict[str, list[Code]]:
     """The kernels of an op, forward and backward, each in all its variants."""
     leaf = lambda v: v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
     given = {k: each(leaf, v) for k, v in given.items()}
-    with lowering(stage) as found, use("triton"):
+    with lowering(stage, capability) as found, use("triton"):
         y, _ = OPS[name](**given)
         leaves = [t for v in given.values() for t in (v if isinstance(v, tuple) else [v]) if isinstance(t, Tensor)]
         torch.autograd.grad(y.sum(), leaves, allow_unused=True)
@@ -127,5 +143,13 @@ def operands() -> None:
             print(kernel, "constants" if any(map(multiplies_constants, variants)) else "no constants")
 
 
+def memory() -> None:
+    """Of the size that takes most: heads of 128, states of 128 whose columns all turn, 16-bit numbers."""
+    kernels._ask_capability, kernels._ask_shared_memory = (lambda device: (8, 9)), (lambda device: SHARED_MEMORY)
+    drawn = draw_trapezoid(torch.device("cpu"), 1, 70, 2, 128, 1, 128, pairs=64, dtype=torch.bfloat16)
+    for kernel, variants in lowered("trapezoid_scan", arguments(drawn), "make_ptx", 89).items():
+        print(kernel, max(code.shared for code in variants))
+
+
 if __name__ == "__main__":
-    {"sums": sums, "operands": operands}[sys.argv[1]](*sys.argv[2:])
+    {"sums": sums, "operands": operands, "memory": memory}[sys.argv[1]](*sys.argv[2:])

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from everstate.ops.trapezoid.limits import SHARED_MEMORY
+
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.slow,
@@ -30,6 +32,12 @@ def test_no_sum_of_a_loaded_tile_is_reordered(tmp_path: Path) -> None:
     found = verdicts(tmp_path, "sums", "selective_scan", "mamba1")
     assert set(found) == {"scan_kernel", "ends_kernel", "pass_kernel", "states_kernel", "writes_kernel"}
     assert set(found.values()) == {"in order"}
+
+
+def test_the_trapezoid_runs_with_little_shared_memory(tmp_path: Path) -> None:
+    found = verdicts(tmp_path, "memory")
+    assert {"scan_kernel", "sweep_kernel", "inputs_kernel", "keys_kernel"} <= found.keys()
+    assert max(map(int, found.values())) <= SHARED_MEMORY
 
 
 def test_no_product_reads_constants_from_registers(tmp_path: Path) -> None:

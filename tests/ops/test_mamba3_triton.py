@@ -180,8 +180,8 @@ def test_heads_that_the_scan_does_not_take(kernel_device: torch.device, monkeypa
     given = draw_layer(kernel_device, 2, 5, 16, torch.float32)
     with use("triton"):
         expected = layer_outcome(mamba3_scan, given, None)
-    monkeypatch.setattr(limits, "shared_memory", lambda device: 99 * 1024)
+    monkeypatch.setattr(limits, "shared_memory", lambda device: 64 * 1024)
     for got, other in zip(layer_outcome(mamba3_scan, given, None), expected, strict=True):
         assert norm_error(got, other.double()) <= 1e-5
-    with use("triton"), pytest.raises(BackendError, match="needs a GPU with 166,912 bytes"):
+    with use("triton"), pytest.raises(BackendError, match="needs a GPU with 101,376 bytes"):
         layer_outcome(mamba3_scan, given, None)

@@ -13,7 +13,7 @@ LARGEST = 16384
 """Numbers in the state of a head, its sides filled up as the kernels do: what fits into shared memory."""
 
 SHARED_MEMORY, MORE_SHARED_MEMORY = 99 * 1024, 163 * 1024
-"""Bytes of shared memory that suffice for numbers of 16 bits and states of up to 64 x 128, and for all others."""
+"""Bytes of shared memory that suffice for up to 64 turning pairs, and for more."""
 
 
 def accepts_scan(
@@ -58,8 +58,7 @@ def refusal_of_heads(headdim: int, d_state: int, pairs: int, x: Tensor) -> str |
             "takes heads of up to 128 x 128 numbers (headdim x d_state), or up to 64 x 256 unless they are float32, "
             f"not {headdim} x {d_state} with {pairs} turning pairs in {str(x.dtype).removeprefix('torch.')}"
         )
-    few = x.dtype.itemsize == 2 and rows <= 64 and columns <= 128
-    needed = SHARED_MEMORY if few else MORE_SHARED_MEMORY
+    needed = SHARED_MEMORY if pairs <= 64 else MORE_SHARED_MEMORY
     if shared_memory(x.device) < needed:
         return f"needs a GPU with {needed:,} bytes of shared memory, this one has {shared_memory(x.device):,}"
     return None
