@@ -198,6 +198,15 @@ def test_what_torch_does_faster_is_left_to_it(kernel_device: torch.device) -> No
     timed, state = draw(kernel_device, 1, 9, 2, 1, 16, 0, [0], torch.bfloat16)
     with use("triton"), pytest.raises(BackendError, match="slower than torch's own kernels"):
         attention(**timed, state=state)
+    for lengths, backend in (
+        ([limits.LONG, 2 * limits.LONG], "sdpa"),
+        ([limits.LONG - 1], "triton"),
+        ([1, limits.LONG], "triton"),
+    ):
+        packing = Packing.of_lengths(lengths)
+        row = {name: t[:, :1].expand(1, packing.total, *t.shape[2:]) for name, t in timed.items()}
+        verdicts = attention.explain(**row, state=state, packing=packing)
+        assert next(name for name, verdict in verdicts.items() if verdict == "accepts") == backend
     with use("triton"):
         y, _ = attention(**timed, state=state, window=4)
         packed, _ = attention(**timed, state=state, packing=Packing.of_lengths([9]))
