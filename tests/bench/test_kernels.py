@@ -69,6 +69,21 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkey
     assert kept["stopped_by"] == "KeyboardInterrupt"
 
 
+def test_errors_of_complex_numbers() -> None:
+    one = torch.tensor([3.0 + 4.0j])
+    assert kernels.norm_error(one.conj(), one) == pytest.approx(8 / 5)
+    assert kernels.widen(one).dtype == torch.complex128
+
+
+def test_what_a_step_of_a_paged_cache_has_written() -> None:
+    example = kernels.cut(STEPS["attention_step_, paged"](Draw(dtype=torch.float32), 8, 3), 3)
+    token = {key: value[:, 0] for key, value in example.timed.items()} | example.fixed
+    with torch.no_grad():
+        OPS["attention_step_"](**token, state=example.state)
+    k, v, pos = kernels.written(example.state, token)
+    assert torch.equal(k, token["k"]) and torch.equal(v, token["v"]) and pos.tolist() == [256 * 8 // 3 + 1] * 3
+
+
 def test_tokens_are_cut_into_sequences() -> None:
     example = kernels.cut(SHAPES["ssd_scan"](Draw(), 128, 12), 4)
     assert example.timed["x"].shape[:2] == (4, 3)
@@ -92,7 +107,8 @@ def test_every_sequence_of_a_paged_cache_has_blocks_of_its_own() -> None:
     assert sorted(pages.flatten().tolist()) == list(range(len(state.k)))
     read = 256 * 8 // 3
     assert state.pos.tolist() == [read] * 3
-    assert pages.shape[1] * state.k.shape[1] > read + kernels.REPEATS
+    # Ours and the peer step the same pool, once more each than they are timed.
+    assert pages.shape[1] * state.k.shape[1] > read + 2 * (kernels.REPEATS + 1)
     assert kernels.moved(state) == 2 * 3 * read * 128 * 8  # keys and values of one group of 128, float64
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -92,17 +93,20 @@ def test_a_quick_run_reads_a_prompt_beside_its_peer(monkeypatch: pytest.MonkeyPa
     assert peers == ([f"  {name_with_kernels()}"] if available("mamba2") else [])
 
 
-def test_a_peer_that_fails_is_left_out_of_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(tokens: Tensor) -> Tensor:
+def test_peers_that_fail_or_differ_are_left_out_of_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*tokens: Tensor) -> Any:
         raise RuntimeError("out of memory\nand more")
 
+    noise = lambda tokens: torch.randn(*tokens.shape, 64, generator=torch.Generator().manual_seed(0))
+    makers = {"unbuilt": fails, "failing": lambda: (fails, fails), "other": lambda: (noise, noise)}
     monkeypatch.setattr(prefill, "REPEATS", 1)
     monkeypatch.setattr(prefill, "VOCABULARY", 64)
-    monkeypatch.setattr(prefill, "peers_of", lambda *arguments: [("peer", fails, fails)])
+    monkeypatch.setattr(prefill, "peers_of", lambda *arguments: makers.items())
     left_out: list[str] = []
     (row,) = prefill.prefills("mamba2-130m", True, "cpu", left_out)
     assert row.timing is not None
-    assert left_out == ["peer: out of memory"]
+    assert left_out[:2] == ["unbuilt: out of memory", "failing: out of memory"]
+    assert left_out[2].startswith("other: its outputs differ from ours by 1e+00")
 
 
 def test_the_peer_has_the_precision_of_our_model() -> None:

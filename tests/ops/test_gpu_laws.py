@@ -311,18 +311,13 @@ def far_scan(op: str, shape: Shape, numbers: Callable[[Example], int]) -> Iterat
     )
     with use("triton"):
         (y, *final), (y_near, *final_near) = run_op(op, far), run_op(op, near)
-    yield difference(y[:, last], y_near[:, last])
+    yield norm_error(y[:, last], y_near[:, last])
     if final:
-        yield difference(final[0], final_near[0])
+        yield norm_error(final[0], final_near[0])
     upstream = torch.randn_like(y_near[:, last])
     gradients = torch.autograd.grad(y[:, last], leaves, upstream)
     for got, want in zip(gradients, torch.autograd.grad(y_near[:, last], wanted, upstream), strict=True):
-        yield difference(got[:, last], want[:, last])
-
-
-def difference(got: Tensor, want: Tensor) -> float:
-    got, want = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (got, want))
-    return norm_error(got, want.double())
+        yield norm_error(got[:, last], want[:, last])
 
 
 def far_rows(name: str) -> Iterator[float]:
@@ -336,12 +331,12 @@ def far_rows(name: str) -> Iterator[float]:
             inputs[key].requires_grad_()
     far_outputs, near_outputs = call(name, given), call(name, near)
     for got, want in zip(far_outputs, near_outputs, strict=True):
-        yield norm_error(got[-kept:], want.double())
+        yield norm_error(got[-kept:], want)
     upstream = normal(*near_outputs[-1].shape)
     gradients = torch.autograd.grad(far_outputs[-1][-kept:], [given[key] for key in timed], upstream)
     wanted = torch.autograd.grad(near_outputs[-1], [near[key] for key in timed], upstream)
     for got, want in zip(gradients, wanted, strict=True):
-        yield norm_error(got[-kept:], want.double())
+        yield norm_error(got[-kept:], want)
 
 
 def far_step(name: str) -> Iterator[float]:
@@ -362,9 +357,9 @@ def far_step(name: str) -> Iterator[float]:
         got, want = (
             step(**now, **where, **example.fixed) for where in ({"state": pool, "slots": slot}, {"state": alone})
         )
-    yield norm_error(got, want.double())
+    yield norm_error(got, want)
     for one, other in zip(tensors(gather(pool, slot)), tensors(alone), strict=True):
-        yield norm_error(one, other.double())
+        yield norm_error(one, other)
 
 
 FAR_CHECKS: dict[str, Callable[[], Iterator[float]]] = {

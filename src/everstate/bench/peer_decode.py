@@ -88,5 +88,5 @@ def step_gate(model: LM, decoder: SSMDecoder, batch: int) -> Gate:
     tokens = torch.randint(model.config.vocab_size, (GATE_TOKENS, batch), generator=generator).to(model.device)
     state, error = model.init_state(batch), 0.0
     for now in tokens:
-        error = max(error, norm_error(decoder.step(now), model.step_(now, state).double()))
+        error = max(error, norm_error(decoder.step(now), model.step_(now, state)))
     return Gate(error, ALLOWED)

@@ -29,7 +29,12 @@ def run_op(op: str, example: Example) -> list[Tensor]:
     """What our op returns, tensor by tensor, without counts of tokens."""
     state = {} if example.state is None else {"state": example.state}
     returned = tensors(OPS[op](**example.timed, **state, **example.fixed))
-    return [tensor for tensor in returned if tensor.is_floating_point() or tensor.is_complex()]
+    return [tensor for tensor in returned if is_number(tensor)]
+
+
+def is_number(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers, and no indices."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def peers_of(name: str, example: Example) -> dict[str, Run]:

@@ -76,14 +76,17 @@ def prefills(name: str, quick: bool, device: str, left_out: list[str]) -> Iterat
     prompt, state = tokens.tolist(), model.init_state(1)
     calls: dict[str, Callable[[], object]] = {name: lambda: prefill_(model, prompt, state)}
     gates = {name: exact_gate(model, tokens)}
-    for peer, hidden, logits in peers_of(model, kind, left_out):
+    for peer, make in peers_of(model, kind, left_out):
         try:
-            error = norm_error(hidden(tokens), hidden_of(model, tokens).double())
+            hidden, logits = make()
+            gate = Gate(norm_error(hidden(tokens), hidden_of(model, tokens)), ALLOWED[model.dtype])
         except Exception as failure:
             left_out.append(f"{peer}: {first_line(failure)}")
-        else:
-            gates[peer] = Gate(error, ALLOWED[model.dtype])
-            calls[peer] = _last_logits(hidden, logits, tokens)
+            continue
+        if not gate.passed:
+            left_out.append(f"{peer}: its outputs differ from ours by {gate.error:.0e}, of norms")
+            continue
+        gates[peer], calls[peer] = gate, _last_logits(hidden, logits, tokens)
     timings = interleave(calls, gates[name], REPEATS, device)
     first = timings.get(name)
     yield Row(
@@ -101,12 +104,12 @@ def exact_gate(model: LM, tokens: Int[Tensor, "1 l"]) -> Gate:
     exact = build(model.config, model.device, torch.float32)
     exact.load_state_dict(model.state_dict())
     with use("torch", REFERENCE):
-        error = norm_error(hidden, hidden_of(exact, tokens).double())
+        error = norm_error(hidden, hidden_of(exact, tokens))
     parts, state = [], model.init_state(1)
     for segment in tokens.split(min(SPLIT, tokens.shape[1] // 2 + 1), 1):
         part, state = model.hidden(segment, state)
         parts.append(part)
-    return Gate(max(error, norm_error(torch.cat(parts, 1), hidden.double())), ALLOWED[model.dtype])
+    return Gate(max(error, norm_error(torch.cat(parts, 1), hidden)), ALLOWED[model.dtype])
 
 
 @torch.no_grad()
@@ -118,22 +121,29 @@ def hidden_of(model: LM, tokens: Int[Tensor, "b l"]) -> Tensor:
 Function = Callable[[Tensor], Tensor]
 
 
-def peers_of(model: LM, kind: str, left_out: list[str]) -> Iterator[tuple[str, Function, Function]]:
-    """Name, hidden outputs of tokens and logits of hidden outputs of the peers that there are."""
+Maker = Callable[[], tuple[Function, Function]]
+"""Gives the hidden outputs of tokens, and the logits of hidden outputs."""
+
+
+def peers_of(model: LM, kind: str, left_out: list[str]) -> Iterator[tuple[str, Maker]]:
+    """Names of the peers that there are, and what makes each."""
     why = unavailable(kind) if model.device.type == "cuda" else "mamba_ssm runs on a GPU"
     if why is None:
-        peer = SSMPeer(model, model.dtype)
-        yield name_of(kind), torch.no_grad()(peer.forward), peer.logits
+        yield name_of(kind), lambda: _of_mamba_ssm(model)
     else:
         left_out.append(why)
     if not available(kind):
         left_out.append(f"transformers is not installed or has no {kind}")
     elif kind == "mamba1" and model.device.type == "cuda":
-        left_out.append(f"{PEER_NAME} on a GPU: without mamba_ssm's CUDA kernels its Mamba-1 is a loop over all tokens")
+        left_out.append(f"{PEER_NAME} on a GPU: but for mamba_ssm's CUDA kernels its Mamba-1 is a loop over all tokens")
     else:
-        # In PyTorch alone, 5.17 makes a tensor of 86 GB in each layer of a Mamba-2 of 2.7B.
-        other = Peer(model)
-        yield name_with_kernels(), other.hidden, model.logits
+        # In PyTorch alone, 5.17 makes a tensor of 86 GB in each layer of a Mamba-2 of 2.7B, and may run out of memory.
+        yield name_with_kernels(), lambda: (Peer(model).hidden, model.logits)
+
+
+def _of_mamba_ssm(model: LM) -> tuple[Function, Function]:
+    peer = SSMPeer(model, model.dtype)
+    return torch.no_grad()(peer.forward), peer.logits
 
 
 def _last_logits(hidden: Function, logits: Function, tokens: Tensor) -> Callable[[], object]:

@@ -16,7 +16,7 @@ from everstate.ops.limits import step_refusal
 WIDEST = 256
 """Numbers of a head."""
 LONG = 8192
-"""Tokens of a packed sequence from which on torch's kernels are faster though they take one sequence at a time."""
+"""Mean length of packed sequences from which on torch's kernels are faster though they take one at a time."""
 SHARED_MEMORY, SHARED_MEMORY_WIDE = 132 * 1024, 208 * 1024
 """Bytes of shared memory that a segment takes, with heads of up to 128 numbers and with wider ones."""
 SHARED_MEMORY_STEP, SHARED_MEMORY_STEP_WIDE = 80 * 1024, 160 * 1024
@@ -31,11 +31,15 @@ def accepts(
     why = refusal(q, k, v, state.k, state.v) or _refusal_of_heads(q, k, v)
     if why is not None:
         return why
-    longest, mean = (q.shape[1],) * 2 if packing is None else (max(packing.lengths), packing.total // len(packing))
-    bare = softcap is None and (window is None or window >= longest)
-    if bare and state.k.shape[1] == 0 and q.dtype != torch.float32 and (packing is None or mean >= LONG):
+    nothing_read = state.k.shape[1] == 0 and q.dtype != torch.float32 and softcap is None
+    if nothing_read and (packing is None or packing.total >= LONG * len(packing)) and _sees_all(q, window, packing):
         return "is slower than torch's own kernels where nothing was read before and only the future is masked"
     return _refusal_of_memory(q, SHARED_MEMORY_WIDE if q.shape[-1] > 128 else SHARED_MEMORY)
+
+
+def _sees_all(q: Tensor, window: int | None, packing: Packing | None) -> bool:
+    """Whether the window is no shorter than any sequence."""
+    return window is None or window >= (q.shape[1] if packing is None else max(packing.lengths))
 
 
 def accepts_step(

@@ -207,7 +207,7 @@ def keys_kernel(
         u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
         du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
         weights, gave, took = _weigh(u, du, steps, place, token, TOKENS, PRECISION)
-        c, s = 1.0, 0.0
+        c, s = 1.0, 0.0  # what stands still asks for neither
         if TURN:
             c, s = make_trig(steps, omega, phases, place, rows, end, omega_token, TOKENS, RANKS, PAIRS, HALF)
         k, k2 = _some_keys(B, row, B_bias, (c, s), rows[2], head, RANK, HALF, STILL, u.dtype, TURN)
