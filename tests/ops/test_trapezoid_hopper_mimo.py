@@ -12,7 +12,7 @@ import torch
 
 from everstate.core.packing import Packing
 from everstate.ops import trapezoid_scan, use
-from everstate.ops.example import Example
+from everstate.ops.example import Draw, Example
 from tests import imitation
 from tests.ops.test_trapezoid_hopper import agree, call
 from tests.ops.test_trapezoid_triton import draw, outcome
@@ -50,7 +50,7 @@ def test_one_bias(name: str, hopper: torch.device) -> None:
 
 def test_rows_that_are_part_of_wider_ones(hopper: torch.device) -> None:
     example = mimo(hopper, 2, 20, 2, 4)
-    wide = torch.randn(2, 20, 256, device=hopper).to(torch.bfloat16)
+    wide = Draw(dtype=torch.bfloat16, device=hopper).normal(2, 20, 256)
     agree(example._replace(timed={**example.timed, "x": wide[..., 64:192].unflatten(-1, (2, 64))}))
 
 
