@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from everstate.bench.kernels import cut, in_precision, lower, norm_error, run_op
+from everstate.bench.kernels import cut, in_precision, lower, norm_error
+from everstate.bench.peer_ops import is_number, run_op
 from everstate.bench.shapes import GPU_SHAPES, SHAPES, Shape, op_of
 from everstate.core.op import REFERENCE
 from everstate.core.state import clone, gather, map_state, scatter_, tensors
@@ -305,10 +306,7 @@ def far_scan(op: str, shape: Shape, numbers: Callable[[Example], int]) -> Iterat
     far = lower(shape(draw, FAR_WIDTH, FAR // each + KEPT))
     assert numbers(far) > FAR
     near = alone(far)
-    leaves, wanted = (
-        [t.requires_grad_() for t in one.timed.values() if t.is_floating_point() or t.is_complex()]
-        for one in (far, near)
-    )
+    leaves, wanted = ([t.requires_grad_() for t in one.timed.values() if is_number(t)] for one in (far, near))
     with use("triton"):
         (y, *final), (y_near, *final_near) = run_op(op, far), run_op(op, near)
     yield norm_error(y[:, last], y_near[:, last])

@@ -229,7 +229,12 @@ def disagreement(what: str, peer: Callable[[], object], ours: Tensor) -> str | N
         error = norm_error(tensors(peer())[0].reshape(ours.shape), ours)
     except Exception as failure:
         return f"{what}: {first_line(failure)}"
-    return None if error <= PEERS_ALLOWED else f"{what}: its outputs differ from ours by {error:.0e}, of norms"
+    return None if error <= PEERS_ALLOWED else differing(what, error)
+
+
+def differing(what: str, error: float) -> str:
+    """Why a peer with such an error is left out."""
+    return f"{what}: its outputs differ from ours by {error:.0e}, of norms"
 
 
 def in_precision(state: Any, dtype: torch.dtype) -> Any:

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from everstate.bench.peer import PEER_NAME, Peer, available
+from everstate.bench.peer_ops import is_number
 from everstate.bench.report import Row, machine, publish
 from everstate.bench.shapes import SHAPES
 from everstate.bench.timing import Gate, Timing, interleave, relative_error, with_threads
@@ -218,7 +219,7 @@ def _gradients(op: str, backend: str, example: Example) -> tuple[Tensor, ...]:
     leaves: list[Tensor] = []
 
     def leaf(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        if not isinstance(value, Tensor) or not is_number(value):
             return value
         leaves.append(value.detach().requires_grad_())
         return leaves[-1]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from everstate.bench.build import build, preferred, weight_bytes
 from everstate.bench.decode import KINDS, TINY, VOCABULARY, WIDTHS
-from everstate.bench.kernels import first_line, norm_error
+from everstate.bench.kernels import differing, first_line, norm_error
 from everstate.bench.peer import PEER_NAME, Peer, available, name_with_kernels
 from everstate.bench.peer_ssm import SSMPeer, name_of, unavailable
 from everstate.bench.report import Row, machine, publishing
@@ -84,7 +84,7 @@ def prefills(name: str, quick: bool, device: str, left_out: list[str]) -> Iterat
             left_out.append(f"{peer}: {first_line(failure)}")
             continue
         if not gate.passed:
-            left_out.append(f"{peer}: its outputs differ from ours by {gate.error:.0e}, of norms")
+            left_out.append(differing(peer, gate.error))
             continue
         gates[peer], calls[peer] = gate, _last_logits(hidden, logits, tokens)
     timings = interleave(calls, gates[name], REPEATS, device)

@@ -330,9 +330,8 @@ class Call:
     @cached_property
     def trig(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines of each token, head and pair, by chunk, for kernels that would wait if they made them."""
-        count, heads = len(self.plan.chunks), power_of_2(self.heads)
+        count, block = len(self.plan.chunks), min(power_of_2(self.heads), 512 // self.pairs)
         cos, sin = self.x.new_empty(2, count, self.heads, self.tokens, self.pairs, dtype=torch.float16).unbind(0)
-        block = max(min(heads, 512 // self.pairs), 1)
         launch(
             angles_kernel, (count, cdiv(self.heads, block)),
             self.steps, self.omega, self.phases, cos, sin, self.plan.chunks, self.omega.stride(0),
@@ -543,8 +542,8 @@ class Call:
             scan_kernel, grid,
             self.x, self.mimo_x, self.steps, self.omega, self.phases, self.B, self.C,
             self.B_bias, self.C_bias, self.D, entering, y, final, self.plan.chunks, self.plan.segments,
-            *self.x.stride()[:2], self.omega.stride(0), **{**self.sizes, **self.order}, BLOCK_P=self.block,
-            num_warps=self.warps, **settings_for(self.x, 2),
+            *self.x.stride()[:2], self.omega.stride(0), **self.sizes, N=self.d_state, INTERLEAVED=self.interleaved,
+            BLOCK_P=self.block, num_warps=self.warps, **settings_for(self.x, 2),
         )  # fmt: skip
         return y, final, self.final_angle
 
