@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ COUNTERS = 1024
 # A plain global, because torch.compile traces through it.
 _interpreting = False
 _overlapping = False
-_counters: dict[torch.device, Tensor] | None = None
+_kept: dict[Hashable, Tensor] | None = None
 
 
 @contextmanager
@@ -36,31 +36,36 @@ def interpreting() -> Iterator[None]:
 
 
 @contextmanager
-def overlapping() -> Iterator[dict[torch.device, Tensor]]:
+def overlapping() -> Iterator[dict[Hashable, Tensor]]:
     """Let a kernel of one token start inside the `with` block while the one before it still runs.
 
     What it reads before that one has ended are weights and states of its own layer, so nothing may write these just
-    before. A GPU of compute capability 9.0 or newer can; on others nothing changes. Gives the memory by which programs
-    of the kernels launched in the block wait for each other: who captured them keeps it, and does not run them twice at
-    a time.
+    before. A GPU of compute capability 9.0 or newer can; on others nothing changes. Gives the memory that all kernels
+    launched in the block share, see `kept`: who captured them keeps it, and does not run them twice at a time.
     """
-    global _overlapping, _counters
-    before = _overlapping, _counters
-    _overlapping, _counters = True, {}
+    global _overlapping, _kept
+    before = _overlapping, _kept
+    _overlapping, _kept = True, {}
     try:
-        yield _counters
+        yield _kept
     finally:
-        _overlapping, _counters = before
+        _overlapping, _kept = before
+
+
+def kept(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """`make()`, which depends on weights alone: inside `overlapping` what it gave there the first time for this key."""
+    if _kept is None:
+        return make()
+    if key not in _kept:
+        _kept[key] = make()
+    return _kept[key]
 
 
 def counters(device: torch.device, count: int) -> Tensor:
     """At least `count` zeros (int32), which a kernel leaves as it found them; inside `overlapping` always the same."""
     assert count <= COUNTERS
-    if _counters is None:
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    if device not in _counters:
-        _counters[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    return _counters[device]
+    length = count if _kept is None else COUNTERS
+    return kept(("counters", device), lambda: torch.zeros(length, dtype=torch.int32, device=device))
 
 
 def is_overlapping() -> bool:

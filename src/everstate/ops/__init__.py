@@ -8,7 +8,7 @@ from everstate.ops.attention import AttentionState, attention, attention_step_
 from everstate.ops.conv1d import causal_conv1d, causal_conv1d_step_
 from everstate.ops.cross_entropy import linear_cross_entropy
 from everstate.ops.delta import gated_delta_scan, gated_delta_step_
-from everstate.ops.experts import experts, route
+from everstate.ops.experts import experts, route, topk_router
 from everstate.ops.glu import gated, glu
 from everstate.ops.linear import linear, linear_conv_step_
 from everstate.ops.linear_scan import linear_scan, linear_step_
@@ -72,6 +72,7 @@ __all__ = [
     "selective_step_",
     "ssd_scan",
     "ssd_step_",
+    "topk_router",
     "trapezoid_scan",
     "trapezoid_step_",
     "use",

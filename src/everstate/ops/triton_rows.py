@@ -66,3 +66,10 @@ def wait_for_last(OVERLAP: tl.constexpr):
     """Wait until the kernel before this one, and with it all before that, has ended; only weights are read earlier."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def follow_last(OVERLAP: tl.constexpr):
+    """Let the next kernel start, and wait for the last: for one that has nothing to read before."""
+    start_next(OVERLAP)
+    wait_for_last(OVERLAP)

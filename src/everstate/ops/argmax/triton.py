@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from everstate.core.kernels import kernel_op
-from everstate.ops.triton_rows import dense, launch_options, start_next, wait_for_last
+from everstate.ops.triton_rows import dense, follow_last, launch_options
 
 BLOCK = 8192
 
@@ -36,8 +36,7 @@ def _(x: Tensor) -> Tensor:
 @triton.jit
 def _argmax_kernel(x, found, x_row, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One program per row; each place of a block keeps the first of the largest that it has seen."""
-    start_next(OVERLAP)
-    wait_for_last(OVERLAP)
+    follow_last(OVERLAP)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     best, where = tl.full((BLOCK,), float("-inf"), tl.float32), at
     for first in tl.static_range(0, SIZE, BLOCK):

@@ -21,7 +21,7 @@ from everstate.core.kernels import kernel_op, processors
 from everstate.core.state import Slots
 from everstate.ops.attention.cache import AttentionState, Pages, capacity_of
 from everstate.ops.triton_common import LOG2E, dot
-from everstate.ops.triton_rows import dense, slot_of
+from everstate.ops.triton_rows import dense, follow_last, launch_options, slot_of
 
 PROGRAMS = 4
 """Programs per multiprocessor that the splits should make."""
@@ -69,13 +69,13 @@ def _step(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *ring_k.stride()[:3], *ring_v.stride()[:3],
         SIZE=size if pages is not None else 0, HEADS=heads, GROUPS=groups, P=headdim,
         FORGETS=window is None or capacity < window, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-        **sizes,
+        **sizes, **launch_options(q.device),
     )  # fmt: skip
     width = triton.next_power_of_2(splits)
     part = min(triton.next_power_of_2(headdim), max(8192 // width, 16))
     _join_kernel[(batch * heads, triton.cdiv(headdim, part))](
         sums, weights, y, pos, slots, splits,
-        HEADS=heads, P=headdim, BLOCK_SPLITS=width, BLOCK_P=part, num_warps=4,
+        HEADS=heads, P=headdim, BLOCK_SPLITS=width, BLOCK_P=part, num_warps=4, **launch_options(q.device),
     )  # fmt: skip
     return y
 
@@ -150,8 +150,10 @@ def _split_kernel(
     q_row, q_head, k_row, k_group, v_row, v_group, K_slot, K_s, K_group, V_slot, V_s, V_group,
     SIZE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, FORGETS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per row, block of heads of one group, and split."""
+    follow_last(OVERLAP)
     PER_GROUP: tl.constexpr = HEADS // GROUPS
     BLOCKS: tl.constexpr = (PER_GROUP + BLOCK_M - 1) // BLOCK_M
     split, block = tl.program_id(0) % splits, tl.program_id(0) // splits % BLOCKS
@@ -225,9 +227,10 @@ def _shown(scores, asked, there, pages):
 @triton.jit
 def _join_kernel(
     sums, weights, y, pos, slots, splits,
-    HEADS: tl.constexpr, P: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_P: tl.constexpr,
+    HEADS: tl.constexpr, P: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per row, head and part of p; the first of a row moves its position on."""
+    follow_last(OVERLAP)
     at, p = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     split = tl.arange(0, BLOCK_SPLITS)
     tops = tl.load(weights + (at * splits + split) * 2, mask=split < splits, other=-float("inf"))

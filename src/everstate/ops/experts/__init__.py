@@ -10,10 +10,10 @@ from torch.nn.functional import linear
 from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.ops.activations import Activation, activate
-from everstate.ops.experts.limits import accepts
+from everstate.ops.experts.limits import accepts, accepts_router
 from everstate.ops.experts.route import Score, route
 
-__all__ = ["Score", "experts", "route"]
+__all__ = ["Score", "experts", "route", "topk_router"]
 
 
 @op
@@ -44,5 +44,31 @@ def experts(
     return torch.stack(ys).view(x.shape).to(x.dtype)
 
 
+@op
+def topk_router(
+    x: Float[Tensor, "*t d"],
+    weight: Float[Tensor, "e d"],
+    *,
+    top_k: int,
+    score: Score = "softmax_topk",
+    bias: Float[Tensor, " e"] | None = None,
+    normalise: bool = False,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    ngroups: int = 1,
+    topk_groups: int = 1,
+) -> tuple[Float[Tensor, "*t k"], Int[Tensor, "*t k"]]:
+    """`route` of the logits `W x`, in float32 throughout (float64 for float64 inputs).
+
+    A rounded logit would send a token to another expert. Source: Shazeer et al. 2017 (arXiv 1701.06538), section 2.
+    """
+    dtype = state_dtype(x.dtype)
+    return route(
+        linear(x.to(dtype), weight.to(dtype)), top_k=top_k, score=score, bias=bias, normalise=normalise, eps=eps,
+        scale=scale, ngroups=ngroups, topk_groups=topk_groups,
+    )  # fmt: skip
+
+
 experts.add("triton", "everstate.ops.experts.triton:experts", accepts)
 experts.add("torch", "everstate.ops.experts.grouped:experts", anywhere)
+topk_router.add("triton", "everstate.ops.experts.triton_router:topk_router", accepts_router)

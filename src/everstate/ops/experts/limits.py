@@ -7,11 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from everstate.core.kernels import refusal, shared_memory
+from everstate.ops.limits import step_refusal
 
 SHARED_MEMORY = 96 * 1024
 """Bytes of shared memory that a product takes."""
 MOST = 4096
 """Experts whose counts a program looks through."""
+ROUTED, CHOICES = 64, 32
+"""Tokens up to which one launch chooses faster than PyTorch, and experts of each that it unrolls the choice of."""
 
 
 def accepts(x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, **settings: Any) -> str | None:
@@ -26,3 +29,20 @@ def accepts(x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Te
     if indices.numel() >= 2**31:
         return f"counts up to 2^31 rows, not {indices.numel()}"
     return None
+
+
+def accepts_router(
+    x: Tensor, weight: Tensor, *, top_k: int, bias: Tensor | None = None, ngroups: int = 1, **settings: Any
+) -> str | None:
+    """Why the kernel of `topk_router` does not serve these arguments, or None."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not 0 < rows <= ROUTED:
+        return f"takes 1 to {ROUTED} tokens, not {rows}"
+    if max(top_k, ngroups) > CHOICES or len(weight) > MOST:
+        return (
+            f"takes up to {MOST} experts, {CHOICES} of them for a token, in up to {CHOICES} groups, "
+            f"not {len(weight)}, {top_k} and {ngroups}"
+        )
+    if not weight.is_contiguous():
+        return "takes weights that lie row by row in memory"
+    return step_refusal(x, weight, bias)

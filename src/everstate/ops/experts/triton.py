@@ -20,6 +20,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.ops.activations import Activation
 from everstate.ops.triton_common import dot
+from everstate.ops.triton_rows import dense, follow_last, launch_options
 
 FEW = 32
 """Rows up to which each is served by itself."""
@@ -56,18 +57,18 @@ def _few(
     y = x.new_empty(tokens, width)
     if tokens == 0:
         return y
-    x, weights, indices, w_in, w_out = (_dense(t) for t in (x, weights, indices, w_in, w_out))
+    x, weights, indices, w_in, w_out = (dense(t) for t in (x, weights, indices, w_in, w_out))
     hidden = x.new_empty(tokens * top_k, d_hidden, dtype=torch.float32)
     block_k, rows = _gemv_tile(width, tokens * top_k, d_hidden, x.device)
     _few_up_kernel[(tokens * top_k, triton.cdiv(d_hidden, rows))](
         x, indices, w_in, hidden, x.stride(0), indices.stride(0), *w_in.stride()[:2],
         TOP_K=top_k, D=width, F=d_hidden, ACTIVATION=activation, GATED=gated, BLOCK_N=rows, BLOCK_K=block_k,
-        num_warps=4,
+        num_warps=4, **launch_options(x.device),
     )  # fmt: skip
     block_k, rows = _gemv_tile(d_hidden, tokens, width, x.device)
     _few_down_kernel[(tokens, triton.cdiv(width, rows))](
         hidden, weights, indices, w_out, y, weights.stride(0), indices.stride(0), *w_out.stride()[:2],
-        TOP_K=top_k, D=width, F=d_hidden, BLOCK_N=rows, BLOCK_K=block_k, num_warps=4,
+        TOP_K=top_k, D=width, F=d_hidden, BLOCK_N=rows, BLOCK_K=block_k, num_warps=4, **launch_options(x.device),
     )  # fmt: skip
     return y
 
@@ -117,7 +118,7 @@ def _backward(
     logits: Tensor, order: Tensor, starts: Tensor, activation: str, gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weights, w_in and w_out."""
-    call, dy = _Call(x, weights, indices, w_in, w_out), _dense(dy)
+    call, dy = _Call(x, weights, indices, w_in, w_out), dense(dy)
     if call.rows == 0:
         return torch.zeros_like(x), torch.zeros_like(weights), torch.zeros_like(w_in), torch.zeros_like(w_out)
     dhidden = call.product(dy, call.w_out, call.w_out.stride(1), call.w_out.stride(2), order, starts, gather=True)
@@ -159,8 +160,8 @@ class _Call:
     """The products of one call, forward and backward."""
 
     def __init__(self, x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor) -> None:
-        self.x, self.weights, self.indices = _dense(x), _dense(weights), indices.contiguous()
-        self.w_in, self.w_out = _dense(w_in), _dense(w_out)
+        self.x, self.weights, self.indices = dense(x), dense(weights), indices.contiguous()
+        self.w_in, self.w_out = dense(w_in), dense(w_out)
         self.top_k, self.experts, self.rows = indices.shape[1], len(w_in), indices.numel()
         self.float32 = x.dtype == torch.float32
         # About as many rows as an expert has, or the tensor cores multiply nothing.
@@ -265,10 +266,6 @@ class _Call:
             "num_warps": warps,
             "num_stages": 3,
         }
-
-
-def _dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _sort(indices: Int[Tensor, "t k"], experts: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " e1"]]:
@@ -484,9 +481,10 @@ def _sum_kernel(parts, weights, out, w_token, TOP_K: tl.constexpr, D: tl.constex
 def _few_up_kernel(
     x, indices, w_in, hidden, x_row, i_token, w_expert, w_row,
     TOP_K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per row and some hidden channels."""
+    follow_last(OVERLAP)
     row, n, k = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     token = (row // TOP_K).to(tl.int64)
     expert = tl.load(indices + token * i_token + row % TOP_K).to(tl.int64)
@@ -508,8 +506,10 @@ def _few_up_kernel(
 def _few_down_kernel(
     hidden, weights, indices, w_out, y, w_token, i_token, w_expert, w_row,
     TOP_K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per token and some channels of y, with all experts of the token."""
+    follow_last(OVERLAP)
     token, n, k = (
         tl.program_id(0).to(tl.int64),
         tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N),

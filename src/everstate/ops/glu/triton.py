@@ -12,7 +12,7 @@ from everstate.core.kernels import kernel_op
 from everstate.ops.activations import Activation
 from everstate.ops.triton_launch import cdiv, launch
 from everstate.ops.triton_replay import replayed
-from everstate.ops.triton_rows import dense
+from everstate.ops.triton_rows import dense, follow_last, launch_options
 
 BLOCK = 1024
 """Numbers of one program."""
@@ -98,17 +98,9 @@ def apply(gate: Float[Tensor, "rows f"], up: Float[Tensor, "rows f"], silu: bool
     y = torch.empty_like(up, memory_format=torch.contiguous_format)
     rows, width = up.shape
     launch(
-        _forward_kernel,
-        (rows, cdiv(width, BLOCK)),
-        gate,
-        up,
-        y,
-        gate.stride(0),
-        up.stride(0),
-        width,
-        SILU=silu,
-        BLOCK=BLOCK,
-    )
+        _forward_kernel, (rows, cdiv(width, BLOCK)),
+        gate, up, y, gate.stride(0), up.stride(0), width, SILU=silu, BLOCK=BLOCK, **launch_options(y.device),
+    )  # fmt: skip
     return y
 
 
@@ -129,8 +121,11 @@ def _load(base, row, stride, column, inside):
 
 
 @triton.jit
-def _forward_kernel(gate, up, y, gate_row, up_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(
+    gate, up, y, gate_row, up_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """One program per row and block of columns."""
+    follow_last(OVERLAP)
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     gate, up = _load(gate, row, gate_row, at, inside), _load(up, row, up_row, at, inside)

@@ -26,8 +26,8 @@ def linear(
 ) -> Float[Tensor, "*b n"]:
     """Compute `scale * (W x) + bias`; with the weight `norm` of an RMS norm, `x / sqrt(mean(x^2) + eps) * norm` for x.
 
-    A `scale` for each output belongs to 8-bit weights. Computed in float32 (float64 for float64 inputs); the result has
-    the dtype of x.
+    Weights of 8 bits have a `scale` for each output, others may. Computed in float32 (float64 for float64 inputs); the
+    result has the dtype of x.
     """
     dtype = state_dtype(x.dtype)
     u = x.to(dtype) if norm is None else rms_norm.reference(x.to(dtype), norm, eps=eps)

@@ -30,10 +30,10 @@ def accepts_linear(
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `linear` do not serve these arguments, or None."""
-    rows, most = x.numel() // max(x.shape[-1], 1), ROWS if scale is None else ROWS_OF_8_BITS
+    rows, most = x.numel() // max(x.shape[-1], 1), ROWS_OF_8_BITS if weight.dtype == torch.int8 else ROWS
     if not 0 < rows <= most:
         return f"takes 1 to {most} rows, not {rows}"
-    if scale is None and weight.dtype != x.dtype:
+    if weight.dtype not in (x.dtype, torch.int8):
         return f"takes x and weights of one dtype, not {x.dtype} and {weight.dtype}"
     if not weight.is_contiguous():
         return "takes weights that lie row by row in memory"

@@ -10,6 +10,7 @@ from everstate.core.state import Slots
 from everstate.ops.mamba3.ends import Mamba3Layer
 from everstate.ops.trapezoid import TrapezoidState
 from everstate.ops.trapezoid.triton_step import (
+    begun,
     keep_keys,
     keep_scaled,
     keep_vectors,
@@ -19,12 +20,11 @@ from everstate.ops.trapezoid.triton_step import (
     room,
     rotated,
     stream,
-    tile_of,
     turn_on,
     vectors_of,
 )
 from everstate.ops.triton_common import softplus
-from everstate.ops.triton_rows import dense, silu, slot_of
+from everstate.ops.triton_rows import EARLY_ROWS, dense, launch_options, silu, start_next
 
 PI: tl.constexpr = tl.constexpr(3.141592653589793)
 
@@ -61,7 +61,8 @@ def _step(
         scratch, out, projected.stride(0), 0 if delta_t is None else delta_t.stride(0),
         *ssm.stride()[:3], *k.stride()[:3], *x.stride()[:2], *angle.stride()[:2], batch * heads, floor, eps,
         HEADS=heads, GROUPS=ngroups, P=headdim, N=d_state, R=rank, TURNING=angle.shape[-1],
-        INTERLEAVED=interleaved, HEAVY=heavy, SUMMED=norm is None and rank > 1, **tiles,
+        INTERLEAVED=interleaved, HEAVY=heavy, SUMMED=norm is None and rank > 1,
+        EARLY=slots is None and batch <= EARLY_ROWS, **tiles, **launch_options(projected.device),
     )  # fmt: skip
     return out
 
@@ -83,18 +84,17 @@ def _step_kernel(
     row_stride, delta_stride, ssm_slot, ssm_head, ssm_p, k_slot, k_rank, k_head, x_slot, x_head, angle_slot, angle_head,
     items, floor, eps,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-    TURNING: tl.constexpr, INTERLEAVED: tl.constexpr, HEAVY: tl.constexpr,
+    TURNING: tl.constexpr, INTERLEAVED: tl.constexpr, HEAVY: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_P: tl.constexpr, WHOLE_P: tl.constexpr, BLOCK_N: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
+    start_next(OVERLAP)
     p, n = tl.arange(0, WHOLE_P), tl.arange(0, BLOCK_N)
     keys_before, keys, queries, owed, entering, reads = parts(scratch, P, N, R)
     WIDTH: tl.constexpr = GROUPS * N
     for turn in range(tl.cdiv(items - tl.program_id(0), tl.num_programs(0))):
         item = tl.program_id(0) + turn * tl.num_programs(0)
         head, row = item % HEADS, (item // HEADS).to(tl.int64)
-        slot = slot_of(slots, row)
-        own = ssm + slot * ssm_slot + head * ssm_head
-        h = tile_of(own, ssm_p, 0, P, N, BLOCK_P, BLOCK_N)
+        slot, own, h = begun(ssm, slots, row, head, ssm_slot, ssm_head, ssm_p, P, N, BLOCK_P, BLOCK_N, EARLY, OVERLAP)
         gates = projected + row * row_stride + head * P + p
         vectors = projected + row * row_stride + 2 * HEADS * P
         scalars = vectors + 2 * R * WIDTH

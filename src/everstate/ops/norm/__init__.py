@@ -50,10 +50,15 @@ def gated_rms_norm(
 
 @op
 def add_rms_norm(
-    x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], *, eps: float = 1e-5
+    x: Float[Tensor, "*b d"],
+    y: Float[Tensor, "*b d"],
+    weight: Float[Tensor, " d"],
+    *,
+    eps: float = 1e-5,
+    multiplier: float = 1.0,
 ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b d"]]:
-    """`x + y`, and its `rms_norm` in the dtype of y: a residual stream x that takes in what a layer gave."""
-    x = x + y
+    """`x + multiplier y`, and its `rms_norm` in the dtype of y: a residual stream x that takes in what a layer gave."""
+    x = x + multiplier * y
     return x, rms_norm.reference(x, weight, eps=eps).to(y.dtype)
 
 

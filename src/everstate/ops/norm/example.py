@@ -26,6 +26,11 @@ def _add(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     return Example(timed=timed, fixed={"weight": draw.normal(12)}, packs=False)
 
 
+def _add_some(draw: Draw, batch: int, length: int, sequences: int) -> Example:
+    example = _add(draw, batch, length, sequences)
+    return example._replace(fixed={**example.fixed, "multiplier": 0.3})
+
+
 rms_norm: Variants = {"groups": _norm}
 gated_rms_norm: Variants = {"norm after gate": _gated, "norm before gate": _norm_before_gate}
-add_rms_norm: Variants = {"residual": _add}
+add_rms_norm: Variants = {"residual": _add, "multiplier": _add_some}

@@ -38,10 +38,15 @@ def gated_rms_norm(
 
 
 def add_rms_norm(
-    x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], *, eps: float = 1e-5
+    x: Float[Tensor, "*b d"],
+    y: Float[Tensor, "*b d"],
+    weight: Float[Tensor, " d"],
+    *,
+    eps: float = 1e-5,
+    multiplier: float = 1.0,
 ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b d"]]:
     """See `everstate.ops.add_rms_norm`."""
-    x = x + y
+    x = torch.add(x, y, alpha=multiplier)
     return x, rms_norm(x, weight, eps=eps).to(y.dtype)
 
 

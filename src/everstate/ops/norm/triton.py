@@ -15,6 +15,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.ops.triton_launch import launch, power_of_2
 from everstate.ops.triton_replay import replayed
+from everstate.ops.triton_rows import follow_last, launch_options
 from everstate.ops.triton_sums import total
 
 PLAIN, GATE_FIRST, GATE_LAST = 0, 1, 2
@@ -52,7 +53,7 @@ def normalise(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, gr
     launch(
         _norm_kernel, grid,
         rows, gate, weight, y, len(rows), rows.stride(0), 0 if gate is None else gate.stride(0), eps,
-        GROUPS=groups, MODE=mode, **sizes,
+        GROUPS=groups, MODE=mode, **sizes, **launch_options(x.device),
     )  # fmt: skip
     return y
 
@@ -148,9 +149,10 @@ def _load(base, row, stride, columns, inside):
 @triton.jit
 def _norm_kernel(
     x, z, weight, y, rows, x_row, z_row, eps,
-    GROUPS: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per row and group."""
+    follow_last(OVERLAP)
     row, at = tl.program_id(0), tl.arange(0, BLOCK)
     inside, columns = at < WIDTH, tl.program_id(1) * WIDTH + at
     u = _load(x, row, x_row, columns, inside)

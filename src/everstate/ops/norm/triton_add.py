@@ -26,37 +26,43 @@ PROGRAMS = 16
 
 
 def add_rms_norm(
-    x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], *, eps: float = 1e-5
+    x: Float[Tensor, "*b d"],
+    y: Float[Tensor, "*b d"],
+    weight: Float[Tensor, " d"],
+    *,
+    eps: float = 1e-5,
+    multiplier: float = 1.0,
 ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b d"]]:
     """See `everstate.ops.add_rms_norm`."""
-    return _add(x, y, weight, eps)
+    return _add(x, y, weight, eps, multiplier)
 
 
 @kernel_op("residual_norm")
 @replayed
-def _add(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add(x: Tensor, y: Tensor, weight: Tensor, eps: float, multiplier: float) -> tuple[Tensor, Tensor]:
     left, right = _rows(x), _rows(y)
     summed, normed = _results(x, y)
     sizes = _sizes(left.shape[1])
     launch(
         _add_kernel, (cdiv(len(left), sizes["ROWS"]),),
-        left, right, weight, summed, normed, len(left), left.stride(0), right.stride(0), eps,
+        left, right, weight, summed, normed, len(left), left.stride(0), right.stride(0), eps, multiplier,
         **sizes, **launch_options(x.device),
     )  # fmt: skip
     return summed, normed
 
 
 @_add.register_fake
-def _(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, y: Tensor, weight: Tensor, eps: float, multiplier: float) -> tuple[Tensor, Tensor]:
     return _results(x, y)
 
 
 @kernel_op("residual_norm_backward")
 @replayed
 def _backward(
-    dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor, eps: float, wide: torch.dtype, low: torch.dtype
-) -> list[Tensor]:
-    """Gradients of x and y, which differ in their dtype alone, and of the weight."""
+    dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor, eps: float, multiplier: float,
+    wide: torch.dtype, low: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, of y, which is that times the multiplier, and of the weight."""
     rows, own, upstream = _rows(summed), _rows(dsummed), _rows(dnormed)
     sizes = _sizes(rows.shape[1])
     programs = min(cdiv(len(rows), sizes["ROWS"]), PROGRAMS * processors(rows.device))
@@ -65,15 +71,16 @@ def _backward(
     launch(
         _backward_kernel, (programs,),
         own, upstream, rows, weight, dx, dy, sums, len(rows), own.stride(0), upstream.stride(0), rows.stride(0), eps,
-        **sizes,
+        multiplier, **sizes,
     )  # fmt: skip
     return [dx, dy, total(sums, weight.dtype)]
 
 
 @_backward.register_fake
 def _(
-    dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor, eps: float, wide: torch.dtype, low: torch.dtype
-) -> list[Tensor]:
+    dsummed: Tensor, dnormed: Tensor, summed: Tensor, weight: Tensor, eps: float, multiplier: float,
+    wide: torch.dtype, low: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
     return [
         *(summed.new_empty(summed.shape, dtype=dtype) for dtype in (wide, low)),
         torch.empty_like(weight, memory_format=torch.contiguous_format),
@@ -81,14 +88,14 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, y, weight, ctx.eps = inputs
+    x, y, weight, *ctx.settings = inputs
     ctx.save_for_backward(output[0], weight)
     ctx.dtypes = x.dtype, y.dtype
 
 
 def _differentiate(ctx: Any, dsummed: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dy, dweight = _backward(dsummed, dnormed, *ctx.saved_tensors, ctx.eps, *ctx.dtypes)
-    return dx, dy, dweight, None
+    dx, dy, dweight = _backward(dsummed, dnormed, *ctx.saved_tensors, *ctx.settings, *ctx.dtypes)
+    return dx, dy, dweight, None, None
 
 
 _add.register_autograd(_differentiate, setup_context=_save)
@@ -117,7 +124,7 @@ def _load(base, row, stride, columns, inside):
 
 @triton.jit
 def _add_kernel(
-    x, y, weight, summed, normed, rows, x_row, y_row, eps,
+    x, y, weight, summed, normed, rows, x_row, y_row, eps, multiplier,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per few rows."""
@@ -126,7 +133,8 @@ def _add_kernel(
     inside = (row < rows)[:, None] & (at < WIDTH)[None, :]
     scale = tl.load(weight + at, mask=at < WIDTH, other=0.0).to(tl.float32)
     wait_for_last(OVERLAP)
-    total = (_load(x, row, x_row, at, inside) + _load(y, row, y_row, at, inside)).to(summed.dtype.element_ty)
+    given = _load(y, row, y_row, at, inside) * multiplier
+    total = (_load(x, row, x_row, at, inside) + given).to(summed.dtype.element_ty)
     out = row[:, None] * WIDTH + at[None, :]
     tl.store(summed + out, total, mask=inside)
     u = total.to(tl.float32)
@@ -136,7 +144,7 @@ def _add_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dsummed, dnormed, summed, weight, dx, dy, sums, rows, own_row, upstream_row, summed_row, eps,
+    dsummed, dnormed, summed, weight, dx, dy, sums, rows, own_row, upstream_row, summed_row, eps, multiplier,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Every so many rows, a few at a time."""
@@ -154,5 +162,5 @@ def _backward_kernel(
         d = _load(dsummed, row, own_row, at, inside) + rstd[:, None] * (scaled - u * along[:, None])
         out = row[:, None] * WIDTH + at[None, :]
         tl.store(dx + out, d.to(dx.dtype.element_ty), mask=inside)
-        tl.store(dy + out, d.to(dy.dtype.element_ty), mask=inside)
+        tl.store(dy + out, (d * multiplier).to(dy.dtype.element_ty), mask=inside)
     tl.store(sums + tl.program_id(0) * WIDTH + at, tl.sum(gathered, 0), mask=at < WIDTH)

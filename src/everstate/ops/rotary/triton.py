@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
+from everstate.ops.triton_rows import dense, follow_last, launch_options
 
 TILE = 1024
 """Pairs that a program turns together."""
@@ -80,8 +81,8 @@ def _launch_rotate(
     x: Tensor, cos: Tensor, sin: Tensor, given: Tensor | None, y: Tensor, dcos: Tensor | None, dsin: Tensor | None,
     interleaved: bool, *, inverse: bool,
 ) -> None:  # fmt: skip
-    x, cos, sin = (_dense(t) for t in (x, cos, sin))
-    given = None if given is None else _dense(given)
+    x, cos, sin = (dense(t) for t in (x, cos, sin))
+    given = None if given is None else dense(given)
     read = [t for t in (x, cos, sin, given) if t is not None]
     shape, strides = _merged(x.shape[:-1], [t.stride()[:-1] for t in read])
     if len(shape) > 3:
@@ -98,10 +99,6 @@ def _launch_rotate(
         PAIRS=pairs, TURNED=turned, INTERLEAVED=interleaved, INVERSE=inverse, BLOCK_R=tile, BLOCK_P=block,
         num_warps=4,
     )  # fmt: skip
-
-
-def _dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
@@ -132,7 +129,7 @@ def rotary(
 
 @kernel_op("rotary")
 def _rotary(x: Tensor, positions: Tensor, theta: float, interleaved: bool, width: int, inverse: bool) -> Tensor:
-    y, x = torch.empty_like(x, memory_format=torch.contiguous_format), _dense(x)
+    y, x = torch.empty_like(x, memory_format=torch.contiguous_format), dense(x)
     batch, length, heads, headdim = x.shape
     block = triton.next_power_of_2(max(width // 2, 1))
     tile = min(max(TILE // block, 1), triton.next_power_of_2(batch * length))
@@ -143,7 +140,7 @@ def _rotary(x: Tensor, positions: Tensor, theta: float, interleaved: bool, width
         x, positions, _frequencies(width, theta, x.device), y, batch * length, length, heads, each,
         *x.stride()[:3], *positions.stride(),
         P=headdim, WIDTH=width, INTERLEAVED=interleaved, INVERSE=inverse, BLOCK_T=tile, BLOCK_P=block,
-        BLOCK_REST=triton.next_power_of_2(max(headdim - width, 1)), num_warps=4,
+        BLOCK_REST=triton.next_power_of_2(max(headdim - width, 1)), num_warps=4, **launch_options(x.device),
     )  # fmt: skip
     return y
 
@@ -255,9 +252,10 @@ def _cos_sin(angle):
 def _rotary_kernel(
     x, positions, frequencies, y, tokens, length, heads, each, x_row, x_token, x_head, positions_row, positions_token,
     P: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of tokens and part of the heads, one head after the other."""
+    follow_last(OVERLAP)
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     inside = token < tokens
     row, at = token // length, token % length

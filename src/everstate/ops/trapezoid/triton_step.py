@@ -15,7 +15,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.state import Slots
 from everstate.ops.trapezoid import TrapezoidState
-from everstate.ops.triton_rows import dense, slot_of, warps_of
+from everstate.ops.triton_rows import dense, slot_of, wait_for_last, warps_of
 
 PROGRAMS = 16
 """Programs per multiprocessor, about as many as it holds."""
@@ -118,9 +118,8 @@ def _step_kernel(
     for turn in range(tl.cdiv(items - tl.program_id(0), tl.num_programs(0))):
         item = tl.program_id(0) + turn * tl.num_programs(0)
         head, row = item % HEADS, (item // HEADS).to(tl.int64)
-        slot, group = slot_of(slots, row), head // (HEADS // GROUPS)
-        own = ssm + slot * ssm_slot + head * ssm_head
-        h = tile_of(own, ssm_p, 0, P, N, BLOCK_P, BLOCK_N)
+        group = head // (HEADS // GROUPS)
+        slot, own, h = begun(ssm, slots, row, head, ssm_slot, ssm_head, ssm_p, P, N, BLOCK_P, BLOCK_N, False, False)
         step = tl.load(dt + row * dt_row + head * dt_head).to(tl.float32)
         gain = tl.load(lam + row * lam_row + head * lam_head).to(tl.float32) * step
         decay = tl.exp(tl.load(A + row * A_row + head * A_head).to(tl.float32) * step)
@@ -161,6 +160,24 @@ def parts(scratch, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
     vectors = scratch + tl.program_id(0) * (R * (3 * N + 3 * P) + P)
     rest = vectors + 3 * R * N
     return vectors, vectors + R * N, vectors + 2 * R * N, rest, rest + R * P, rest + 2 * R * P
+
+
+@triton.jit
+def begun(
+    ssm, slots, row, head, slot_stride, head_stride, p_stride,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The slot of a row, where the state of its head lies, and the first tile of that, on its way before or after the
+    last kernel has ended."""
+    if not EARLY:
+        wait_for_last(OVERLAP)
+    slot = slot_of(slots, row)
+    own = ssm + slot * slot_stride + head * head_stride
+    first = tile_of(own, p_stride, 0, P, N, BLOCK_P, BLOCK_N)
+    if EARLY:
+        wait_for_last(OVERLAP)
+    return slot, own, first
 
 
 @triton.jit
