@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from everstate.core.config import read_toml
 from everstate.core.state import clone, tensors
 from everstate.engine import Sampling
 from everstate.engine import runner as engine
-from everstate.engine.graphs import DecodeGraph, worth_capturing
+from everstate.engine.graphs import CannotCaptureError, DecodeGraph, worth_capturing
+from everstate.mixers import MIXERS
+from everstate.mixers.mlp import MLP
 from everstate.models import LM, ModelConfig
 
 LAYOUTS = ["mamba1", "mamba2", "mamba3", "2 * (mamba2 mlp)", "mamba2 attention mlp", "mamba2 moe attention moe"]
+TABLES = Path(__file__).parent.parent / "laws" / "variants"
+VARIANTS = [
+    {"type": path.stem, **table}
+    for path in sorted(TABLES.glob("*.toml"))
+    if path.stem != "bidirectional"  # cannot be stepped
+    for table in read_toml(path).values()
+]
 SAMPLINGS = {
     "greedy": [Sampling(temperature=0.0)] * 3,
     "mixed": [Sampling(temperature=0.0), Sampling(seed=3, top_k=20), Sampling(seed=4, top_p=0.9)],
@@ -49,7 +60,12 @@ def same(one: tuple[list[Any], Any], other: tuple[list[Any], Any], tolerance: fl
         assert {row: token for row, (token, _) in here.items()} == {row: token for row, (token, _) in there.items()}
         assert all((here[row][1] - there[row][1]).abs().max() <= tolerance for row in here)
     for mine, theirs in zip(tensors(one[1]), tensors(other[1]), strict=True):
-        assert (mine.float() - theirs.float()).abs().max() <= tolerance
+        assert ((mine.float() - theirs.float()).abs() <= tolerance).all()
+
+
+def needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 def frequent(steps: list[Any]) -> set[int]:
@@ -86,14 +102,62 @@ def test_a_cpu_captures_nothing() -> None:
     assert not worth_capturing(LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2")), 1000)
 
 
+def test_what_cannot_be_captured_is_asked_for_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> DecodeGraph:
+        raise CannotCaptureError
+
+    model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2"))
+    expected = decode(model, SAMPLINGS["mixed"], set())
+    monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: True)
+    monkeypatch.setattr(engine, "DecodeGraph", refuse)
+    same(decode(model, SAMPLINGS["mixed"], set()), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["rms", "rms1p", "layer"])
+@pytest.mark.parametrize("table", VARIANTS, ids=lambda table: table["type"])
+def test_every_mixer_can_be_captured(table: dict[str, Any], norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_gpu()
+    config = ModelConfig(d_model=16, vocab_size=50, layout="2 * (x)", mixers={"x": table}, norm=norm)
+    model = LM(config, device="cuda")
+    state = model.init_state(3, context=64)
+    DecodeGraph(model, torch.zeros(3, 50, device="cuda"), state, None)
+    captured = decode(model, SAMPLINGS["greedy"], set())
+    monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: False)
+    same(captured, decode(model, SAMPLINGS["greedy"], set()), 1e-4)
+
+
+class Asking(MLP):
+    """Wants a number on the host."""
+
+    def step_(self, x: Any, *others: Any) -> Any:
+        return super().step_(x, *others) * (2.0 if x.sum().item() > 0 else 1.0)
+
+
+@pytest.mark.gpu
+def test_a_mixer_that_asks_the_host_runs_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_gpu()
+    monkeypatch.setitem(MIXERS._targets, "asking", f"{__name__}:Asking")
+    model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2 asking"), device="cuda")
+    with pytest.raises(CannotCaptureError):
+        DecodeGraph(model, torch.zeros(3, 50, device="cuda"), model.init_state(3), None)
+    got = decode(model, SAMPLINGS["mixed"], set())
+    monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: False)
+    same(got, decode(model, SAMPLINGS["mixed"], set()))
+    # A capture that failed leaves the device to others.
+    monkeypatch.undo()
+    plain = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2"), device="cuda")
+    DecodeGraph(plain, torch.zeros(3, 50, device="cuda"), plain.init_state(3), None)
+    assert len(decode(plain, SAMPLINGS["mixed"], set())[0]) == 30
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("samplings", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_graph_writes_what_steps_write(
     layout: str, samplings: list[Sampling], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
+    needs_gpu()
     model = LM(ModelConfig(d_model=64, vocab_size=200, layout=layout), device="cuda")
     assert worth_capturing(model, 30)
     captured = decode(model, samplings, set())

@@ -13,7 +13,7 @@ from everstate.core.config import read_toml
 from everstate.core.packing import Packing
 from everstate.core.state import clone, concat, equal, gather, map_state, named_tensors, tensors
 from everstate.mixers import MIXERS, Mixer, build_mixer
-from everstate.mixers.base import Special
+from everstate.mixers.modules import Special
 from everstate.ops import AttentionState
 
 VARIANTS = {path.stem: read_toml(path) for path in sorted((Path(__file__).parent / "variants").glob("*.toml"))}

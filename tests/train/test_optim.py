@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from everstate.mixers.base import Special
+from everstate.mixers.modules import Special
 from everstate.models import LM, ModelConfig
 from everstate.train.optim import MasterAdamW, adamw, optimizer_tensors, parameter_groups, restore_optimizer_
 

@@ -14,24 +14,19 @@ from everstate.core.kernels import overlapping
 from everstate.core.state import clone
 from everstate.engine.sampler import Filters, choose, greedy
 from everstate.mixers import State
-from everstate.mixers.attention import Attention
-from everstate.mixers.mamba1 import Mamba1
-from everstate.mixers.mamba2 import Mamba2
-from everstate.mixers.mamba3 import Mamba3
-from everstate.mixers.mlp import MLP
-from everstate.mixers.moe import MoE
 from everstate.models import LM
 
-CAPTURED = (Attention, Mamba1, Mamba2, Mamba3, MLP, MoE)
-"""Mixers whose `step_` asks the host nothing; a test on a GPU compares each with itself uncaptured."""
 SHORTEST = 16
 """Tokens from which a capture, which takes about as long as some steps, is worth it."""
 
 
 def worth_capturing(model: LM, max_tokens: int) -> bool:
     """Whether decoding so many tokens of this model runs as a graph."""
-    known = all(type(block.mixer) in CAPTURED for block in model.layers)
-    return model.device.type == "cuda" and max_tokens >= SHORTEST and known
+    return model.device.type == "cuda" and max_tokens >= SHORTEST
+
+
+class CannotCaptureError(Exception):
+    """Something in the model asks for values on the host, or there is no memory for a graph."""
 
 
 class DecodeGraph:
@@ -40,7 +35,7 @@ class DecodeGraph:
     It is captured on the caller's own state, so that nothing is copied in or out; the state must not be replaced while
     the graph is in use. `filters` None takes the most likely token; see `choose` for `most`. Choosing and reading are
     graphs of their own: the host has the chosen tokens as soon as the one is done, and asks for the next step while the
-    other runs.
+    other runs. Raises `CannotCaptureError`, with the state as it was.
     """
 
     def __init__(
@@ -55,13 +50,12 @@ class DecodeGraph:
         self._is_chosen = torch.cuda.Event()
         self._choosing, self._reading = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # The weights are those of a model that decodes: no kernel has just written them.
-        with overlapping() as self._counters:
+        with overlapping() as self._kept:
             self._warm_up(state)
-            with torch.cuda.graph(self._reading):
-                self.logits = self._read(state)
-            with torch.cuda.graph(self._choosing):
-                self._choose()
-                self._fetched.copy_(self.chosen, non_blocking=True)
+            try:
+                self._capture(state)
+            except RuntimeError as refusal:
+                raise CannotCaptureError from refusal
         # A capture runs nothing, and its buffers are new memory: put there what the first choice is made from.
         self.logits.copy_(logits)
 
@@ -82,6 +76,14 @@ class DecodeGraph:
 
     def _read(self, state: State) -> Float[Tensor, "b v"]:
         return self.model.step_(self.chosen, state)
+
+    def _capture(self, state: State) -> None:
+        # What other threads ask of the device meanwhile is none of this capture's business.
+        with torch.cuda.graph(self._reading, capture_error_mode="thread_local"):
+            self.logits = self._read(state)
+        with torch.cuda.graph(self._choosing, capture_error_mode="thread_local"):
+            self._choose()
+            self._fetched.copy_(self.chosen, non_blocking=True)
 
     def _warm_up(self, state: State) -> None:
         """Compile kernels and create workspaces, which a capture may not, on a state that nobody needs."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
 from everstate.core.state import batch_size, gather, scatter_
-from everstate.engine.graphs import DecodeGraph, worth_capturing
+from everstate.engine.graphs import CannotCaptureError, DecodeGraph, worth_capturing
 from everstate.engine.sampler import Filters, Sampling, choose, greedy, most_kept, uniforms
 from everstate.mixers import State
 from everstate.models import LM
@@ -127,7 +127,12 @@ def _write_captured(
     draws: Iterator[Tensor], ends: frozenset[int],
 ) -> Iterator[Written]:  # fmt: skip
     """Step by step as a graph. It steps rows that have ended too, whose states are put back at the end."""
-    graph, ended = DecodeGraph(model, logits, state, filters, most), dict[int, State]()
+    try:
+        graph = DecodeGraph(model, logits, state, filters, most)
+    except CannotCaptureError:
+        yield from _write(model, logits, state, filters, most, draws, ends)
+        return
+    ended = dict[int, State]()
     slot = [torch.tensor([row], device=model.device) for row in range(len(logits))]
     try:
         for u in draws:

@@ -18,17 +18,8 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots, gather
-from everstate.mixers.base import (
-    Linear,
-    Mixer,
-    Multiplier,
-    RMSNorm,
-    divide,
-    init_linear_,
-    refuse_delta_t,
-    scaled,
-    uniform_,
-)
+from everstate.mixers.base import Mixer, divide, refuse_delta_t
+from everstate.mixers.modules import Linear, Multiplier, RMSNorm, init_linear_, scaled, uniform_
 from everstate.ops import AttentionState, attention, attention_step_, causal_conv1d, causal_conv1d_step_, rotary
 
 
@@ -180,8 +171,9 @@ class Attention(Mixer):
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b d"]:
         refuse_delta_t(self, delta_t)
-        x, config = scaled(x, self.config.in_multiplier), self.config
-        q, k, v = self._project(x)
+        config, before = self.config, self.config.in_multiplier
+        q, v = (linear.step(x, before=before) for linear in (self.q_proj, self.v_proj))
+        k = self.k_proj.step(x, before=before, behind=config.key_multiplier)
         if isinstance(state, ConvAttentionState):
             assert self.conv_weight is not None
             qkv = causal_conv1d_step_(torch.cat([q, k, v], -1), self.conv_weight, self.conv_bias, state.conv, slots)
@@ -189,7 +181,10 @@ class Attention(Mixer):
         positions = gather(state.pos, slots).unsqueeze(1)
         q, k, v = (t[:, 0] for t in self._heads(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), positions))
         y = attention_step_(q, k, v, state, slots, window=config.window, scale=config.scale, softcap=config.softcap)
-        return self._finish(y, x)
+        y = y.flatten(-2)
+        if self.gate_proj is not None:
+            y = y * sigmoid(self.gate_proj.step(x, before=before))
+        return self.out_proj.step(y, behind=config.out_multiplier)
 
     def flops_per_token(self, context: int) -> int:
         linears = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.out_proj)

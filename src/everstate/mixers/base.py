@@ -6,14 +6,13 @@ empty, so a model is one loop without branches.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from everstate.core.config import Config
@@ -22,7 +21,7 @@ from everstate.core.errors import ConfigError, RequestError
 from everstate.core.packing import Packing
 from everstate.core.registry import Registry
 from everstate.core.state import Slots, gather, scatter_
-from everstate.ops import add_rms_norm, linear, rms_norm
+from everstate.mixers.modules import Special
 
 State = Any
 """A NamedTuple of tensors, or a tuple of such states; batch is dimension 0. See `everstate.core.state`."""
@@ -46,17 +45,6 @@ class TimeSteps(Config):
         if self.dt_min > self.dt_max:
             raise ValueError(f"dt_min = {self.dt_min} is above dt_max = {self.dt_max}; give dt_min <= dt_max")
         return self
-
-
-class Special(nn.Module):
-    """A module that marks which of its own parameters want special treatment, by name and only here.
-
-    no_decay: never decayed by an optimizer (`train/optim.py` reads it).
-    in_float32: kept in float32 whatever the dtype of the model (`cast_` reads it).
-    """
-
-    no_decay: ClassVar[frozenset[str]] = frozenset()
-    in_float32: ClassVar[frozenset[str]] = frozenset()
 
 
 class Mixer(Special, ABC):
@@ -101,7 +89,11 @@ class Mixer(Special, ABC):
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b d"]:
-        """Read one token for the rows `slots` of a pool of states (None: all rows) and update them in place."""
+        """Read one token for the rows `slots` of a pool of states (None: all rows) and update them in place.
+
+        What it does follows from the shapes of its arguments and not from earlier calls: on a GPU the engine writes it
+        down once, as a device graph. One that asks for values on the host cannot be captured and runs as it is.
+        """
 
     @abstractmethod
     def init_(self, generator: torch.Generator) -> None:
@@ -165,124 +157,6 @@ def forward_by_segments(
         y, state = mixer(x[:, now], state, None, None if delta_t is None else delta_t[:, now])
         ys.append(y)
     return torch.cat(ys, 1), state
-
-
-Multiplier = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-"""A constant by which something is multiplied, 1 being without."""
-
-
-def scaled(x: Float[Tensor, "*b"], multiplier: float) -> Float[Tensor, "*b"]:
-    """`multiplier * x`, and x itself where the multiplier is 1."""
-    return x if multiplier == 1.0 else x * multiplier
-
-
-class Linear(Special):
-    """A linear map. `scale` is None, or belongs to weights of 8 bits: one factor for each output."""
-
-    scale: Float[Tensor, " n"] | None
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.register_buffer("scale", None)
-        self._dtype: torch.dtype | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what it reads and gives: that of the weights, or the one they had before they were 8 bits wide."""
-        return self._dtype or self.weight.dtype
-
-    def matrix(self) -> Float[Tensor, "n k"]:
-        """The weights as the numbers that they stand for."""
-        return self.weight if self.scale is None else (self.weight * self.scale[:, None]).to(self.dtype)
-
-    @torch.no_grad()
-    def quantize_(self) -> None:
-        """Round the weights to 8 bits: whole numbers from -127 to 127, times the `scale` of their output."""
-        if self.scale is not None:
-            return
-        self._dtype, wide = self.weight.dtype, self.weight.to(state_dtype(self.weight.dtype))
-        largest = wide.abs().amax(1)
-        scale = torch.where(largest > 0, largest, 127.0) / 127
-        self.weight = nn.Parameter((wide / scale[:, None]).round().to(torch.int8), requires_grad=False)
-        self.scale = scale
-
-    def forward(self, x: Float[Tensor, "*b k"], norm: RMSNorm | None = None) -> Float[Tensor, "*b n"]:
-        """See `everstate.ops.linear`; with `norm`, of the norm of x."""
-        if norm is None:
-            return linear(x, self.weight, self.bias, scale=self.scale)
-        return linear(x, self.weight, self.bias, scale=self.scale, norm=norm.factor(), eps=norm.eps)
-
-
-class RMSNorm(Special):
-    """The learned scale of `ops.rms_norm`; with `one_plus` the weight is how far the scale is from 1 (as in Gemma)."""
-
-    no_decay = frozenset({"weight"})
-
-    def __init__(self, width: int, eps: float, *, one_plus: bool = False) -> None:
-        super().__init__()
-        self.eps = eps
-        self.one_plus = one_plus
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def init_(self) -> None:
-        """A scale of one."""
-        nn.init.constant_(self.weight, 0.0 if self.one_plus else 1.0)
-
-    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """See `everstate.ops.rms_norm`."""
-        return rms_norm(x, self.factor(), eps=self.eps)
-
-    def add(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:
-        """`x + y`, and its norm in the dtype of y."""
-        return add_rms_norm(x, y, self.factor(), eps=self.eps)
-
-    def factor(self) -> Float[Tensor, " d"]:
-        """What the normalised numbers are multiplied by."""
-        # Added in float32: next to 1, half precision would lose most of a small weight.
-        return 1 + self.weight.to(state_dtype(self.weight.dtype)) if self.one_plus else self.weight
-
-
-class LayerNorm(Special):
-    """Zero mean and unit variance, then a learned scale and shift; computed in float32 (Ba et al. 2016, 1607.06450)."""
-
-    no_decay = frozenset({"weight", "bias"})
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width))
-
-    def init_(self) -> None:
-        """A scale of one, no shift."""
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """`(x - mean) / sqrt(variance + eps) * weight + bias`."""
-        dtype = state_dtype(x.dtype)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return nn.functional.layer_norm(x.to(dtype), weight.shape, weight, bias, self.eps).to(x.dtype)
-
-    def add(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:
-        """`x + y`, and its norm in the dtype of y."""
-        x = x + y
-        return x, self(x).to(y.dtype)
-
-
-NormKind = Literal["rms", "rms1p", "layer"]
-"""Root mean square; the same with a weight that is added to 1; or mean and variance, with a bias."""
-
-Norm: TypeAlias = RMSNorm | LayerNorm
-
-
-def build_norm(kind: NormKind, width: int, eps: float) -> Norm:
-    """A norm over the last dimension."""
-    return LayerNorm(width, eps) if kind == "layer" else RMSNorm(width, eps, one_plus=kind == "rms1p")
 
 
 def build_mixer(
@@ -350,27 +224,3 @@ def divide(name: str, whole: int, by: str, part: int) -> int:
     if part <= 0 or whole % part:
         raise ConfigError(f"{by} = {part} does not divide {name} = {whole}; choose a {by} that does")
     return whole // part
-
-
-def init_linear_(linear: Linear, generator: torch.Generator) -> None:
-    """Uniform in +-1 / sqrt(fan_in), bias zero."""
-    uniform_(linear.weight, linear.in_features**-0.5, generator)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
-
-
-def uniform_(tensor: Tensor, bound: float, generator: torch.Generator) -> None:
-    """Fill with uniform values in +-bound; drawn on the CPU, so that a seed gives one model on every device."""
-    with torch.no_grad():
-        tensor.copy_((torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1) * bound)
-
-
-def log_uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Float[Tensor, ...]:
-    """Values whose logarithm is uniform in [log low, log high), float64."""
-    u = torch.rand(shape, generator=generator, dtype=torch.float64)
-    return torch.exp(u * (math.log(high) - math.log(low)) + math.log(low))
-
-
-def inverse_softplus(y: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """The x with softplus(x) = y."""
-    return y + torch.log(-torch.expm1(-y))

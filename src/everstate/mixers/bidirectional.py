@@ -13,7 +13,8 @@ from everstate.core.config import Config
 from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Empty, Linear, Mixer, init_linear_, parse_mixer
+from everstate.mixers.base import Empty, Mixer, parse_mixer
+from everstate.mixers.modules import Linear, init_linear_
 
 
 class BidirectionalConfig(Config):

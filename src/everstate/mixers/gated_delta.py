@@ -16,20 +16,8 @@ from torch.nn.functional import sigmoid, silu, softplus
 from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import (
-    Linear,
-    Mixer,
-    RMSNorm,
-    TimeSteps,
-    divide,
-    forward_by_segments,
-    init_linear_,
-    inverse_softplus,
-    is_long,
-    log_uniform,
-    refuse_delta_t,
-    uniform_,
-)
+from everstate.mixers.base import Mixer, TimeSteps, divide, forward_by_segments, is_long, refuse_delta_t
+from everstate.mixers.modules import Linear, RMSNorm, init_linear_, inverse_softplus, log_uniform, uniform_
 from everstate.ops import causal_conv1d, causal_conv1d_step_, gated_delta_scan, gated_delta_step_
 
 UNIT_EPS = 1e-6

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Linear, Mixer, divide, init_linear_, uniform_
+from everstate.mixers.base import Mixer, divide
+from everstate.mixers.modules import Linear, init_linear_, uniform_
 from everstate.mixers.s4d import DiagonalConfig, DiagonalSystem
 from everstate.ops import causal_conv1d, causal_conv1d_step_
 

@@ -17,7 +17,8 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Linear, Mixer, Special, TimeSteps, init_linear_, log_uniform
+from everstate.mixers.base import Mixer, TimeSteps
+from everstate.mixers.modules import Linear, Special, init_linear_, log_uniform
 from everstate.ops.lti_conv import Mode
 
 Activation = Literal["gelu", "silu", "identity"]

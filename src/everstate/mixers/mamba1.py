@@ -17,18 +17,8 @@ from torch.nn.functional import softplus
 from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import (
-    Linear,
-    Mixer,
-    RMSNorm,
-    TimeSteps,
-    forward_by_segments,
-    init_linear_,
-    inverse_softplus,
-    is_long,
-    log_uniform,
-    uniform_,
-)
+from everstate.mixers.base import Mixer, TimeSteps, forward_by_segments, is_long
+from everstate.mixers.modules import Linear, RMSNorm, init_linear_, inverse_softplus, log_uniform, uniform_
 from everstate.ops import causal_conv1d, linear_conv_step_, mamba1_step_, rms_norm, selective_scan
 
 

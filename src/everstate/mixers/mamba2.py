@@ -15,17 +15,13 @@ from torch import Tensor, nn
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import (
+from everstate.mixers.base import Mixer, TimeSteps, divide, forward_by_segments, is_long
+from everstate.mixers.modules import (
     Linear,
-    Mixer,
     Multiplier,
     RMSNorm,
-    TimeSteps,
-    divide,
-    forward_by_segments,
     init_linear_,
     inverse_softplus,
-    is_long,
     log_uniform,
     scaled,
     uniform_,
@@ -33,7 +29,6 @@ from everstate.mixers.base import (
 from everstate.ops import (
     Mamba2Layer,
     Mamba2State,
-    causal_conv1d_step_,
     gated,
     gated_rms_norm,
     linear_conv_step_,
@@ -41,7 +36,7 @@ from everstate.ops import (
     mamba2_step_,
     rms_norm,
 )
-from everstate.ops.mamba2.ends import inputs, leave, parts
+from everstate.ops.mamba2.ends import inputs, leave
 
 
 class Mamba2Config(TimeSteps):
@@ -155,6 +150,7 @@ class Mamba2(Mixer):
         z, xBC, dt = self._project_step_(x, state.conv, slots)
         layer = self._layer()
         u, B, C = inputs(xBC, layer, state)
+        multiplier = config.out_multiplier
         # The gate may come behind the norm, and then it belongs to that.
         gate = None if config.norm_before_gate else z.unflatten(-1, (self.nheads, config.headdim))
         y = mamba2_step_(
@@ -162,12 +158,12 @@ class Mamba2(Mixer):
             dt_bias=self.dt_bias, D=self.D, z=gate, dt_limit=config.dt_limit, delta_t=delta_t,
         )  # fmt: skip
         if gate is None:
-            return scaled(self.out_proj(leave(y, z, layer, gated, gated_rms_norm)), config.out_multiplier)
+            return self.out_proj.step(leave(y, z, layer, gated, gated_rms_norm), behind=multiplier)
         y = y.flatten(-2)
         if self.norm is None or config.ngroups == 1:
-            return scaled(self.out_proj(y, self.norm), config.out_multiplier)
+            return self.out_proj.step(y, self.norm, behind=multiplier)
         y = rms_norm(y, self.norm.weight, eps=self.norm.eps, groups=config.ngroups)
-        return scaled(self.out_proj(y), config.out_multiplier)
+        return self.out_proj.step(y, behind=multiplier)
 
     def flops_per_token(self, context: int) -> int:
         projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv_weight.numel())
@@ -178,21 +174,22 @@ class Mamba2(Mixer):
         projected, multipliers = self.in_proj(scaled(x, self.config.in_multiplier)), self.config.multipliers
         if multipliers is None:
             return projected
-        width = self.config.ngroups * self.config.d_state
-        each = projected.split([self.d_inner, self.d_inner, width, width, self.nheads], -1)
+        each = projected.split(self._widths(), -1)
         return torch.cat([scaled(part, m) for part, m in zip(each, multipliers, strict=True)], -1)
 
     def _project_step_(self, x: Float[Tensor, "b d"], conv: Tensor, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
         """The gate z, the outputs of the convolution, and dt, for one token."""
-        if self.config.multipliers is not None:
-            z, xBC, dt = parts(self._project(x), self._layer())
-            xBC = causal_conv1d_step_(xBC, self.conv_weight, self.conv_bias, conv, slots, activation="silu")
-            return z, xBC, dt
+        behind = zip(self._widths(), self.config.multipliers or (1.0,) * 5, strict=True)
+        scale, bias = self.in_proj.folded(self.config.in_multiplier, tuple(behind))
         return linear_conv_step_(
-            scaled(x, self.config.in_multiplier), self.in_proj.weight, self.in_proj.bias,
-            self.conv_weight, self.conv_bias, conv, slots,
-            start=self.d_inner, activation="silu", scale=self.in_proj.scale,
+            x, self.in_proj.weight, bias, self.conv_weight, self.conv_bias, conv, slots,
+            start=self.d_inner, activation="silu", scale=scale,
         )  # fmt: skip
+
+    def _widths(self) -> tuple[int, int, int, int, int]:
+        """Of z, x, B, C and dt."""
+        width = self.config.ngroups * self.config.d_state
+        return self.d_inner, self.d_inner, width, width, self.nheads
 
     def _layer(self) -> Mamba2Layer:
         """What the ops need to know of this layer."""

@@ -18,18 +18,8 @@ from torch import Tensor, nn
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import (
-    Linear,
-    Mixer,
-    RMSNorm,
-    TimeSteps,
-    divide,
-    forward_by_segments,
-    init_linear_,
-    inverse_softplus,
-    is_long,
-    log_uniform,
-)
+from everstate.mixers.base import Mixer, TimeSteps, divide, forward_by_segments, is_long
+from everstate.mixers.modules import Linear, RMSNorm, init_linear_, inverse_softplus, log_uniform
 from everstate.ops import Mamba3Layer, TrapezoidState, mamba3_scan, mamba3_step_
 
 

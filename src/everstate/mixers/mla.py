@@ -14,7 +14,8 @@ from torch import Tensor
 from everstate.core.config import Config
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Linear, Mixer, RMSNorm, init_linear_, refuse_delta_t
+from everstate.mixers.base import Mixer, refuse_delta_t
+from everstate.mixers.modules import Linear, RMSNorm, init_linear_
 from everstate.ops import AttentionState, attention, attention_step_
 
 

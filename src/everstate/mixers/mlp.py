@@ -13,7 +13,9 @@ from torch import Tensor
 
 from everstate.core.config import Config
 from everstate.core.errors import ConfigError
-from everstate.mixers.base import ChannelMixer, Linear, Multiplier, init_linear_, scaled
+from everstate.core.state import Slots
+from everstate.mixers.base import ChannelMixer, Empty
+from everstate.mixers.modules import Linear, Multiplier, init_linear_, scaled
 from everstate.ops import glu
 from everstate.ops.activations import ACTIVATIONS, Activation
 
@@ -59,8 +61,17 @@ class MLP(ChannelMixer):
         if config.gate_multiplier != 1.0:
             gate, up = h.chunk(2, -1)
             h = torch.cat([gate * config.gate_multiplier, up], -1)
-        h = glu(h, config.activation) if config.gated else ACTIVATIONS[config.activation](h)
-        return scaled(self.out_proj(h), config.out_multiplier)
+        return scaled(self.out_proj(self._activate(h)), config.out_multiplier)
+
+    def step_(
+        self, x: Float[Tensor, "b d"], state: Empty, slots: Slots = None, delta_t: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        width, multiplier = self.out_proj.in_features, self.config.gate_multiplier
+        h = self.in_proj.step(x, behind=((width, multiplier), (width, 1.0)) if self.config.gated else 1.0)
+        return self.out_proj.step(self._activate(h), behind=self.config.out_multiplier)
+
+    def _activate(self, h: Float[Tensor, "*b f2"]) -> Float[Tensor, "*b f"]:
+        return glu(h, self.config.activation) if self.config.gated else ACTIVATIONS[self.config.activation](h)
 
     def flops_per_token(self, context: int) -> int:
         return 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())

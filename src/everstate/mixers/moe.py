@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import linear, sigmoid
+from torch.nn.functional import sigmoid
 
 from everstate.core.config import Config
 from everstate.core.errors import ConfigError
-from everstate.mixers.base import ChannelMixer, Linear, Special, divide, init_linear_, uniform_
+from everstate.mixers.base import ChannelMixer, divide
 from everstate.mixers.mlp import MLP, MLPConfig, default_d_hidden
-from everstate.ops import experts, route
+from everstate.mixers.modules import Linear, Special, init_linear_, uniform_
+from everstate.ops import experts, topk_router
 from everstate.ops.activations import Activation
 from everstate.ops.experts import Score
 
@@ -66,7 +67,7 @@ class Stacked(nn.Module):
 
 
 class Router(Special):
-    """A logit for each expert, in float32 throughout: a rounded logit sends a token to another expert."""
+    """What makes a logit for each expert, in float32: a rounded logit sends a token to another expert."""
 
     in_float32 = frozenset({"weight"})
 
@@ -77,10 +78,6 @@ class Router(Special):
     def init_(self, generator: torch.Generator) -> None:
         """Uniform in +-1 / sqrt(fan_in)."""
         uniform_(self.weight, self.weight.shape[1] ** -0.5, generator)
-
-    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b e"]:
-        """The logits."""
-        return linear(x.to(self.weight.dtype), self.weight)
 
 
 class MoE(ChannelMixer):
@@ -129,8 +126,8 @@ class MoE(ChannelMixer):
 
     def read(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         config = self.config
-        weights, indices = route(
-            self.router(x), top_k=config.top_k, score=config.score, bias=self.router_bias,
+        weights, indices = topk_router(
+            x, self.router.weight, top_k=config.top_k, score=config.score, bias=self.router_bias,
             normalise=config.normalise, eps=config.normalise_eps, scale=config.routed_scale,
             ngroups=config.ngroups, topk_groups=config.topk_groups,
         )  # fmt: skip

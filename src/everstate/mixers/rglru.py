@@ -18,18 +18,8 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing, first_tokens
 from everstate.core.state import Slots, gather, scatter_
-from everstate.mixers.base import (
-    Linear,
-    Mixer,
-    Special,
-    divide,
-    forward_by_segments,
-    init_linear_,
-    inverse_softplus,
-    is_long,
-    refuse_delta_t,
-    uniform_,
-)
+from everstate.mixers.base import Mixer, divide, forward_by_segments, is_long, refuse_delta_t
+from everstate.mixers.modules import Linear, Special, init_linear_, inverse_softplus, uniform_
 from everstate.ops import causal_conv1d, causal_conv1d_step_, linear_scan, linear_step_
 
 DECAY = 8.0

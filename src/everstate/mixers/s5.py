@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Linear, Mixer, TimeSteps, divide, init_linear_, log_uniform
+from everstate.mixers.base import Mixer, TimeSteps, divide
 from everstate.mixers.hippo import hippo_eigen
 from everstate.mixers.lti import OutputConfig, as_complex, conjugate_pairs, normal_, project
+from everstate.mixers.modules import Linear, init_linear_, log_uniform
 from everstate.ops import linear_scan, linear_step_
 from everstate.ops.lti_diagonal.discretize import discretize
 

@@ -16,7 +16,8 @@ from everstate.core.config import Config
 from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Linear, Mixer, forward_by_segments, init_linear_, is_long, refuse_delta_t, uniform_
+from everstate.mixers.base import Mixer, forward_by_segments, is_long, refuse_delta_t
+from everstate.mixers.modules import Linear, init_linear_, uniform_
 from everstate.ops import causal_conv1d, causal_conv1d_step_
 
 

@@ -11,7 +11,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from everstate.core.config import Config, read_toml
 from everstate.core.errors import ConfigError, did_you_mean
 from everstate.mixers import MIXERS
-from everstate.mixers.base import Multiplier, NormKind, parse_mixer
+from everstate.mixers.base import parse_mixer
+from everstate.mixers.modules import Multiplier, NormKind
 from everstate.models.layout import parse_layout
 
 

@@ -13,7 +13,8 @@ from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots, map_state, named_tensors
 from everstate.mixers import Mixer, State, build_mixer
-from everstate.mixers.base import Linear, Norm, allocate_, build_norm, cast_, scaled
+from everstate.mixers.base import allocate_, cast_
+from everstate.mixers.modules import Linear, Norm, build_norm, scaled
 from everstate.models.config import ModelConfig
 from everstate.ops import linear
 
@@ -42,14 +43,14 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b d"]]:
         """The residual stream with what the block before gave it, and what the mixer reads of it."""
         if y is None or self.norm_after:
-            x = x if y is None else x + y
+            x = x if y is None else torch.add(x, y, alpha=self.multiplier)
             return x, self.input(x, dtype)
-        x, h = self.norm.add(x, y)
+        x, h = self.norm.add(x, y, self.multiplier)
         return x, h.to(dtype)
 
     def give(self, y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """What the residual stream is to be given of what the mixer gave."""
-        return scaled(self.norm(y) if self.norm_after else y, self.multiplier)
+        """What the residual stream is to be given, before the multiplier, of what the mixer gave."""
+        return self.norm(y) if self.norm_after else y
 
 
 class LM(nn.Module):
@@ -226,10 +227,11 @@ class LM(nn.Module):
 
     def _finish(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
         """What the head reads after the last block gave `y`; the multiplier of the logits is in it, for every loss."""
+        multiplier = self.config.residual_multiplier
         if y is not None and isinstance(self.norm, Norm):
-            h = self.norm.add(x, y)[1]
+            h = self.norm.add(x, y, multiplier)[1]
         else:  # another module in place of the norm, as in examples/parity.py, has one argument
-            h = self.norm(x if y is None else x + y)
+            h = self.norm(x if y is None else torch.add(x, y, alpha=multiplier))
         return scaled(h, self.config.logit_multiplier).to(self.dtype)
 
     def _check(self, tokens: Tensor, state: State, packing: Packing | None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as fused_adamw
 
-from everstate.mixers.base import Special
+from everstate.mixers.modules import Special
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -17,7 +17,7 @@ HALF = (torch.bfloat16, torch.float16)
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Groups for an optimizer: each parameter once, decayed or not.
 
-    Not decayed: what its module marks `no_decay` (`mixers/base.py`), and everything with fewer than two dimensions:
+    Not decayed: what its module marks `no_decay` (`mixers/modules.py`), and everything with fewer than two dimensions:
     biases, scales of norms, rates. Decayed: all matrices, the embedding too, because with tied weights it is the output
     head; GPT-2 and the Mamba releases do the same. A parameter that two modules share is spared if one of them asks.
     """
