@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from everstate.bench import decode
+from everstate.bench import models
 from everstate.cli import build
+from everstate.models import LM
 
 RUNNER = CliRunner()
 
 
 def test_a_quick_run_measures_every_batch_and_an_old_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "VOCABULARY", 64)
+    monkeypatch.setattr(models, "VOCABULARY", 64)
     output = tmp_path / "decode.json"
     arguments = ["bench", "decode", "--quick", "--model", "mamba2-130m", "-b", "1", "-b", "2", "--output", str(output)]
     ran = RUNNER.invoke(build(), arguments)
@@ -29,6 +30,23 @@ def test_a_quick_run_measures_every_batch_and_an_old_stream(tmp_path: Path, monk
     ]
     assert all(row["passed"] and row["seconds"] > 0 for row in result["rows"])
     assert result["rows"][2]["state_bytes"] == result["rows"][3]["state_bytes"]
+
+
+@pytest.mark.parametrize("name", models.HYBRIDS)
+def test_hybrids_have_as_many_parameters_as_what_was_published(name: str) -> None:
+    billions = {"granite4-h-tiny": 6.9, "falcon-h1-1.5b": 1.55, "nemotron-h-8b": 8.1}[name]
+    model = LM(models.config_of(name), device="meta")
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+@pytest.mark.parametrize("name", models.HYBRIDS)
+def test_a_quick_run_of_a_hybrid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "VOCABULARY", 64)
+    ran = RUNNER.invoke(build(), ["bench", "decode", "--quick", "--model", name, "-b", "2"])
+    assert ran.exit_code == 0, ran.output
+    result = json.loads(ran.stdout.splitlines()[-1])
+    assert [row["name"] for row in result["rows"]] == ["2 sequences", "after 128 tokens", "after 512 tokens"]
+    assert all(row["passed"] for row in result["rows"])
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
-from everstate.bench import prefill, train
+from everstate.bench import models, prefill, train
 from everstate.bench.build import build
 from everstate.bench.kernels import norm_error
 from everstate.bench.peer import PEER_NAME, Peer, available, name_with_kernels
@@ -84,10 +84,10 @@ def test_a_step_lowers_the_mean_loss_of_all_tokens() -> None:
 
 def test_a_quick_run_reads_a_prompt_beside_its_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "REPEATS", 1)
-    monkeypatch.setattr(prefill, "VOCABULARY", 64)
-    result = bench("prefill", "--quick", "-m", "mamba2-130m", "-m", "mamba3-1.3b")
+    monkeypatch.setattr(models, "VOCABULARY", 64)
+    result = bench("prefill", "--quick", "-m", "mamba2-130m", "-m", "mamba3-1.3b", "-m", "granite4-h-tiny")
     names = [row["name"] for row in result["rows"] if not row["name"].startswith(" ")]
-    assert names == ["mamba2-130m 300", "mamba3-1.3b 300"]
+    assert names == ["mamba2-130m 300", "mamba3-1.3b 300", "granite4-h-tiny 300"]
     assert all(row["passed"] and row["seconds"] > 0 for row in result["rows"])
     peers = [row["name"] for row in result["rows"] if row["name"].startswith(" ")]
     assert peers == ([f"  {name_with_kernels()}"] if available("mamba2") else [])
@@ -100,10 +100,11 @@ def test_peers_that_fail_or_differ_are_left_out_of_prefill(monkeypatch: pytest.M
     noise = lambda tokens: torch.randn(*tokens.shape, 64, generator=torch.Generator().manual_seed(0))
     makers = {"unbuilt": fails, "failing": lambda: (fails, fails), "other": lambda: (noise, noise)}
     monkeypatch.setattr(prefill, "REPEATS", 1)
-    monkeypatch.setattr(prefill, "VOCABULARY", 64)
+    monkeypatch.setattr(models, "VOCABULARY", 64)
     monkeypatch.setattr(prefill, "peers_of", lambda *arguments: makers.items())
     left_out: list[str] = []
-    (row,) = prefill.prefills("mamba2-130m", True, "cpu", left_out)
+    config = models.config_of("mamba2-130m", quick=True)
+    (row,) = prefill.prefills("mamba2-130m", config, True, "cpu", left_out)
     assert row.timing is not None
     assert left_out[:2] == ["unbuilt: out of memory", "failing: out of memory"]
     assert left_out[2].startswith("other: its outputs differ from ours by 1e+00")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from everstate.mixers.base import allocate_
+from everstate.mixers.moe import MoE
 from everstate.models import LM, ModelConfig
 
 
@@ -36,6 +37,20 @@ def preferred(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def weight_bytes(lm: LM, batch: int) -> float:
+    """Bytes of what a step of so many tokens reads of the model.
+
+    Not the embedding, unless it is the head too, and of the experts those that some token can be expected to choose.
+    """
+    read = float(sum(_bytes(t) for t in (*lm.parameters(), *lm.buffers())))
+    if lm.head is not None:
+        read -= _bytes(lm.embedding.weight)
+    for layer in lm.modules():
+        if isinstance(layer, MoE):
+            unread = (1 - layer.config.top_k / layer.config.nexperts) ** batch
+            read -= unread * (_bytes(layer.in_proj.weight) + _bytes(layer.out_proj.weight))
+    return read
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -17,16 +17,15 @@ from rich.console import Console
 from torch import Tensor
 
 from everstate.bench.build import build, preferred, weight_bytes
-from everstate.bench.decode import KINDS, TINY, VOCABULARY, WIDTHS
 from everstate.bench.kernels import differing, first_line, norm_error
+from everstate.bench.models import config_of
 from everstate.bench.peer import PEER_NAME, Peer, available, name_with_kernels
 from everstate.bench.peer_ssm import SSMPeer, name_of, unavailable
 from everstate.bench.report import Row, machine, publishing
 from everstate.bench.timing import Gate, Timing, interleave, with_threads
 from everstate.core.env import cpu_threads
-from everstate.core.errors import ConfigError
 from everstate.core.op import REFERENCE
-from everstate.core.state import nbytes
+from everstate.core.state import named_tensors, nbytes
 from everstate.engine.runner import prefill_
 from everstate.models import LM, ModelConfig
 from everstate.ops import use
@@ -42,14 +41,10 @@ SPLIT = 1000
 def run(*, models: tuple[str, ...], quick: bool, device: str, output: Path | None, now: datetime) -> dict[str, Any]:
     """Measure, print a table and a line of JSON, write that to `output`, and return it.
 
-    A model is a kind and a size, such as `mamba2-1.3b`. `quick` takes tiny models, which proves only that everything
-    works. Raises `ConfigError` for a model that has no published shape.
+    A model is a kind and a size, such as `mamba2-1.3b`, or a hybrid: see `config_of`. `quick` takes tiny models, which
+    proves only that everything works. Raises `ConfigError` for a model that has no published shape.
     """
-    for model in models:
-        kind, _, size = model.partition("-")
-        if kind not in KINDS or size not in WIDTHS:
-            known = f"{', '.join(KINDS)}, a dash, and {', '.join(WIDTHS)}"
-            raise ConfigError(f"bench prefill: {model!r} is not one of {known}")
+    configs = {model: config_of(model, quick=quick) for model in models}
     rows: list[Row] = []
     left_out: list[str] = []
     facts = {"quick": quick, "machine": machine(torch.device(device)), "left_out": left_out}
@@ -58,25 +53,28 @@ def run(*, models: tuple[str, ...], quick: bool, device: str, output: Path | Non
         with_threads(cpu_threads()),
         Console(stderr=True).status("starting") as status,
     ):
-        for model in models:
+        for model, config in configs.items():
             status.update(model)
-            rows += prefills(model, quick, device, left_out)
+            rows += prefills(model, config, quick, device, left_out)
     return result
 
 
-def prefills(name: str, quick: bool, device: str, left_out: list[str]) -> Iterator[Row]:
+def prefills(name: str, config: ModelConfig, quick: bool, device: str, left_out: list[str]) -> Iterator[Row]:
     """Ours and every peer of one model, in turn."""
-    kind, _, size = name.partition("-")
-    width, layers = TINY if quick else WIDTHS[size]
     length = QUICK_LENGTH if quick else LENGTH
-    model = build(
-        ModelConfig(d_model=width, vocab_size=VOCABULARY, layout=f"{layers} * ({kind})"), device, preferred(device)
-    )
-    tokens = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
-    prompt, state = tokens.tolist(), model.init_state(1)
-    calls: dict[str, Callable[[], object]] = {name: lambda: prefill_(model, prompt, state)}
+    model = build(config, device, preferred(device))
+    tokens = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    prompt, state = tokens.tolist(), model.init_state(1, context=length)
+
+    def read() -> Tensor:
+        for part, tensor in named_tensors(state):
+            if part.endswith("pos"):  # attention has read nothing yet
+                tensor.zero_()
+        return prefill_(model, prompt, state)
+
+    calls: dict[str, Callable[[], object]] = {name: read}
     gates = {name: exact_gate(model, tokens)}
-    for peer, make in peers_of(model, kind, left_out):
+    for peer, make in peers_of(model, name.partition("-")[0], left_out):
         try:
             hidden, logits = make()
             gate = Gate(norm_error(hidden(tokens), hidden_of(model, tokens)), ALLOWED[model.dtype])
@@ -105,7 +103,7 @@ def exact_gate(model: LM, tokens: Int[Tensor, "1 l"]) -> Gate:
     exact.load_state_dict(model.state_dict())
     with use("torch", REFERENCE):
         error = norm_error(hidden, hidden_of(exact, tokens))
-    parts, state = [], model.init_state(1)
+    parts, state = [], model.init_state(1, context=tokens.shape[1])
     for segment in tokens.split(min(SPLIT, tokens.shape[1] // 2 + 1), 1):
         part, state = model.hidden(segment, state)
         parts.append(part)
@@ -115,7 +113,7 @@ def exact_gate(model: LM, tokens: Int[Tensor, "1 l"]) -> Gate:
 @torch.no_grad()
 def hidden_of(model: LM, tokens: Int[Tensor, "b l"]) -> Tensor:
     """What the head reads."""
-    return model.hidden(tokens, model.init_state(len(tokens)))[0]
+    return model.hidden(tokens, model.init_state(len(tokens), context=tokens.shape[1]))[0]
 
 
 Function = Callable[[Tensor], Tensor]
@@ -154,5 +152,6 @@ def _of_limit(model: LM, timing: Timing | None) -> dict[str, float]:
     """Part of the rate of a large product that the matrices of the model alone ask for."""
     if timing is None or model.device.type == "cpu":
         return {}
-    flops = 2 * (weight_bytes(model) / model.embedding.weight.element_size() - model.embedding.weight.numel()) * LENGTH
+    numbers = weight_bytes(model, 1) / model.embedding.weight.element_size()
+    flops = 2 * (numbers - model.embedding.weight.numel()) * LENGTH  # of all tokens but one the head reads nothing
     return {"of_peak": flops / timing.median / 790e12}

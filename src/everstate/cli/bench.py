@@ -39,7 +39,7 @@ def ops(
 
 @app.command()
 def decode(
-    model: Annotated[str, typer.Option("--model", "-m", help="Kind and size of published shapes.")] = "mamba2-1.3b",
+    model: Annotated[str, typer.Option("--model", "-m", help="mamba2-1.3b ..., granite4-h-tiny ...")] = "mamba2-1.3b",
     batch: Annotated[list[int] | None, typer.Option("--batch", "-b", min=1, help="Sequences at once; repeat.")] = None,
     quick: Annotated[bool, typer.Option(help="A tiny model: seconds instead of minutes.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
@@ -55,7 +55,7 @@ def decode(
 
 @app.command()
 def prefill(
-    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Kind and size; repeat.")] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="As for decode; repeat.")] = None,
     quick: Annotated[bool, typer.Option(help="Tiny models: seconds instead of minutes.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
