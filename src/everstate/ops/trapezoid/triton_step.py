@@ -119,7 +119,7 @@ def _step_kernel(
         item = tl.program_id(0) + turn * tl.num_programs(0)
         head, row = item % HEADS, (item // HEADS).to(tl.int64)
         group = head // (HEADS // GROUPS)
-        slot, own, h = begun(ssm, slots, row, head, ssm_slot, ssm_head, ssm_p, P, N, BLOCK_P, BLOCK_N, False, False)
+        slot, own, h = begun(ssm, slots, row, head, ssm_slot, ssm_head, ssm_p, P, N, BLOCK_P, BLOCK_N, False)
         step = tl.load(dt + row * dt_row + head * dt_head).to(tl.float32)
         gain = tl.load(lam + row * lam_row + head * lam_head).to(tl.float32) * step
         decay = tl.exp(tl.load(A + row * A_row + head * A_head).to(tl.float32) * step)
@@ -165,18 +165,14 @@ def parts(scratch, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
 @triton.jit
 def begun(
     ssm, slots, row, head, slot_stride, head_stride, p_stride,
-    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The slot of a row, where the state of its head lies, and the first tile of that, on its way before or after the
+    """The slot of a row, where the state of its head lies, and the first tile of that, which is asked for before the
     last kernel has ended."""
-    if not EARLY:
-        wait_for_last(OVERLAP)
     slot = slot_of(slots, row)
     own = ssm + slot * slot_stride + head * head_stride
     first = tile_of(own, p_stride, 0, P, N, BLOCK_P, BLOCK_N)
-    if EARLY:
-        wait_for_last(OVERLAP)
+    wait_for_last(OVERLAP)
     return slot, own, first
 
 
