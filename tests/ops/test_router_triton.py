@@ -78,6 +78,7 @@ def test_a_token_of_no_numbers_chooses_experts_that_there_are(kernel_device: tor
     with torch.no_grad(), use("triton"):
         weights, indices = topk_router(x * torch.nan, weight, top_k=3, normalise=True)
     assert weights.isnan().all()
+    assert sorted(indices[0].tolist()) == indices[0].unique().tolist()
     assert ((indices >= 0) & (indices < 5)).all()
 
 

@@ -102,10 +102,12 @@ def _router_kernel(
         chance = score
         if bias is not None:
             chance += tl.load(bias + at, mask=at < COUNT, other=0.0).to(tl.float32)
+        # NaN is chosen first, as by PyTorch. Compared as it is, threads would not agree where the largest number is.
+        chance = tl.where(chance == chance, chance, float("inf"))
         chance = tl.where(at < COUNT, chance, -float("inf"))
         if KEPT < GROUPS:
             chance = _of_best_groups(chance, at, COUNT // GROUPS, GROUPS, KEPT)
-        share, chosen = _best(score, chance, at, COUNT, TOP_K, BLOCK_K)
+        share, chosen = _best(score, chance, at, TOP_K, BLOCK_K)
         share = _weights(share, eps, scale, TOP_K, BLOCK_K, SCORE, NORMALISE)
         k = tl.arange(0, BLOCK_K)
         tl.store(weights + row * TOP_K + k, share, mask=k < TOP_K)
@@ -145,14 +147,12 @@ def _of_best_groups(chance, at, SIZE: tl.constexpr, GROUPS: tl.constexpr, KEPT: 
 
 
 @triton.jit
-def _best(score, chance, at, COUNT: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Scores and places of the best, best first; always places that there are."""
+def _best(score, chance, at, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Scores and places of the best, best first."""
     k = tl.arange(0, BLOCK_K)
     share, chosen = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.int32)
     for i in tl.static_range(TOP_K):
         _chance, where = tl.max(chance, 0, return_indices=True)
-        # Among numbers that are none, a maximum has no place: what it gives then may lie outside.
-        where = tl.minimum(tl.maximum(where, 0), COUNT - 1)
         share = tl.where(k == i, tl.sum(tl.where(at == where, score, 0.0), 0), share)
         chosen = tl.where(k == i, where, chosen)
         chance = tl.where(at == where, -float("inf"), chance)
