@@ -12,8 +12,8 @@ from everstate.core.kernels import refusal, shared_memory
 LARGEST = 16384
 """Numbers in the state of a head, its sides filled up as the kernels do: what fits into shared memory."""
 
-SHARED_MEMORY, MORE_SHARED_MEMORY = 99 * 1024, 163 * 1024
-"""Bytes of shared memory that suffice for up to 64 turning pairs, and for more."""
+SHARED_MEMORY = 99 * 1024
+"""Bytes of shared memory that suffice."""
 
 
 def accepts_scan(
@@ -58,7 +58,6 @@ def refusal_of_heads(headdim: int, d_state: int, pairs: int, x: Tensor) -> str |
             "takes heads of up to 128 x 128 numbers (headdim x d_state), or up to 64 x 256 unless they are float32, "
             f"not {headdim} x {d_state} with {pairs} turning pairs in {str(x.dtype).removeprefix('torch.')}"
         )
-    needed = SHARED_MEMORY if pairs <= 64 else MORE_SHARED_MEMORY
-    if shared_memory(x.device) < needed:
-        return f"needs a GPU with {needed:,} bytes of shared memory, this one has {shared_memory(x.device):,}"
+    if shared_memory(x.device) < SHARED_MEMORY:
+        return f"needs a GPU with {SHARED_MEMORY:,} bytes of shared memory, this one has {shared_memory(x.device):,}"
     return None

@@ -63,7 +63,6 @@ def inputs_kernel(
     k = make_keys(B, row, B_bias, trig, rows[2], head, RANK, STILL, DTYPE)
     dh = load_tiles(leaving, place * BLOCK_P, BLOCK_P, HALF, STILL)
     u = load_inputs(x, mimo_x, rows, head, p, x_token, x_head, P, RANK, RANKS)
-    q = make_keys(C, row, C_bias, trig, rows[2], head, RANK, STILL, DTYPE)
     h = load_tiles(entering, place * BLOCK_P, BLOCK_P, HALF, STILL)
     du = load_entries(dy + head * dy_head, rows, p, dy_token, dy_rank, P)
     sums, weighted = load_step(steps, place, token, TOKENS, SUM), load_step(steps, place, token, TOKENS, WEIGHTED)
@@ -73,6 +72,8 @@ def inputs_kernel(
     dlast = tl.sum(tl.sum(dinput * u.to(tl.float32), 1), 0)
     inner = tl.where(p[:, None] == p[None, :], across(h, dh, STILL, PRECISION), 0.0)
     dlast += tl.exp2(last) * tl.sum(tl.sum(inner, 1), 0)
+    q = make_keys(C, row, C_bias, trig, rows[2], head, RANK, STILL, DTYPE)
+    received = across(q, h, STILL, PRECISION) * tl.exp2(sums)[:, None]
     product = across(k, q, STILL, PRECISION)
     later = token[None, :] > token[:, None]
     weights = (product * tl.where(later, tl.exp2(sums[None, :] - weighted[:, None]), 0.0)).to(DTYPE)
@@ -80,7 +81,6 @@ def inputs_kernel(
     # How much a larger sum of decays would change: all that an entry received, less all that it gave. Both sides with
     # the same rounded weights: then two entries of the same decay cancel, as they must.
     gave = tl.sum(dinput * u.to(tl.float32), 1)
-    received = across(q, h, STILL, PRECISION) * tl.exp2(sums)[:, None]
     received = dot(tl.trans(weights), u, received, PRECISION)
     ddecay = tl.sum(received * du.to(tl.float32), 1) - gave
     scale = load_step(steps, place, token, TOKENS, SCALE)
@@ -278,8 +278,8 @@ def _columns(
     SIZE: tl.constexpr = k.shape[1]
     BLOCK_P: tl.constexpr = u.shape[1]
     dh = load_tile(leaving, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH)
-    h = load_tile(entering, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH)
     dk = dot(weights, q, dot(u, dh, None, PRECISION) * gave, PRECISION)
+    h = load_tile(entering, place * BLOCK_P, FIRST, BLOCK_P, SIZE, WIDTH)
     dq = dot(tl.trans(weights), k, dot(du, h, None, PRECISION) * took, PRECISION)
     return dk, dq
 
