@@ -104,13 +104,14 @@ def test_a_cpu_captures_nothing() -> None:
 
 def test_what_cannot_be_captured_is_asked_for_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> DecodeGraph:
-        raise CannotCaptureError
+        raise CannotCaptureError("no memory")
 
     model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2"))
     expected = decode(model, SAMPLINGS["mixed"], set())
     monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: True)
     monkeypatch.setattr(engine, "DecodeGraph", refuse)
-    same(decode(model, SAMPLINGS["mixed"], set()), expected)
+    with pytest.warns(RuntimeWarning, match=r"step by step.*\(no memory\)"):
+        same(decode(model, SAMPLINGS["mixed"], set()), expected)
 
 
 @pytest.mark.gpu
@@ -141,7 +142,8 @@ def test_a_mixer_that_asks_the_host_runs_without_a_graph(monkeypatch: pytest.Mon
     model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2 asking"), device="cuda")
     with pytest.raises(CannotCaptureError):
         DecodeGraph(model, torch.zeros(3, 50, device="cuda"), model.init_state(3), None)
-    got = decode(model, SAMPLINGS["mixed"], set())
+    with pytest.warns(RuntimeWarning, match="let no step_ ask for values on the host"):
+        got = decode(model, SAMPLINGS["mixed"], set())
     monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: False)
     same(got, decode(model, SAMPLINGS["mixed"], set()))
     # A capture that failed leaves the device to others.

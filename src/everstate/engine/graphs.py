@@ -26,7 +26,7 @@ def worth_capturing(model: LM, max_tokens: int) -> bool:
 
 
 class CannotCaptureError(Exception):
-    """Something in the model asks for values on the host, or there is no memory for a graph."""
+    """Something in the model asks for values on the host, or there is no memory for a graph: says what."""
 
 
 class DecodeGraph:
@@ -55,7 +55,7 @@ class DecodeGraph:
             try:
                 self._capture(state)
             except RuntimeError as refusal:
-                raise CannotCaptureError from refusal
+                raise CannotCaptureError(str(refusal).partition("\n")[0]) from refusal
         # A capture runs nothing, and its buffers are new memory: put there what the first choice is made from.
         self.logits.copy_(logits)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -129,7 +130,9 @@ def _write_captured(
     """Step by step as a graph. It steps rows that have ended too, whose states are put back at the end."""
     try:
         graph = DecodeGraph(model, logits, state, filters, most)
-    except CannotCaptureError:
+    except CannotCaptureError as refusal:
+        slower = "decoding step by step, which is slower than a device graph; let no step_ ask for values on the host"
+        warnings.warn(f"{slower} ({refusal})", RuntimeWarning, stacklevel=2)
         yield from _write(model, logits, state, filters, most, draws, ends)
         return
     ended = dict[int, State]()
