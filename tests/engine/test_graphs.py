@@ -12,7 +12,7 @@ from everstate.core.config import read_toml
 from everstate.core.state import clone, tensors
 from everstate.engine import Sampling
 from everstate.engine import runner as engine
-from everstate.engine.graphs import CannotCaptureError, DecodeGraph, worth_capturing
+from everstate.engine.graphs import DecodeGraph, worth_capturing
 from everstate.mixers import MIXERS
 from everstate.mixers.mlp import MLP
 from everstate.models import LM, ModelConfig
@@ -102,16 +102,19 @@ def test_a_cpu_captures_nothing() -> None:
     assert not worth_capturing(LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2")), 1000)
 
 
-def test_what_cannot_be_captured_is_asked_for_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> DecodeGraph:
-        raise CannotCaptureError("no memory")
+class Theirs(MLP):
+    """May ask for values on the host."""
 
-    model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2"))
-    expected = decode(model, SAMPLINGS["mixed"], set())
-    monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: True)
-    monkeypatch.setattr(engine, "DecodeGraph", refuse)
-    with pytest.warns(RuntimeWarning, match=r"step by step.*\(no memory\)"):
-        same(decode(model, SAMPLINGS["mixed"], set()), expected)
+
+@pytest.mark.parametrize("mixer", ["mamba2", "theirs"])
+def test_mixers_of_somebody_else_are_not_captured(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MIXERS._targets, "theirs", f"{__name__}:Theirs")
+    side_by_side = {"type": "parallel", "mixers": {"one": {"type": "mamba2"}, "two": {"type": mixer}}}
+    config = ModelConfig(d_model=32, vocab_size=50, layout="mamba2 both", mixers={"both": side_by_side})
+    model = LM(config)
+    monkeypatch.setattr(LM, "device", torch.device("cuda"))
+    assert worth_capturing(model, 16) == (mixer == "mamba2")
+    assert not worth_capturing(model, 15)
 
 
 @pytest.mark.gpu
@@ -121,36 +124,10 @@ def test_every_mixer_can_be_captured(table: dict[str, Any], norm: str, monkeypat
     needs_gpu()
     config = ModelConfig(d_model=16, vocab_size=50, layout="2 * (x)", mixers={"x": table}, norm=norm)
     model = LM(config, device="cuda")
-    state = model.init_state(3, context=64)
-    DecodeGraph(model, torch.zeros(3, 50, device="cuda"), state, None)
+    assert worth_capturing(model, 30)
     captured = decode(model, SAMPLINGS["greedy"], set())
     monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: False)
     same(captured, decode(model, SAMPLINGS["greedy"], set()), 1e-4)
-
-
-class Asking(MLP):
-    """Wants a number on the host."""
-
-    def step_(self, x: Any, *others: Any) -> Any:
-        return super().step_(x, *others) * (2.0 if x.sum().item() > 0 else 1.0)
-
-
-@pytest.mark.gpu
-def test_a_mixer_that_asks_the_host_runs_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs_gpu()
-    monkeypatch.setitem(MIXERS._targets, "asking", f"{__name__}:Asking")
-    model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2 asking"), device="cuda")
-    with pytest.raises(CannotCaptureError):
-        DecodeGraph(model, torch.zeros(3, 50, device="cuda"), model.init_state(3), None)
-    with pytest.warns(RuntimeWarning, match="let no step_ ask for values on the host"):
-        got = decode(model, SAMPLINGS["mixed"], set())
-    monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: False)
-    same(got, decode(model, SAMPLINGS["mixed"], set()))
-    # A capture that failed leaves the device to others.
-    monkeypatch.undo()
-    plain = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2"), device="cuda")
-    DecodeGraph(plain, torch.zeros(3, 50, device="cuda"), plain.init_state(3), None)
-    assert len(decode(plain, SAMPLINGS["mixed"], set())[0]) == 30
 
 
 @pytest.mark.gpu

@@ -158,9 +158,10 @@ def gradients(name: str, backend: str, example: Example, **more: Any) -> list[Te
     ]
 
 
-ONE_TOKEN = {"argmax", "linear", "linear_conv_step_", "mamba1_step_", "mamba2_step_"}
+ONE_TOKEN = {"argmax", "linear", "linear_conv_step_", "mamba1_step_", "mamba2_step_", "topk_router"}
 """Ops of one token that belong to no scan. The laws draw many rows, cut them along time and differentiate; the kernels
-of these take a few rows and no gradients. `tests/ops/test_decode_triton.py` holds them to their references."""
+of these take a few rows and no gradients. `tests/ops/test_decode_triton.py` and `test_router_triton.py` hold them to
+their references."""
 
 
 def test_every_op_has_an_example() -> None:

@@ -23,7 +23,15 @@ def draws(device: torch.device, dtype: torch.dtype) -> Any:
     return lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+WEIGHTS = ["plain", "8 bits", "multiplied"]
+
+
+def stored(weight: Tensor, how: str) -> tuple[Tensor, Tensor | None]:
+    """Weights and the scale of their outputs, which belongs to 8 bits or is that of multipliers, in float32."""
+    if how == "plain":
+        return weight, None
+    if how == "multiplied":
+        return weight, torch.linspace(0.3, 2.0, len(weight), device=weight.device)
     scale = weight.abs().amax(1) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
@@ -43,17 +51,18 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
     assert (got.double() - expected.double()).norm() <= tolerance * expected.double().norm()
 
 
-@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize("how", WEIGHTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), LOW)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", ROWS)
 def test_linear(
-    rows: int, backend: str, dtype: torch.dtype, tolerance: float, quantise: bool, kernel_device: torch.device
+    rows: int, backend: str, dtype: torch.dtype, tolerance: float, how: str, kernel_device: torch.device
 ) -> None:
     draw = draws(kernel_device, dtype)
     for width, outputs in ((136, 70), (1100, 9)):
         x, weight, bias, norm = draw(rows, width), draw(outputs, width), draw(outputs), draw(width)
-        weight, scale = quantised(weight) if quantise else (weight, None)
+        weight, scale = stored(weight, how)
+        bias = bias if scale is None else bias.float()
         for settings in ({}, {"bias": bias}, {"norm": norm, "eps": 1e-3}, {"bias": bias, "norm": norm}):
             with use(backend):
                 got = linear(x, weight, scale=scale, **settings)
@@ -61,14 +70,14 @@ def test_linear(
             close(got, exact(linear, x, weight, scale=scale, **settings), tolerance)
 
 
-@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize("how", WEIGHTS)
 def test_a_row_longer_than_a_program_holds(
-    quantise: bool, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+    how: str, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
 ) -> None:
     kernels = pytest.importorskip("everstate.ops.linear.triton")
     draw = draws(kernel_device, torch.bfloat16)
     x, weight, norm = draw(2, 2600), draw(9, 2600), draw(2600)
-    weight, scale = quantised(weight) if quantise else (weight, None)
+    weight, scale = stored(weight, how)
     whole = kernels._sizes(2, 2600, weight)[0]["AHEAD"]
     monkeypatch.setattr(kernels, "MOST", 1024)
     assert kernels._sizes(2, 2600, weight)[0]["AHEAD"] < whole
@@ -86,15 +95,15 @@ def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
     return int(request.param)
 
 
-@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize("how", WEIGHTS)
 @pytest.mark.parametrize(("rows", "outputs"), [(5, 70), (16, 130), (35, 70)])
-def test_linear_of_many_rows(rows: int, outputs: int, splits: int, quantise: bool, kernel_device: torch.device) -> None:
-    if rows > 16 and not quantise:
+def test_linear_of_many_rows(rows: int, outputs: int, splits: int, how: str, kernel_device: torch.device) -> None:
+    if rows > 16 and how != "8 bits":
         pytest.skip("a product of the library serves")
     for dtype, tolerance in LOW[1:]:
         draw = draws(kernel_device, dtype)
         x, weight, bias, norm = draw(rows, 512), draw(outputs, 512), draw(outputs), draw(512)
-        weight, scale = quantised(weight) if quantise else (weight, None)
+        weight, scale = stored(weight, how)
         for settings in ({}, {"bias": bias}, {"bias": bias, "norm": norm, "eps": 1e-3}):
             if dtype is torch.float16 and "norm" in settings:
                 continue
@@ -131,25 +140,18 @@ def test_linear_with_a_convolution_behind_it(
     x, weight, bias = draw(rows, width), draw(outputs, width) / 8, draw(outputs)
     conv_weight, conv_bias, pool = draw(channels, taps), draw(channels), draw(rows + 2, channels, taps - 1)
     pool, slots = pool.to(pool_dtype), torch.arange(rows + 2, device=kernel_device).flip(0)[:rows]
-    for bias_, where, activation in ((None, slots, "silu"), (bias, None, None)):
+    _, scale = stored(weight, "multiplied")
+    for bias_, where, activation, scale_ in ((None, slots, "silu", None), (bias, None, None, scale)):
         here = pool.clone() if where is not None else pool[:rows].clone()
         there = here.double()
         with use(backend):
             got = linear_conv_step_(
-                x, weight, bias_, conv_weight, conv_bias, here, where, start=start, activation=activation
+                x, weight, bias_, conv_weight, conv_bias, here, where, start=start, activation=activation, scale=scale_
             )
         expected = exact(
-            linear_conv_step_,
-            x,
-            weight,
-            bias_,
-            conv_weight,
-            conv_bias,
-            there,
-            where,
-            start=start,
-            activation=activation,
-        )
+            linear_conv_step_, x, weight, bias_, conv_weight, conv_bias, there, where,
+            start=start, activation=activation, scale=scale_,
+        )  # fmt: skip
         for one, other in zip(got, expected, strict=True):
             close(one, other, 1e-2)
         assert here.dtype is pool_dtype

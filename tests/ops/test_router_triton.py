@@ -82,6 +82,15 @@ def test_a_token_of_no_numbers_chooses_experts_that_there_are(kernel_device: tor
     assert ((indices >= 0) & (indices < 5)).all()
 
 
+def test_no_expert_is_chosen_twice(kernel_device: torch.device) -> None:
+    x, weight = draw(kernel_device, 1, 64, 6, torch.float32)
+    bias = torch.tensor([-torch.inf] * 5 + [0.0], device=kernel_device)
+    with torch.no_grad(), use("triton"):
+        _, indices = topk_router(x, weight, top_k=3, score="sigmoid", bias=bias)
+    assert indices[0, 0] == 5
+    assert len(indices.unique()) == 3
+
+
 @pytest.mark.parametrize(
     ("tokens", "count", "top_k", "sentence"),
     [(65, 8, 2, "takes 1 to 64 tokens, not 65"), (1, 40, 33, "32 of them for a token")],

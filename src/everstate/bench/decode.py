@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import pairwise
@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from everstate.bench.build import build, preferred, weight_bytes
-from everstate.bench.models import config_of
+from everstate.bench.models import config_of, kind_of
 from everstate.bench.peer_decode import peer_steps
 from everstate.bench.report import Row, machine, publishing
 from everstate.bench.timing import Gate, Timing, relative_error, with_threads
@@ -31,6 +31,7 @@ from everstate.core.state import nbytes, scatter_
 from everstate.engine.runner import decode_, prefill_
 from everstate.engine.sampler import Sampling
 from everstate.mixers import State
+from everstate.mixers.attention import Attention
 from everstate.models import LM
 
 PROMPT, WARM = 128, 8
@@ -66,7 +67,7 @@ def run(
     proves only that everything works. Raises `ConfigError` for a model that has no published shape.
     """
     config = config_of(model, quick=quick)
-    plan = Plan(model.partition("-")[0], batches, 32 if quick else 128, 512 if quick else 131_072, device)
+    plan = Plan(kind_of(model), batches, 32 if quick else 128, 512 if quick else 131_072, device)
     rows: list[Row] = []
     left_out: list[str] = []
     facts: dict[str, Any] = {"model": model, "quick": quick, "machine": machine(torch.device(device))}
@@ -107,8 +108,12 @@ def speed(lm: LM, plan: Plan, batch: int, state_dtype: torch.dtype | None) -> It
         yield Row(name, batch, gate, None)
         return
     timing = time_steps(lm, prefill_(lm, prompts, state), state, batch, plan.steps)
-    moved = (weight_bytes(lm, batch) + 2 * nbytes(state)) / timing.median / 1e12
-    yield Row(name, batch, gate, timing, ratio=moved, ratio_of="TB/s", state_bytes=nbytes(state) // batch)
+    row = Row(name, batch, gate, timing, state_bytes=nbytes(state) // batch)
+    # Of keys and values a step reads what is filled, and writes one.
+    if not any(isinstance(part, Attention) for part in lm.modules()):
+        moved = (weight_bytes(lm, batch) + 2 * nbytes(state)) / timing.median / 1e12
+        row = replace(row, ratio=moved, ratio_of="TB/s")
+    yield row
 
 
 def ageing(lm: LM, plan: Plan) -> Iterator[Row]:

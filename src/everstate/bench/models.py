@@ -89,6 +89,11 @@ def config_of(name: str, *, quick: bool = False) -> ModelConfig:
     return ModelConfig(d_model=width, vocab_size=VOCABULARY, layout=f"{layers} * ({kind})")
 
 
+def kind_of(name: str) -> str:
+    """What peers know a model by: its kind of layer, or the name of a hybrid."""
+    return name if name in HYBRIDS else name.partition("-")[0]
+
+
 def _tiny(mixer: dict[str, Any]) -> dict[str, Any]:
     small = {key: TINY.get(key, value) for key, value in mixer.items()}
     if "mixers" in mixer:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from everstate.bench.build import build, preferred, weight_bytes
 from everstate.bench.kernels import differing, first_line, norm_error
-from everstate.bench.models import config_of
+from everstate.bench.models import config_of, kind_of
 from everstate.bench.peer import PEER_NAME, Peer, available, name_with_kernels
 from everstate.bench.peer_ssm import SSMPeer, name_of, unavailable
 from everstate.bench.report import Row, machine, publishing
@@ -74,7 +74,7 @@ def prefills(name: str, config: ModelConfig, quick: bool, device: str, left_out:
 
     calls: dict[str, Callable[[], object]] = {name: read}
     gates = {name: exact_gate(model, tokens)}
-    for peer, make in peers_of(model, name.partition("-")[0], left_out):
+    for peer, make in peers_of(model, kind_of(name), left_out):
         try:
             hidden, logits = make()
             gate = Gate(norm_error(hidden(tokens), hidden_of(model, tokens)), ALLOWED[model.dtype])

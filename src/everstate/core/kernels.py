@@ -41,7 +41,8 @@ def overlapping() -> Iterator[dict[Hashable, Tensor]]:
 
     What it reads before that one has ended are weights and states of its own layer, so nothing may write these just
     before. A GPU of compute capability 9.0 or newer can; on others nothing changes. Gives the memory that all kernels
-    launched in the block share, see `kept`: who captured them keeps it, and does not run them twice at a time.
+    launched in the block share, see `kept`: who captured them keeps it, and does not run them twice at a time. All
+    threads of the process are in the block: no other may run kernels meanwhile.
     """
     global _overlapping, _kept
     before = _overlapping, _kept

@@ -13,20 +13,23 @@ from torch import Tensor
 from everstate.core.kernels import overlapping
 from everstate.core.state import clone
 from everstate.engine.sampler import Filters, choose, greedy
-from everstate.mixers import State
+from everstate.mixers import Mixer, State
 from everstate.models import LM
 
+OURS = "everstate.mixers."
+"""Where mixers are whose `step_` asks the host nothing; a test on a GPU compares each with itself uncaptured."""
 SHORTEST = 16
 """Tokens from which a capture, which takes about as long as some steps, is worth it."""
 
 
 def worth_capturing(model: LM, max_tokens: int) -> bool:
-    """Whether decoding so many tokens of this model runs as a graph."""
-    return model.device.type == "cuda" and max_tokens >= SHORTEST
+    """Whether decoding so many tokens of this model runs as a graph.
 
-
-class CannotCaptureError(Exception):
-    """Something in the model asks for values on the host, or there is no memory for a graph: says what."""
+    A capture that fails would leave the device in disorder, so that a mixer of somebody else's is not tried.
+    """
+    mixers = (part for part in model.modules() if isinstance(part, Mixer))
+    known = all(type(mixer).__module__.startswith(OURS) for mixer in mixers)
+    return model.device.type == "cuda" and max_tokens >= SHORTEST and known
 
 
 class DecodeGraph:
@@ -35,7 +38,7 @@ class DecodeGraph:
     It is captured on the caller's own state, so that nothing is copied in or out; the state must not be replaced while
     the graph is in use. `filters` None takes the most likely token; see `choose` for `most`. Choosing and reading are
     graphs of their own: the host has the chosen tokens as soon as the one is done, and asks for the next step while the
-    other runs. Raises `CannotCaptureError`, with the state as it was.
+    other runs.
     """
 
     def __init__(
@@ -52,10 +55,11 @@ class DecodeGraph:
         # The weights are those of a model that decodes: no kernel has just written them.
         with overlapping() as self._kept:
             self._warm_up(state)
-            try:
-                self._capture(state)
-            except RuntimeError as refusal:
-                raise CannotCaptureError(str(refusal).partition("\n")[0]) from refusal
+            with torch.cuda.graph(self._reading):
+                self.logits = self._read(state)
+            with torch.cuda.graph(self._choosing):
+                self._choose()
+                self._fetched.copy_(self.chosen, non_blocking=True)
         # A capture runs nothing, and its buffers are new memory: put there what the first choice is made from.
         self.logits.copy_(logits)
 
@@ -76,14 +80,6 @@ class DecodeGraph:
 
     def _read(self, state: State) -> Float[Tensor, "b v"]:
         return self.model.step_(self.chosen, state)
-
-    def _capture(self, state: State) -> None:
-        # What other threads ask of the device meanwhile is none of this capture's business.
-        with torch.cuda.graph(self._reading, capture_error_mode="thread_local"):
-            self.logits = self._read(state)
-        with torch.cuda.graph(self._choosing, capture_error_mode="thread_local"):
-            self._choose()
-            self._fetched.copy_(self.chosen, non_blocking=True)
 
     def _warm_up(self, state: State) -> None:
         """Compile kernels and create workspaces, which a capture may not, on a state that nobody needs."""

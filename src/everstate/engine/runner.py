@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -14,7 +13,7 @@ from torch import Tensor
 from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
 from everstate.core.state import batch_size, gather, scatter_
-from everstate.engine.graphs import CannotCaptureError, DecodeGraph, worth_capturing
+from everstate.engine.graphs import DecodeGraph, worth_capturing
 from everstate.engine.sampler import Filters, Sampling, choose, greedy, most_kept, uniforms
 from everstate.mixers import State
 from everstate.models import LM
@@ -128,14 +127,7 @@ def _write_captured(
     draws: Iterator[Tensor], ends: frozenset[int],
 ) -> Iterator[Written]:  # fmt: skip
     """Step by step as a graph. It steps rows that have ended too, whose states are put back at the end."""
-    try:
-        graph = DecodeGraph(model, logits, state, filters, most)
-    except CannotCaptureError as refusal:
-        slower = "decoding step by step, which is slower than a device graph; let no step_ ask for values on the host"
-        warnings.warn(f"{slower} ({refusal})", RuntimeWarning, stacklevel=2)
-        yield from _write(model, logits, state, filters, most, draws, ends)
-        return
-    ended = dict[int, State]()
+    graph, ended = DecodeGraph(model, logits, state, filters, most), dict[int, State]()
     slot = [torch.tensor([row], device=model.device) for row in range(len(logits))]
     try:
         for u in draws:

@@ -91,8 +91,8 @@ class Mixer(Special, ABC):
     ) -> Float[Tensor, "b d"]:
         """Read one token for the rows `slots` of a pool of states (None: all rows) and update them in place.
 
-        What it does follows from the shapes of its arguments and not from earlier calls: on a GPU the engine writes it
-        down once, as a device graph. One that asks for values on the host cannot be captured and runs as it is.
+        What it does follows from the shapes of its arguments, not from their values nor from earlier calls: of mixers
+        that come with the library, the engine writes it down once on a GPU, as a device graph.
         """
 
     @abstractmethod

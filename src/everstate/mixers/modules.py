@@ -87,7 +87,11 @@ class Linear(Special):
         before: float = 1.0,
         behind: float | Multipliers = 1.0,
     ) -> Float[Tensor, "b n"]:
-        """`behind * forward(before * x, norm)` for one token, in a single launch on a GPU; see `folded`."""
+        """`behind * forward(before * x, norm)` for one token, on a GPU of few rows in one launch; see `folded`.
+
+        A norm would undo `before`: they are not given together.
+        """
+        assert norm is None or before == 1.0
         scale, bias = self.folded(before, behind)
         if norm is None:
             return linear(x, self.weight, bias, scale=scale)

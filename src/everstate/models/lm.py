@@ -22,7 +22,10 @@ EMBEDDING_STD = 0.02
 
 
 class Block(nn.Module):
-    """One residual block: `x + multiplier * mixer(norm(x))`, or `x + multiplier * norm(mixer(x))` with `norm_after`."""
+    """One residual block: `x + multiplier * mixer(norm(x))`, or `x + multiplier * norm(mixer(x))` with `norm_after`.
+
+    The multiplier is one for all blocks of a model: what a block gives is added, times it, when the next takes.
+    """
 
     norm: Norm
     mixer: Mixer

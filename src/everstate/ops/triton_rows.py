@@ -63,7 +63,10 @@ def start_next(OVERLAP: tl.constexpr):
 
 @triton.jit
 def wait_for_last(OVERLAP: tl.constexpr):
-    """Wait until the kernel before this one, and with it all before that, has ended; only weights are read earlier."""
+    """Wait until the kernel before this one, and with it all before that, has ended.
+
+    Only weights, and states of the own layer, are read earlier.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
 

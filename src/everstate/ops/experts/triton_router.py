@@ -14,6 +14,8 @@ from everstate.core.kernels import counters, kernel_op
 from everstate.ops.experts.route import Score
 from everstate.ops.triton_rows import dense, launch_options, start_next, wait_for_last
 
+LEAST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+"""The chance of an expert, at least: minus infinity is that of one that has been chosen, or is none."""
 EXPERTS = 4
 """Experts of a program."""
 PIECE = 2048
@@ -103,7 +105,7 @@ def _router_kernel(
         if bias is not None:
             chance += tl.load(bias + at, mask=at < COUNT, other=0.0).to(tl.float32)
         # NaN is chosen first, as by PyTorch. Compared as it is, threads would not agree where the largest number is.
-        chance = tl.where(chance == chance, chance, float("inf"))
+        chance = tl.where(chance == chance, tl.maximum(chance, LEAST), float("inf"))
         chance = tl.where(at < COUNT, chance, -float("inf"))
         if KEPT < GROUPS:
             chance = _of_best_groups(chance, at, COUNT // GROUPS, GROUPS, KEPT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from everstate.core.dtypes import state_dtype
 from everstate.core.state import Slots
 from everstate.ops.conv1d import causal_conv1d_step_
 from everstate.ops.norm import rms_norm
@@ -24,7 +23,7 @@ def linear(
     x = x if norm is None else rms_norm(x, norm, eps=eps)
     if scale is None:
         return nn.functional.linear(x, weight, bias)
-    y = nn.functional.linear(x, weight.to(x.dtype)).to(state_dtype(x.dtype)) * scale
+    y = nn.functional.linear(x, weight.to(x.dtype)) * scale  # in the precision of the scale
     return (y if bias is None else y + bias).to(x.dtype)
 
 

@@ -58,7 +58,7 @@ def add_rms_norm(
     multiplier: float = 1.0,
 ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b d"]]:
     """`x + multiplier y`, and its `rms_norm` in the dtype of y: a residual stream x that takes in what a layer gave."""
-    x = x + multiplier * y
+    x = torch.add(x, y, alpha=multiplier)
     return x, rms_norm.reference(x, weight, eps=eps).to(y.dtype)
 
 
