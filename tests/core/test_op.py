@@ -46,13 +46,17 @@ def test_the_first_that_accepts_serves(double: Op[[Tensor], Tensor]) -> None:
         "reference": "accepts",
     }
     assert double.explain(torch.ones(3))["torch"] == "accepts"
+    assert (double.serving(ONES), double.serving(torch.ones(3))) == ("reference", "torch")
     assert torch.equal(double(ONES), 2 * ONES)
 
 
 def test_a_forced_backend_that_refuses_quotes_its_sentence(double: Op[[Tensor], Tensor]) -> None:
     with use("torch"), pytest.raises(BackendError, match="wants more than 2 numbers, was given 2"):
         double(ONES)
+    with use("torch"):
+        assert double.serving(ONES) is None
     with use("torch", "reference"):
+        assert double.serving(ONES) == "reference"
         assert torch.equal(double(ONES), 2 * ONES)
 
 

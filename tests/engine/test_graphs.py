@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from everstate.core.config import read_toml
+from everstate.core.kernels import interpreting
 from everstate.core.state import clone, tensors
 from everstate.engine import Sampling
 from everstate.engine import runner as engine
@@ -16,6 +17,7 @@ from everstate.engine.graphs import DecodeGraph, worth_capturing
 from everstate.mixers import MIXERS
 from everstate.mixers.mlp import MLP
 from everstate.models import LM, ModelConfig
+from everstate.ops import use
 
 LAYOUTS = ["mamba1", "mamba2", "mamba3", "2 * (mamba2 mlp)", "mamba2 attention mlp", "mamba2 moe attention moe"]
 TABLES = Path(__file__).parent.parent / "laws" / "variants"
@@ -115,6 +117,16 @@ def test_mixers_of_somebody_else_are_not_captured(mixer: str, monkeypatch: pytes
     monkeypatch.setattr(LM, "device", torch.device("cuda"))
     assert worth_capturing(model, 16) == (mixer == "mamba2")
     assert not worth_capturing(model, 15)
+
+
+def test_experts_that_pytorch_counts_on_the_host_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2 moe"))
+    monkeypatch.setattr(LM, "device", torch.device("cuda"))
+    with torch.no_grad(), interpreting():
+        assert worth_capturing(model, 16)
+        with use("torch", "reference"):
+            assert not worth_capturing(model, 16)
+    assert not worth_capturing(model, 16)  # no GPU: no kernel
 
 
 @pytest.mark.gpu

@@ -64,8 +64,8 @@ def _ops_table(device: torch.device, verbose: bool) -> Table:
         for variant, draw in EXAMPLES[name].items():
             example = draw(Draw(dtype=torch.float32, device=device), 1, 64, 1)
             state = {} if example.state is None else {"state": example.state}
-            verdicts = OPS[name].explain(**example.timed, **state, **example.fixed)
-            chosen = next(backend for backend, verdict in verdicts.items() if verdict == "accepts")
+            arguments = {**example.timed, **state, **example.fixed}
+            verdicts, chosen = OPS[name].explain(**arguments), OPS[name].serving(**arguments)
             for backend, verdict in verdicts.items():
                 if verbose or backend == chosen:
                     table.add_row(name, variant, backend, "serves it" if backend == chosen else verdict)

@@ -94,6 +94,12 @@ class Op(Generic[P, R]):
         verdicts = {i.backend: i.accepts(*args, **kwargs) or "accepts" for i in self.implementations}
         return {**verdicts, REFERENCE: "accepts"}
 
+    def serving(self, *args: P.args, **kwargs: P.kwargs) -> str | None:
+        """The backend that runs a call with these arguments, here and now; None where `use(...)` leaves none."""
+        verdicts = self.explain(*args, **kwargs)
+        allowed = _allowed or self.backends()
+        return next((name for name, verdict in verdicts.items() if verdict == "accepts" and name in allowed), None)
+
     def _refusals(self, allowed: tuple[str, ...], *args: P.args, **kwargs: P.kwargs) -> str:
         verdicts = self.explain(*args, **kwargs)
         reasons = [f"{b}: {verdicts.get(b, f'{self.name} has no such implementation')}" for b in allowed]

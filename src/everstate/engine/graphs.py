@@ -14,7 +14,9 @@ from everstate.core.kernels import overlapping
 from everstate.core.state import clone
 from everstate.engine.sampler import Filters, choose, greedy
 from everstate.mixers import Mixer, State
+from everstate.mixers.moe import MoE
 from everstate.models import LM
+from everstate.ops import experts
 
 OURS = "everstate.mixers."
 """Where mixers are whose `step_` asks the host nothing; a test on a GPU compares each with itself uncaptured."""
@@ -25,11 +27,21 @@ SHORTEST = 16
 def worth_capturing(model: LM, max_tokens: int) -> bool:
     """Whether decoding so many tokens of this model runs as a graph.
 
-    A capture that fails would leave the device in disorder, so that a mixer of somebody else's is not tried.
+    A capture that fails would leave the device in disorder, so that none is tried which might.
     """
+    if model.device.type != "cuda" or max_tokens < SHORTEST:
+        return False
     mixers = (part for part in model.modules() if isinstance(part, Mixer))
-    known = all(type(mixer).__module__.startswith(OURS) for mixer in mixers)
-    return model.device.type == "cuda" and max_tokens >= SHORTEST and known
+    return all(type(mixer).__module__.startswith(OURS) and not _counts_on_host(mixer) for mixer in mixers)
+
+
+def _counts_on_host(mixer: Mixer) -> bool:
+    """Whether it is a mixture of experts that PyTorch serves, which asks how many tokens each expert has."""
+    if not isinstance(mixer, MoE):
+        return False
+    x = mixer.in_proj.weight[0, :1]
+    chosen = torch.zeros(1, mixer.config.top_k, dtype=torch.int64, device=x.device)
+    return experts.serving(x, chosen.float(), chosen, mixer.in_proj.weight, mixer.out_proj.weight) != "triton"
 
 
 class DecodeGraph:
