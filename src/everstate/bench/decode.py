@@ -50,7 +50,6 @@ class Plan:
     batches: tuple[int, ...]
     steps: int
     old: int
-    device: str
 
     @property
     def context(self) -> int:
@@ -67,7 +66,7 @@ def run(
     proves only that everything works. Raises `ConfigError` for a model that has no published shape.
     """
     config = config_of(model, quick=quick)
-    plan = Plan(kind_of(model), batches, 32 if quick else 128, 512 if quick else 131_072, device)
+    plan = Plan(kind_of(model), batches, 32 if quick else 128, 512 if quick else 131_072)
     rows: list[Row] = []
     left_out: list[str] = []
     facts: dict[str, Any] = {"model": model, "quick": quick, "machine": machine(torch.device(device))}

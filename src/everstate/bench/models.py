@@ -74,11 +74,9 @@ def config_of(name: str, *, quick: bool = False) -> ModelConfig:
     """The model of this name, `mamba2-1.3b` or one of `HYBRIDS`; `quick` makes it tiny. Raises `ConfigError`."""
     if name in HYBRIDS:
         table = HYBRIDS[name]
-        if quick:
-            mixers = {block: _tiny(mixer) for block, mixer in table["mixers"].items()}
-            table = {**table, "d_model": TINY_WIDTH, "vocab_size": VOCABULARY, "layout": " ".join(mixers)}
-            table["mixers"] = mixers
-        return ModelConfig.parse(table)
+        # Of a tiny one each block once.
+        once = {"d_model": TINY_WIDTH, "vocab_size": VOCABULARY, "layout": " ".join(table["mixers"])}
+        return ModelConfig.parse({**_tiny(table), **once} if quick else table)
     kind, _, size = name.partition("-")
     if kind not in KINDS or size not in WIDTHS:
         raise ConfigError(
@@ -94,8 +92,6 @@ def kind_of(name: str) -> str:
     return name if name in HYBRIDS else name.partition("-")[0]
 
 
-def _tiny(mixer: dict[str, Any]) -> dict[str, Any]:
-    small = {key: TINY.get(key, value) for key, value in mixer.items()}
-    if "mixers" in mixer:
-        small["mixers"] = {name: _tiny(part) for name, part in mixer["mixers"].items()}
-    return small
+def _tiny(table: dict[str, Any]) -> dict[str, Any]:
+    """The same with the sizes of tiny models, in the tables inside it too."""
+    return {k: _tiny(v) if isinstance(v, dict) else TINY.get(k, v) for k, v in table.items()}

@@ -54,7 +54,10 @@ def overlapping() -> Iterator[dict[Hashable, Tensor]]:
 
 
 def kept(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """`make()`, which depends on weights alone: inside `overlapping` what it gave there the first time for this key."""
+    """`make()`: inside `overlapping` what it gave there the first time for this key.
+
+    It makes memory that kernels share, or what follows from weights alone.
+    """
     if _kept is None:
         return make()
     if key not in _kept:
@@ -65,8 +68,7 @@ def kept(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
 def counters(device: torch.device, count: int) -> Tensor:
     """At least `count` zeros (int32), which a kernel leaves as it found them; inside `overlapping` always the same."""
     assert count <= COUNTERS
-    length = count if _kept is None else COUNTERS
-    return kept(("counters", device), lambda: torch.zeros(length, dtype=torch.int32, device=device))
+    return kept(("counters", device), lambda: torch.zeros(COUNTERS, dtype=torch.int32, device=device))
 
 
 def is_overlapping() -> bool:

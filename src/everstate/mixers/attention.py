@@ -150,7 +150,7 @@ class Attention(Mixer):
     ) -> tuple[Float[Tensor, "b l d"], AttentionState | ConvAttentionState]:
         refuse_delta_t(self, delta_t)
         x, config = scaled(x, self.config.in_multiplier), self.config
-        q, k, v = self._project(x)
+        q, k, v = self.q_proj(x), scaled(self.k_proj(x), config.key_multiplier), self.v_proj(x)
         conv = None
         if isinstance(state, ConvAttentionState):
             assert self.conv_weight is not None
@@ -192,10 +192,6 @@ class Attention(Mixer):
         projections += 0 if self.conv_weight is None else self.conv_weight.numel()
         seen = min(context, self.config.window or context)
         return 2 * projections + 4 * self.nheads * self.head_dim * seen
-
-    def _project(self, x: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, all heads side by side."""
-        return self.q_proj(x), scaled(self.k_proj(x), self.config.key_multiplier), self.v_proj(x)
 
     def _heads(
         self,

@@ -150,20 +150,20 @@ class Mamba2(Mixer):
         z, xBC, dt = self._project_step_(x, state.conv, slots)
         layer = self._layer()
         u, B, C = inputs(xBC, layer, state)
-        multiplier = config.out_multiplier
         # The gate may come behind the norm, and then it belongs to that.
         gate = None if config.norm_before_gate else z.unflatten(-1, (self.nheads, config.headdim))
         y = mamba2_step_(
             u, dt, self.A_log, B, C, state.ssm, slots,
             dt_bias=self.dt_bias, D=self.D, z=gate, dt_limit=config.dt_limit, delta_t=delta_t,
         )  # fmt: skip
+        norm = None
         if gate is None:
-            return self.out_proj.step(leave(y, z, layer, gated, gated_rms_norm), behind=multiplier)
-        y = y.flatten(-2)
-        if self.norm is None or config.ngroups == 1:
-            return self.out_proj.step(y, self.norm, behind=multiplier)
-        y = rms_norm(y, self.norm.weight, eps=self.norm.eps, groups=config.ngroups)
-        return self.out_proj.step(y, behind=multiplier)
+            y = leave(y, z, layer, gated, gated_rms_norm)
+        elif self.norm is None or config.ngroups == 1:
+            y, norm = y.flatten(-2), self.norm
+        else:
+            y = rms_norm(y.flatten(-2), self.norm.weight, eps=self.norm.eps, groups=config.ngroups)
+        return self.out_proj.step(y, norm, behind=config.out_multiplier)
 
     def flops_per_token(self, context: int) -> int:
         projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv_weight.numel())
@@ -179,8 +179,9 @@ class Mamba2(Mixer):
 
     def _project_step_(self, x: Float[Tensor, "b d"], conv: Tensor, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
         """The gate z, the outputs of the convolution, and dt, for one token."""
-        behind = zip(self._widths(), self.config.multipliers or (1.0,) * 5, strict=True)
-        scale, bias = self.in_proj.folded(self.config.in_multiplier, tuple(behind))
+        each = self.config.multipliers
+        behind = 1.0 if each is None else tuple(zip(self._widths(), each, strict=True))
+        scale, bias = self.in_proj.folded(self.config.in_multiplier, behind)
         return linear_conv_step_(
             x, self.in_proj.weight, bias, self.conv_weight, self.conv_bias, conv, slots,
             start=self.d_inner, activation="silu", scale=scale,

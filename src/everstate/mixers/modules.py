@@ -75,9 +75,7 @@ class Linear(Special):
 
     def forward(self, x: Float[Tensor, "*b k"], norm: RMSNorm | None = None) -> Float[Tensor, "*b n"]:
         """See `everstate.ops.linear`; with `norm`, of the norm of x."""
-        if norm is None:
-            return linear(x, self.weight, self.bias, scale=self.scale)
-        return linear(x, self.weight, self.bias, scale=self.scale, norm=norm.factor(), eps=norm.eps)
+        return self._linear(x, norm, self.scale, self.bias)
 
     def step(
         self,
@@ -92,7 +90,11 @@ class Linear(Special):
         A norm would undo `before`: they are not given together.
         """
         assert norm is None or before == 1.0
-        scale, bias = self.folded(before, behind)
+        return self._linear(x, norm, *self.folded(before, behind))
+
+    def _linear(
+        self, x: Float[Tensor, "*b k"], norm: RMSNorm | None, scale: Tensor | None, bias: Tensor | None
+    ) -> Float[Tensor, "*b n"]:
         if norm is None:
             return linear(x, self.weight, bias, scale=scale)
         return linear(x, self.weight, bias, scale=scale, norm=norm.factor(), eps=norm.eps)

@@ -1,8 +1,9 @@
-"""What the kernels of one token share: rows of a pool, sizes of tiles, silu."""
+"""What kernels of rows share: dense rows; and of one token: rows of a pool, sizes of tiles, silu, when they start."""
 
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.kernels import overlaps, processors
@@ -17,6 +18,11 @@ EARLY_ROWS = 16
 def dense(tensor: Tensor) -> Tensor:
     """The tensor itself if the entries of its last dimension lie side by side, as in a view cut out of a projection."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def dense_rows(tensor: Tensor) -> Float[Tensor, "rows d"]:
+    """All rows of a tensor in one dimension: a view where it can be one, as of a part of a wider projection."""
+    return dense(tensor.reshape(-1, tensor.shape[-1]))
 
 
 def tile_of(size: int, width: int, programs: int, device: torch.device, numbers: int = 4096, least: int = 4) -> int:

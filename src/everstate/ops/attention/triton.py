@@ -26,6 +26,7 @@ from everstate.core.packing import Packing
 from everstate.ops.attention.cache import AttentionState, append, append_packed, check_memory
 from everstate.ops.attention.triton_step import capped, ring_of, softened
 from everstate.ops.triton_common import LOG2E, dot
+from everstate.ops.triton_rows import dense
 
 
 def attention(
@@ -145,7 +146,7 @@ class _Call:
         capacity = ring_k.shape[1]
         self.reach = capacity if window is None else min(capacity, window - 1)
         rows = [_rows_of(t) for t in (q, k, v)]
-        ring = [t if t.stride(-1) == 1 else t.contiguous() for t in (ring_k, ring_v)]
+        ring = [dense(t) for t in (ring_k, ring_v)]
         self.inputs = (*rows, *ring, pos)
         self.settings = capacity, self.reach, scale, softcap, window
         self.strides = [n for t in rows for n in _strides(t)] + [n for t in ring for n in t.stride()[:3]]
@@ -179,8 +180,7 @@ class _Call:
 
 def _rows_of(t: Float[Tensor, "b l h p"]) -> Float[Tensor, "t h p"]:
     """All tokens in one dimension: a view where it can be one, as of a part of a wider projection."""
-    t = t.reshape(-1, *t.shape[2:])
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return dense(t.reshape(-1, *t.shape[2:]))
 
 
 def _strides(t: Tensor) -> tuple[int, int]:

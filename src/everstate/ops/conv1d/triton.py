@@ -21,6 +21,7 @@ from everstate.core.packing import Packing
 from everstate.ops.triton_common import LOG2E, reciprocal
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_replay import replayed
+from everstate.ops.triton_rows import dense
 from everstate.ops.triton_sums import total
 
 CHUNK, GROUP = 64, 8
@@ -56,7 +57,7 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ends: Sequence[int], activated: bool
 ) -> tuple[Tensor, Tensor]:
     """Outputs, and the last inputs of each sequence, `(seqs, d, k1)`."""
-    x, weight = _dense(x), weight.contiguous()
+    x, weight = dense(x), weight.contiguous()
     y, final = _outputs(x, weight, state)
     (batch, length, channels), width = x.shape, weight.shape[1]
     chunks, count = _chunks(ends, batch, length, CHUNK, x.device)
@@ -102,8 +103,8 @@ def differentiate(
     """Write the gradient of x into `dx`, whose channels lie side by side, and return the others of `_backward`."""
     (batch, length, channels), width = x.shape, weight.shape[1]
     dstate = state.new_empty(len(state), width - 1, channels) if wanted else None
-    x, weight = _dense(x), weight.contiguous()
-    dy = None if dy is None else _dense(dy)
+    x, weight = dense(x), weight.contiguous()
+    dy = None if dy is None else dense(dy)
     chunk = BACKWARD_CHUNK - (width - 1)
     chunks, count = _chunks(ends, batch, length, chunk, x.device)
     blocks = cdiv(channels, BLOCK_D)
@@ -146,11 +147,6 @@ def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[
 
 
 _conv.register_autograd(_differentiate, setup_context=_save)
-
-
-def _dense(t: Tensor) -> Tensor:
-    """The tensor itself if its channels lie side by side, as in a view cut out of a projection."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _sizes(width: int, activated: bool, group: int) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from everstate.core.kernels import counters, kernel_op
 from everstate.ops.experts.route import Score
-from everstate.ops.triton_rows import dense, launch_options, start_next, wait_for_last
+from everstate.ops.triton_rows import dense_rows, launch_options, start_next, wait_for_last
 
+NONE: tl.constexpr = tl.constexpr(-float("inf"))
+"""The chance of an expert that has been chosen, or is none."""
 LEAST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
-"""The chance of an expert, at least: minus infinity is that of one that has been chosen, or is none."""
+"""The chance of any other, at least."""
 EXPERTS = 4
 """Experts of a program."""
 PIECE = 2048
@@ -36,7 +38,7 @@ def topk_router(
     topk_groups: int = 1,
 ) -> tuple[Float[Tensor, "*t k"], Int[Tensor, "*t k"]]:
     """See `everstate.ops.topk_router`."""
-    made = _router(x.reshape(-1, x.shape[-1]), weight, bias, top_k, score, normalise, eps, scale, ngroups, topk_groups)
+    made = _router(dense_rows(x), weight, bias, top_k, score, normalise, eps, scale, ngroups, topk_groups)
     weights, indices = (t.view(*x.shape[:-1], top_k) for t in made)
     return weights, indices
 
@@ -46,7 +48,7 @@ def _router(
     x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, score: str, normalise: bool, eps: float, scale: float,
     ngroups: int, topk_groups: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    x, (count, width) = dense(x), weight.shape
+    count, width = weight.shape
     weights, indices = _results(x, top_k)
     logits = weights.new_empty(len(x), count)
     parts = triton.cdiv(count, EXPERTS)
@@ -99,14 +101,14 @@ def _router_kernel(
         tl.store(arrived + row, 0)  # as the next kernel wants to find it
         at = tl.arange(0, BLOCK)
         # Past the cache of a multiprocessor, which knows nothing of what others write.
-        logit = tl.load(logits + row * COUNT + at, mask=at < COUNT, other=-float("inf"), cache_modifier=".cg")
+        logit = tl.load(logits + row * COUNT + at, mask=at < COUNT, other=NONE, cache_modifier=".cg")
         score = _scores(logit, SCORE)
         chance = score
         if bias is not None:
             chance += tl.load(bias + at, mask=at < COUNT, other=0.0).to(tl.float32)
         # NaN is chosen first, as by PyTorch. Compared as it is, threads would not agree where the largest number is.
         chance = tl.where(chance == chance, tl.maximum(chance, LEAST), float("inf"))
-        chance = tl.where(at < COUNT, chance, -float("inf"))
+        chance = tl.where(at < COUNT, chance, NONE)
         if KEPT < GROUPS:
             chance = _of_best_groups(chance, at, COUNT // GROUPS, GROUPS, KEPT)
         share, chosen = _best(score, chance, at, TOP_K, BLOCK_K)
@@ -131,8 +133,7 @@ def _scores(logit, SCORE: tl.constexpr):
 @triton.jit
 def _of_best_groups(chance, at, SIZE: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr):
     """The same, with minus infinity outside the groups whose two best have the largest sums."""
-    NONE: tl.constexpr = -float("inf")
-    ours, group = tl.full((1,), NONE, tl.float32) + tl.zeros_like(chance), at // SIZE
+    ours, group = tl.zeros_like(chance) + NONE, at // SIZE
     for g in tl.static_range(GROUPS):
         own = tl.where(group == g, chance, NONE)
         best, where = tl.max(own, 0, return_indices=True)
@@ -157,7 +158,7 @@ def _best(score, chance, at, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
         _chance, where = tl.max(chance, 0, return_indices=True)
         share = tl.where(k == i, tl.sum(tl.where(at == where, score, 0.0), 0), share)
         chosen = tl.where(k == i, where, chosen)
-        chance = tl.where(at == where, -float("inf"), chance)
+        chance = tl.where(at == where, NONE, chance)
     return share, chosen
 
 
@@ -168,7 +169,7 @@ def _weights(
     """The weights of the chosen experts."""
     real = tl.arange(0, BLOCK_K) < TOP_K
     if SCORE == "topk_softmax":
-        powers = tl.where(real, tl.exp(share - tl.max(tl.where(real, share, -float("inf")), 0)), 0.0)
+        powers = tl.where(real, tl.exp(share - tl.max(tl.where(real, share, NONE), 0)), 0.0)
         share = powers / tl.sum(powers, 0)
     if NORMALISE:
         share = share / tl.maximum(tl.sum(tl.where(real, share, 0.0), 0) + eps, 1.1754943508222875e-38)

@@ -15,7 +15,7 @@ from everstate.core.state import Slots
 from everstate.ops.linear.limits import FEW
 from everstate.ops.linear.triton_ends import constants, finish, window_of
 from everstate.ops.linear.triton_tiles import run_tiles
-from everstate.ops.triton_rows import dense, launch_options, start_next, wait_for_last
+from everstate.ops.triton_rows import dense, dense_rows, launch_options, start_next, wait_for_last
 
 HELD = 4096
 """Bytes of weights of a warp: many programs, each with all that it reads in flight, fill a GPU best."""
@@ -59,7 +59,7 @@ def linear_conv_step_(
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Tensor | None, eps: float
 ) -> Tensor:
-    rows = dense(x.reshape(-1, x.shape[-1]))
+    rows = dense_rows(x)
     y = _run(rows, weight, bias, scale, norm, eps, None, None, None, None, 0, False)
     return y.view(*x.shape[:-1], len(weight))
 

@@ -29,7 +29,7 @@ from everstate.ops.trapezoid.triton_values import Arguments
 from everstate.ops.triton_common import softplus
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_replay import replayed
-from everstate.ops.triton_rows import dense
+from everstate.ops.triton_rows import dense, dense_rows
 from everstate.ops.triton_sums import total
 
 TOKENS = 8
@@ -220,7 +220,7 @@ def enter(
     rest: Tensor, dt_bias: Tensor, B_norm: Tensor, C_norm: Tensor, pairs: int, heavy: bool, floor: float, eps: float
 ) -> Made:
     """dt, A, lam, omega, B and C of `[B | C | dt | A | lam | omega]`."""
-    rows, made = _rows(rest), _made(rest, dt_bias, pairs)
+    rows, made = dense_rows(rest), _made(rest, dt_bias, pairs)
     launch(
         _enter_kernel, (cdiv(len(rows), TOKENS),),
         rows, dt_bias, B_norm, C_norm, *made, len(rows), rows.stride(0), floor, eps,
@@ -234,7 +234,7 @@ def enter_gradients(
     heavy: bool, floor: float, eps: float, drest: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of dt_bias, B_norm and C_norm; those of rest are written into `drest`, whose rows are dense."""
-    rows, given = _rows(rest), [t.contiguous() for t in upstream]
+    rows, given = dense_rows(rest), [t.contiguous() for t in upstream]
     programs, into = min(cdiv(len(rows), TOKENS), PROGRAMS * processors(rest.device)), drest.flatten(0, 1)
     heads, d_state = len(dt_bias), len(B_norm)
     sums = [torch.empty((programs, n), dtype=torch.float32, device=rest.device) for n in (heads, d_state, d_state)]
@@ -299,10 +299,6 @@ def _made(rest: Tensor, dt_bias: Tensor, pairs: int) -> Made:
     numbers = lambda n: torch.empty((*shape, n), dtype=torch.float32, device=rest.device)
     vectors = lambda: torch.empty((*shape, width), dtype=rest.dtype, device=rest.device)
     return numbers(heads), numbers(heads), numbers(heads), numbers(pairs), vectors(), vectors()
-
-
-def _rows(rest: Float[Tensor, "b l w"]) -> Float[Tensor, "t w"]:
-    return dense(rest.flatten(0, 1))
 
 
 def _sizes(rest: Tensor, dt_bias: Tensor, B_norm: Tensor, pairs: int) -> dict[str, int]:

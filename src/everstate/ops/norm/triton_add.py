@@ -15,7 +15,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_replay import replayed
-from everstate.ops.triton_rows import dense, launch_options, start_next, wait_for_last
+from everstate.ops.triton_rows import dense_rows, launch_options, start_next, wait_for_last
 from everstate.ops.triton_sums import total
 
 NUMBERS = 2048
@@ -40,7 +40,7 @@ def add_rms_norm(
 @kernel_op("residual_norm")
 @replayed
 def _add(x: Tensor, y: Tensor, weight: Tensor, eps: float, multiplier: float) -> tuple[Tensor, Tensor]:
-    left, right = _rows(x), _rows(y)
+    left, right = dense_rows(x), dense_rows(y)
     summed, normed = _results(x, y)
     sizes = _sizes(left.shape[1])
     launch(
@@ -63,7 +63,7 @@ def _backward(
     wide: torch.dtype, low: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, of y, which is that times the multiplier, and of the weight."""
-    rows, own, upstream = _rows(summed), _rows(dsummed), _rows(dnormed)
+    rows, own, upstream = dense_rows(summed), dense_rows(dsummed), dense_rows(dnormed)
     sizes = _sizes(rows.shape[1])
     programs = min(cdiv(len(rows), sizes["ROWS"]), PROGRAMS * processors(rows.device))
     dx, dy = (summed.new_empty(summed.shape, dtype=dtype) for dtype in (wide, low))
@@ -104,10 +104,6 @@ _add.register_autograd(_differentiate, setup_context=_save)
 def _results(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.dtype if x.dtype == torch.float32 else torch.promote_types(x.dtype, y.dtype)
     return torch.empty(x.shape, dtype=wide, device=x.device), torch.empty(y.shape, dtype=y.dtype, device=y.device)
-
-
-def _rows(t: Tensor) -> Float[Tensor, "rows d"]:
-    return dense(t.reshape(-1, t.shape[-1]))
 
 
 def _sizes(width: int) -> dict[str, int]:

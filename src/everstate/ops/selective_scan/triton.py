@@ -43,6 +43,7 @@ from everstate.ops.selective_scan.triton_forward import ends_kernel, pass_kernel
 from everstate.ops.triton_common import LOG2E
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_replay import replayed
+from everstate.ops.triton_rows import dense_rows
 
 CHUNK, CHUNK_EXACT = 128, 16
 """Tokens between two states that the sweeps of the backward pass share; in float32 fewer, which lose fewer digits."""
@@ -217,12 +218,6 @@ def _cut(ends: tuple[int, ...], chunk: int, pieces: int, device: torch.device) -
     return _Segments(table(segments), table(sequences), chunks)
 
 
-def _rows(t: Float[Tensor, "b l d"]) -> Float[Tensor, "t d"]:
-    """`t` with b and l as one dimension, the last dimension dense: a view where it can be one."""
-    t = t.flatten(0, 1)
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 class _Read(NamedTuple):
     """What the sweep forwards leaves for the sweep backwards."""
 
@@ -259,7 +254,7 @@ class _Call:
     ) -> None:  # fmt: skip
         (self.batch, self.length, self.dim), self.n = x.shape, A.shape[1]
         filled = power_of_2(self.n)
-        self.x, self.dt, self.z = _rows(x), _rows(dt), None if z is None else _rows(z)
+        self.x, self.dt, self.z = dense_rows(x), dense_rows(dt), None if z is None else dense_rows(z)
         self.D, self.bias = (None if t is None else t.contiguous() for t in (D, dt_bias))
         self.A = A.new_zeros(filled, self.dim, dtype=torch.float32)
         torch.mul(A.T, LOG2E.value, out=self.A[: self.n])

@@ -55,6 +55,7 @@ from everstate.ops.trapezoid.triton_tables import homes
 from everstate.ops.trapezoid.triton_values import Arguments, EnterGradients, InputGradients, KeyGradients
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_replay import replayed
+from everstate.ops.triton_rows import dense
 from everstate.ops.triton_segments import (
     CHUNK,
     can_copy,
@@ -383,7 +384,7 @@ class Call:
 
     def _arranged(self, t: Float[Tensor, "t r g n"], dtype: torch.dtype) -> Float[Tensor, "t r g w"]:
         """`t` with its columns in parts."""
-        t = t if t.stride(-1) == 1 else t.contiguous()
+        t = dense(t)
         out = t.new_empty(*t.shape[:-1], self.width, dtype=dtype)
         self._arrange(t, out, t.stride()[:3], t.shape[1:3], back=False)
         return out
