@@ -9,6 +9,9 @@ of some rows then have numbers of others (mended in triton-lang/triton#11186). T
 `python -m tests.lowered operands` says of each kernel of `trapezoid_scan` and `ssd_scan` whether a product of matrices
 reads constants from registers: ptxas 12.8 may set such a register only behind the product that reads it.
 
+`python -m tests.lowered registers` says of each kernel of `trapezoid_scan` whether its machine code adds to a register
+that nothing wrote; `python -m tests.lowered cache` names such kernels among all in Triton's cache.
+
 `python -m tests.lowered memory` says of each kernel of `trapezoid_scan` how many bytes of shared memory it takes on a
 GPU that has no more than 99 KiB for a program.
 """
@@ -18,7 +21,10 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +39,9 @@ from everstate.core.kernels import interpreting
 from everstate.ops import OPS, triton_launch, use
 from everstate.ops.example import EXAMPLES, Draw, Example
 from everstate.ops.trapezoid.limits import SHARED_MEMORY
+from tests.machine_code import adds_to_nothing, disassembled
 from tests.ops.test_ssd_triton import draw as draw_ssd
+from tests.ops.test_trapezoid_triton import ONE_HEAD
 from tests.ops.test_trapezoid_triton import draw as draw_trapezoid
 
 LENGTH = 131
@@ -68,14 +76,16 @@ class Code(str):
 
 @contextmanager
 def lowering(stage: str, capability: int) -> Iterator[dict[str, list[Code]]]:
-    """Inside the block kernels are lowered up to a stage instead of launched: name of each -> what becomes of it."""
+    """Inside the block kernels are lowered up to a stage instead of launched: name of each -> what becomes of it, of
+    machine code as text."""
     found: dict[str, list[Code]] = {}
     given, launch = CUDABackend.__dict__[stage], JITFunction.run
     lower = getattr(given, "__func__", given)
     latest = ""
 
     def lower_and_stop(*args: Any) -> None:
-        code = Code(lower(*args))
+        made = lower(*args)
+        code = Code(disassembled(made) if isinstance(made, bytes) else made)
         code.shared = next(arg for arg in args if isinstance(arg, dict)).get("shared", 0)
         found.setdefault(latest, []).append(code)
         raise Lowered
@@ -143,6 +153,25 @@ def operands() -> None:
             print(kernel, "constants" if any(map(multiplies_constants, variants)) else "no constants")
 
 
+def registers() -> None:
+    """In bfloat16, of some heads for which it was so once."""
+    for headdim, d_state, pairs in ONE_HEAD[:2]:
+        cpu, dtype = torch.device("cpu"), torch.bfloat16
+        drawn = draw_trapezoid(cpu, 1, 70, 1, headdim, 1, d_state, pairs=pairs, dtype=dtype)
+        for kernel, variants in lowered("trapezoid_scan", arguments(drawn), "make_cubin").items():
+            print(f"{kernel}_{headdim}", "unwritten" if any(map(adds_to_nothing, variants)) else "written")
+
+
+def cache() -> None:
+    """Of all that was compiled on this machine, as by the tests on a GPU: which is wrong, and how many are not."""
+    files = [*Path(triton.knobs.cache.dir).glob("*/*.cubin")]
+    with ThreadPoolExecutor() as pool:
+        wrong = [*pool.map(lambda file: adds_to_nothing(disassembled(file.read_bytes())), files)]
+    for file in compress(files, wrong):
+        print(file, "unwritten")
+    print("others", wrong.count(False))
+
+
 def memory() -> None:
     """Of the sizes that take most: heads of 128 x 128 and of 64 x 256, whose columns all turn, in 16 bits."""
     kernels._ask_capability, kernels._ask_shared_memory = (lambda device: (8, 9)), (lambda device: SHARED_MEMORY)
@@ -156,5 +185,9 @@ def memory() -> None:
         print(kernel, size)
 
 
+COMMANDS: dict[str, Callable[..., None]] = {
+    "sums": sums, "operands": operands, "registers": registers, "cache": cache, "memory": memory,
+}  # fmt: skip
+
 if __name__ == "__main__":
-    {"sums": sums, "operands": operands, "memory": memory}[sys.argv[1]](*sys.argv[2:])
+    COMMANDS[sys.argv[1]](*sys.argv[2:])

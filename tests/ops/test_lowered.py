@@ -46,3 +46,9 @@ def test_no_product_reads_constants_from_registers(tmp_path: Path) -> None:
     found = verdicts(tmp_path, "operands")
     assert {"scan_kernel", "sweep_kernel", "gradients_kernel", "_scan_kernel", "_keys_kernel"} <= found.keys()
     assert set(found.values()) == {"no constants"}
+
+
+def test_no_sum_reads_what_nothing_wrote(tmp_path: Path) -> None:
+    found = verdicts(tmp_path, "registers")
+    assert {"keys_kernel_80", "keys_kernel_96"} <= found.keys()
+    assert set(found.values()) == {"written"}

@@ -101,6 +101,22 @@ def test_sizes_of_real_layers(
     agree(draw(kernel_device, 1, 100, heads, headdim, groups, d_state, rank, pairs, dtype), tolerance)
 
 
+ONE_HEAD = [(80, 48, 5), (96, 128, 32), (128, 128, 32), (128, 64, 16), (128, 16, 4)]
+"""Widths of heads and states, and turning pairs, at which ptxas 12.8 made gradients of keys that read anything. It did
+where a program has one head, because nothing is computed ahead of a loop then."""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU; without one `tests.lowered registers` looks at the machine code")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize(("headdim", "d_state", "pairs"), ONE_HEAD)
+def test_wide_heads_one_to_a_program(
+    headdim: int, d_state: int, pairs: int, dtype: torch.dtype, tolerance: float, kernel_device: torch.device
+) -> None:
+    for heads in (1, 2):  # two are still one to a program, because a GPU has more processors
+        agree(draw(kernel_device, 1, 100, heads, headdim, 1, d_state, 1, pairs, dtype), tolerance)
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("lengths", [[300], [1, 64, 150, 65, 2]] if HAS_GPU else [[200], [1, 64, 130, 65, 2]])
 def test_segments_of_long_sequences(

@@ -189,7 +189,7 @@ def _layout(
 ) -> _Layout:  # fmt: skip
     """`available` multiprocessors are those of the device, which `pieces_for` and `fill` ask for."""
     chunk = CHUNK // max(rank, 1) * max(rank, 1)
-    # Triton 3.6 reads beyond its shared memory where a product of float32 has a side of 16.
+    # ptxas 12.8 may lose tiles where a product of float32 has a side of 16 (docs/learn/kernels.md, traps).
     smallest = 32 if dtype == torch.float32 else 16
     block_p, block_n = (max(power_of_2(size), smallest) for size in (headdim, d_state))
     bounds = ends or tuple(range(0, (batch + 1) * length, length))

@@ -260,7 +260,7 @@ class Call:
         self.dt, self.A, self.lam = given.dt.flatten(0, 1), given.A.flatten(0, 1), given.lam.flatten(0, 1)
         self.mimo_x, self.D = map(_dense, given[13:])
         bounds = tuple(ends) or tuple(range(0, (self.batch + 1) * self.length, self.length))
-        # Triton 3.6 reads beyond its shared memory where a product of float32 has a side of 16.
+        # ptxas 12.8 may lose tiles where a product of float32 has a side of 16 (docs/learn/kernels.md, traps).
         smallest = 32 if x.dtype == torch.float32 else 16
         filled = lambda size: max(power_of_2(size), smallest)
         self.block_p, still = filled(self.headdim), self.d_state - 2 * self.pairs
@@ -689,14 +689,15 @@ class Call:
         dB, dC = (t.new_empty(splits, *shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
         dB_bias, dC_bias = (None if t is None else steps.new_empty(count, *t.shape) for t in (self.B_bias, self.C_bias))
         dangles = steps.new_empty(count, self.heads, CHUNK, half)
+        # On Hopper four warps multiply 64 rows; of eight, each half would do all of it.
+        warps = 4 if self.block_p <= 64 or capability(self.x.device)[0] == 9 else 8
         for turn in (True, False) if self.sizes["STILL"] else (True,):
             launch(
                 keys_kernel, (count * self.groups * splits,),
                 self.x, self.mimo_x, dy, steps, self.omega, self.phases, self.B, self.C, self.B_bias, self.C_bias,
                 entering, leaving, dB, dC, dB_bias, dC_bias, dangles, self.plan.chunks,
                 *self.x.stride()[:2], *dy.stride()[:3], self.omega.stride(0), total, **self.sizes,
-                BLOCK_P=self.block_p, SPLITS=splits, TURN=turn,
-                num_warps=4 if self.block_p <= 64 else 8, **settings_for(self.x, 2),
+                BLOCK_P=self.block_p, SPLITS=splits, TURN=turn, num_warps=warps, **settings_for(self.x, 2),
             )  # fmt: skip
         turns = self.turn_gradients(dangles, later, self.ranks)
         dB, dC = (self._returned(joined(t)) for t in (dB, dC))

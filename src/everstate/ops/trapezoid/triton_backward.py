@@ -195,8 +195,8 @@ def keys_kernel(
     WIDTH: tl.constexpr = 2 * HALF + STILL
     FIRST: tl.constexpr = 0 if TURN else 2 * HALF
     SIZE: tl.constexpr = HALF if TURN else STILL
-    chunk, part = (tl.program_id(0) // (GROUPS * SPLITS)).to(tl.int64), tl.program_id(0) % (GROUPS * SPLITS)
-    group, split = part // SPLITS, part % SPLITS
+    part = tl.program_id(0) % (GROUPS * SPLITS) + tl.program_id(1)  # + 0: a loop for one head, too (kernels.md, traps)
+    chunk, group, split = (tl.program_id(0) // (GROUPS * SPLITS)).to(tl.int64), part // SPLITS, part % SPLITS
     start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     rows, p, entry = entries(start, end, TOKENS, RANK, RANKS), tl.arange(0, BLOCK_P), tl.arange(0, ENTRIES)
     token, n, row = entry // RANKS, tl.arange(0, SIZE), (chunk * GROUPS + group) * ENTRIES
