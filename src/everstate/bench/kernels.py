@@ -74,13 +74,14 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
             if name in STEPS:
                 rows += steps(name, d_inner, STEP_BATCHES[:2] if quick else STEP_BATCHES, device, left_out)
             else:
-                rows += scans(name, d_inner, total, device, first_call_s, left_out)
+                rows += scans(name, d_inner, total, device, first_call_s, left_out, status.update)
     return result
 
 
 def scans(
-    name: str, d_inner: int, total: int, device: str, first_call_s: dict[str, float], left_out: list[str]
-) -> Iterator[Row]:
+    name: str, d_inner: int, total: int, device: str, first_call_s: dict[str, float], left_out: list[str],
+    tell: Callable[[str], None],
+) -> Iterator[Row]:  # fmt: skip
     """Forward, and forward with backward, of one op on the same tokens cut into more or fewer sequences."""
     op, draw = op_of(name), Draw(dtype=torch.float32, device=device, drawn_on=device)
     small = lower(GPU_SHAPES[name](draw, min(d_inner, 512), GATE_TOKENS))
@@ -93,6 +94,7 @@ def scans(
         example = cut(first(long, batch * length), batch)
         candidates = dict(zip(KINDS, calls(partial(run_op, op), example), strict=True))
         for peer, run in peers_of(name, example).items():
+            tell(f"{name} {batch} x {length}: {peer}, which may compile and tune its kernels for minutes")
             if reason := scan_disagreement(op, peer, run, example):
                 left_out.append(reason)
             else:
