@@ -1,4 +1,4 @@
-"""Laws of the kernels that only a GPU can break: real sizes, far offsets, many programs at once.
+"""Laws of the kernels that only a GPU can break: real sizes, many programs at once.
 
 The laws of all ops (`tests/laws/test_ops.py`) run on a GPU too, at sizes of which one program makes most.
 """
