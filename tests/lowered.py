@@ -103,10 +103,12 @@ def lowering(stage: str, capability: int) -> Iterator[dict[str, list[Code]]]:
     JITFunction.run = launch_nothing
     triton.runtime.driver.set_active(Driver(capability))
     known, triton_launch._KNOWN = triton_launch._KNOWN, False  # nothing is compiled that could be known
-    with interpreting():
-        yield found
-    setattr(CUDABackend, stage, given)
-    JITFunction.run, triton_launch._KNOWN = launch, known
+    try:
+        with interpreting():
+            yield found
+    finally:
+        setattr(CUDABackend, stage, given)
+        JITFunction.run, triton_launch._KNOWN = launch, known
 
 
 def lowered(name: str, given: dict[str, Any], stage: str, capability: int = 90) -> dict[str, list[Code]]:

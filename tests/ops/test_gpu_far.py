@@ -13,11 +13,11 @@ from torch import Tensor
 
 from everstate.bench.kernels import in_precision, lower, norm_error
 from everstate.bench.peer_ops import is_number, run_op
-from everstate.bench.shapes import GPU_SHAPES, SHAPES, STEPS, Shape, op_of
+from everstate.bench.shapes import GPU_SHAPES, SHAPES, STEPS, Shape, experts, op_of
 from everstate.core.op import Op
 from everstate.core.packing import Packing
 from everstate.core.state import clone, gather, map_state, scatter_, tensors
-from everstate.ops import OPS, AttentionState, TrapezoidState, route, use
+from everstate.ops import OPS, AttentionState, TrapezoidState, use
 from everstate.ops.example import Draw, Example
 from everstate.ops.ssd.limits import CHUNK
 from everstate.ops.trapezoid import wrap
@@ -32,6 +32,9 @@ FAR = 2**31
 
 FAR_WIDTH, KEPT = 8192, 1024
 """Numbers of x for each token, and last tokens that are compared; what is before the second half is forgotten there."""
+
+MANY = 4 * FAR // FAR_WIDTH**2 + 1
+"""Experts whose weights are large, too."""
 
 
 def of_time(example: Example) -> int:
@@ -88,20 +91,6 @@ def packed_after_many(draw: Draw, d_inner: int, length: int) -> Example:
     )
 
 
-def many_experts(draw: Draw, d_inner: int, length: int) -> Example:
-    """As many as make their weights large, too; two for each token."""
-    d_model, d_hidden = d_inner // 2, d_inner // 4
-    count = FAR // (2 * d_hidden * d_model) + 1
-    weights, indices = route(draw.normal(1, length, count), top_k=2)
-    return Example(
-        timed={"x": draw.normal(1, length, d_model), "weights": weights, "indices": indices},
-        fixed={
-            "w_in": draw.normal(count, 2 * d_hidden, d_model, scale=d_model**-0.5),
-            "w_out": draw.normal(count, d_model, d_hidden, scale=d_hidden**-0.5),
-        },
-    )
-
-
 FAR_SCANS: dict[str, tuple[Shape, Callable[[Example], int]]] = {
     "ssd_scan": (SHAPES["ssd_scan"], of_time),
     "ssd_scan, small states": (small_states, of_time),
@@ -116,7 +105,7 @@ FAR_SCANS: dict[str, tuple[Shape, Callable[[Example], int]]] = {
     "rotary": (GPU_SHAPES["rotary"], of_time),
     "linear_cross_entropy": (all_logits, of_logits),
     "attention": (packed_after_many, of_time),
-    "experts": (many_experts, of_time),
+    "experts": (partial(experts, count=MANY, top_k=2), of_time),
 }
 """What is drawn, and the numbers of its largest tensor. Where that is states, the kernels for Hopper GPUs serve, which
 refuse more than FAR outputs."""

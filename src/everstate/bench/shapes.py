@@ -185,10 +185,10 @@ def _attention_step(draw: Draw, d_inner: int, length: int) -> Example:
     )
 
 
-def _experts(draw: Draw, d_inner: int, length: int) -> Example:
-    """Those of OLMoE: 64, of which a token goes through 8."""
-    count, d_model, d_hidden = 64, d_inner // 2, d_inner // 4
-    weights, indices = route(draw.normal(1, length, count), top_k=8)
+def experts(draw: Draw, d_inner: int, length: int, *, count: int = 64, top_k: int = 8) -> Example:
+    """So many, of which a token goes through `top_k`; those of OLMoE by default."""
+    d_model, d_hidden = d_inner // 2, d_inner // 4
+    weights, indices = route(draw.normal(1, length, count), top_k=top_k)
     return Example(
         timed={"x": draw.normal(1, length, d_model), "weights": weights, "indices": indices},
         fixed={
@@ -217,7 +217,7 @@ GPU_SHAPES: dict[str, Shape] = {
     "rotary": _rotary,
     "linear_cross_entropy": _linear_cross_entropy,
     "attention, packed": _attention,
-    "experts": _experts,
+    "experts": experts,
 }
 """Those, and what only a GPU has its own implementation of, or the memory for."""
 

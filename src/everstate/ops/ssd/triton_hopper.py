@@ -23,9 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from everstate.ops.triton_hopper import COLUMN, ROW, ROWS, SQUARE, STATES, VECTOR, barriers_of, place_of
+from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, STATES, barriers_of, place_of, rows_of, vectors_of
 from everstate.ops.triton_launch import Form, Tiles, launch
-from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
     from everstate.ops.ssd.triton import Call
@@ -35,7 +34,7 @@ def scan(call: Call, entering: Tensor, y: Tensor, final: Tensor) -> None:
     """Outputs and final states."""
     launch(
         scan_kernel, (call.layout.segments * call.heads // 2,),
-        _rows(call, call.x), _vectors(call.decays), _vectors(call.scales),
+        _rows(call, call.x), vectors_of(call.decays), vectors_of(call.scales),
         _rows(call, call.B), _rows(call, call.C), call.D, entering, _rows(call, y), final, call.plan.chunks,
         call.plan.segments, call.shape[1], **call.layout.few, SKIP=call.skip, STAGES=3,
         num_warps=4, maxnreg=128,
@@ -49,7 +48,7 @@ def sweep(
     """The states alone."""
     launch(
         sweep_kernel, (call.layout.segments * call.heads // 2,),
-        _rows(call, x), _vectors(call.decays), _vectors(call.scales), _rows(call, keys),
+        _rows(call, x), vectors_of(call.decays), vectors_of(call.scales), _rows(call, keys),
         entering, None if chunks is None else _states(chunks), ends, kept, call.plan.chunks, call.plan.segments,
         call.shape[1], **call.layout.few, REVERSE=reverse, STAGES=4, num_warps=4, maxnreg=168,
     )  # fmt: skip
@@ -63,19 +62,11 @@ def gradients(
     splits = len(dB)
     launch(
         gradients_kernel, (call.layout.chunks * call.groups * splits,),
-        _rows(call, call.x), _rows(call, dy), _vectors(call.decays), _vectors(call.scales),
+        _rows(call, call.x), _rows(call, dy), vectors_of(call.decays), vectors_of(call.scales),
         _rows(call, call.B), _rows(call, call.C), _states(entering), _states(leaving), _rows(call, dx), call.D,
         *parts.unbind(0), dD, dB, dC, call.plan.chunks, dB.stride(2), *call.shape,
         **call.layout.few, SPLITS=splits, SKIP=call.skip, STAGES=3, num_warps=4, maxnreg=128,
     )  # fmt: skip
-
-
-_VECTORS = Form(CHUNK, layout=VECTOR)
-
-
-@cache
-def _form_of_rows(width: int) -> Form:
-    return Form(1, CHUNK, width, layout=ROWS)
 
 
 @cache
@@ -84,17 +75,7 @@ def _form_of_states(p: int, n: int) -> Form:
 
 
 def _rows(call: Call, t: Float[Tensor, "*b h p"]) -> Tiles:
-    """Tiles of the tokens of a chunk and one head.
-
-    Sequences are a dimension of their own: beyond the end of one zeros are read and nothing is written.
-    """
-    (batch, length), (heads, width), step = call.shape, t.shape[-2:], t.stride(-3)
-    return Tiles(t, (batch, length, heads * width), (length * step, step, 1), _form_of_rows(width))
-
-
-def _vectors(t: Tensor) -> Tiles:
-    """The numbers of a chunk and head, one for each token."""
-    return Tiles(t, (t.numel(),), (1,), _VECTORS)
+    return rows_of(t, *call.shape)
 
 
 def _states(t: Float[Tensor, "chunks h p n"]) -> Tiles:
