@@ -41,7 +41,7 @@ def outputs_and_gradients(
         y, after = attention(**leaves, state=AttentionState(*ring, state.pos), **settings)
     generator = torch.Generator().manual_seed(1)
     made = [y, *after[:2]]
-    upstream = [torch.randn(t.shape, generator=generator).to(t) for t in made]
+    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in made]
     gradients = torch.autograd.grad(made, [*leaves.values(), *ring], upstream)
     named = dict(zip([*leaves, "ring_k", "ring_v"], gradients, strict=True))
     return {"y": y, "after_k": after.k, "after_v": after.v, **named}

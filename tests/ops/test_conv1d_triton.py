@@ -44,7 +44,7 @@ def outputs_and_gradients(backend: str, inputs: Inputs, *, with_final: bool = Tr
     with use(backend):
         y, final = causal_conv1d(**{"bias": None, **leaves}, **settings)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator).to(t) for t in (y, final)]
+    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in (y, final)]
     count = 2 if with_final else 1
     gradients = torch.autograd.grad((y, final)[:count], list(leaves.values()), upstream[:count], materialize_grads=True)
     return {"y": y, "final": final, **{f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}}

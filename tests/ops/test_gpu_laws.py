@@ -79,7 +79,7 @@ def outcome(name: str, given: dict[str, Any], backend: str = "triton") -> list[T
     outputs = call(name, fresh, backend)
     leaves = [t for v in fresh.values() if isinstance(v, Tensor | tuple) for t in tensors(v) if t.requires_grad]
     generator = torch.Generator(device="cuda").manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator, device="cuda").to(t.dtype) for t in outputs]
+    upstream = [torch.randn(t.shape, generator=generator, device="cuda").bfloat16().to(t.dtype) for t in outputs]
     return [*outputs, *torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)]
 
 

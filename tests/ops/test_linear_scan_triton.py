@@ -34,7 +34,7 @@ def outputs_and_gradients(backend: str, inputs: dict[str, Tensor], **settings: A
     with use(backend):
         h, final = linear_scan(**leaves, **settings)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator).to(t) for t in (h, final)]
+    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in (h, final)]
     gradients = torch.autograd.grad((h, final), list(leaves.values()), upstream)
     return {"h": h, "final": final, **dict(zip(leaves, gradients, strict=True))}
 

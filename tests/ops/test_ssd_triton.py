@@ -43,7 +43,7 @@ def outputs_and_gradients(backend: str, inputs: dict[str, Tensor], **settings: A
     with use(backend):
         y, final = ssd_scan(**leaves, **settings)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator).to(t) for t in (y, final)]
+    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in (y, final)]
     gradients = torch.autograd.grad((y, final), list(leaves.values()), upstream)
     return {"y": y, "final": final, **dict(zip(leaves, gradients, strict=True))}
 

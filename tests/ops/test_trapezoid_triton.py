@@ -63,7 +63,8 @@ def outcome(backend: str, example: Example, dtype: torch.dtype | None = None, **
     with use(backend):
         y, after = trapezoid_scan(**timed, state=state, **fixed, **settings)
     outputs, generator = [y, *tensors(after)], torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
+    # All begin with the same numbers, in the precision that all can hold.
+    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs]
     leaves = [*timed.values(), *(v for v in fixed.values() if isinstance(v, Tensor)), *tensors(state)]
     return outputs + list(torch.autograd.grad(outputs, leaves, upstream))
 
@@ -108,7 +109,7 @@ where a program has one head, because nothing is computed ahead of a loop then."
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU; without one `tests.lowered registers` looks at the machine code")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
 @pytest.mark.parametrize(("headdim", "d_state", "pairs"), ONE_HEAD)
 def test_wide_heads_one_to_a_program(
     headdim: int, d_state: int, pairs: int, dtype: torch.dtype, tolerance: float, kernel_device: torch.device
