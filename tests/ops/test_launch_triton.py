@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import get_ident
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,6 +112,20 @@ def test_kernels_of_a_function_are_compiled_together(kernel: Kernel) -> None:
     assert [settings["SIZE"] for _, _, settings in kernel.asked] == [8, 16] and not kernel.run
     compile_together(function, x)
     assert calls == [0, 0, 2, 2] and len(kernel.asked) == len(kernel.run) == 2
+
+
+def test_threads_leave_kernels_ready_to_launch(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the GPU of who asks: a thread begins with the first."""
+    from everstate.ops import triton_launch
+
+    devices: list[int] = []
+    threads: list[int] = []
+    monkeypatch.setattr(triton_launch, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    compiled = SimpleNamespace(_init_handles=lambda: threads.append(get_ident()))
+    with triton_launch._Compilers() as pool:
+        assert pool.submit(lambda: compiled).result() is compiled
+    assert devices == [1] and len(threads) == 1 and get_ident() not in threads
 
 
 def test_what_is_captured_is_only_called(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:

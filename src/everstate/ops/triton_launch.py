@@ -6,7 +6,7 @@ multiples of 16, constants. A finer key than Triton's costs an entry and is neve
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import cache
@@ -24,8 +24,8 @@ from everstate.ops.triton_common import INTERPRETED, TRIED
 
 R = TypeVar("R")
 
-COMPILERS = 8
-"""Threads that compile kernels."""
+COMPILERS = 16
+"""Threads that compile kernels: all of a call at once, because the largest may come last."""
 
 # How a compiled kernel is run is no interface of Triton: other versions are asked in the ordinary way.
 _KNOWN = TRIED and not INTERPRETED.value
@@ -105,6 +105,25 @@ class _Rehearsal:
         kernel.warmup(*_in_triton_way(args), grid=grid, **settings)
 
 
+class _Compilers(ThreadPoolExecutor):
+    """Threads that make kernels ready to be launched: what launches each is C, for the compiler of the system, which
+    Triton would ask at the first launch, one after the other."""
+
+    def __init__(self) -> None:
+        # A thread begins with the first GPU.
+        super().__init__(COMPILERS, initializer=torch.cuda.set_device, initargs=(current_device(),))
+
+    def submit(self, compile_kernel: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
+        """Compile a kernel, and load it with what launches it."""
+
+        def ready() -> Any:
+            kernel = compile_kernel()
+            kernel._init_handles()
+            return kernel
+
+        return super().submit(ready)
+
+
 class _Here(local):
     launcher: Launcher | None = None
 
@@ -170,7 +189,7 @@ def _rehearse(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     from triton.runtime._async_compile import AsyncCompileMode  # not in every Triton
 
     def compile_all() -> None:
-        with ThreadPoolExecutor(COMPILERS) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        with _Compilers() as pool, AsyncCompileMode(pool, ignore_errors=True):
             function(*args)
 
     with _launching(_Rehearsal()):
