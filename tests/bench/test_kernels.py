@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from everstate.bench import kernels
+from everstate.bench import examples, kernels
 from everstate.bench.peer_ops import run_op
 from everstate.bench.report import Row
 from everstate.bench.shapes import GPU_SHAPES, SHAPES, STEPS, op_of
 from everstate.bench.timing import Gate, Timing
+from everstate.bench.triton_first_call import first_call
 from everstate.core.errors import ConfigError
 from everstate.core.state import tensors
 from everstate.ops import OPS
@@ -25,14 +26,14 @@ from everstate.ops.example import Draw, Example
 
 @pytest.mark.parametrize("name", ["ssd_scan", "attention, packed", "experts"])
 def test_the_gate_sees_a_kernel_and_its_gradients(name: str, kernel_device: torch.device) -> None:
-    example = kernels.lower(GPU_SHAPES[name](Draw(dtype=torch.float32, device=kernel_device), 64, 70))
+    example = examples.lower(GPU_SHAPES[name](Draw(dtype=torch.float32, device=kernel_device), 64, 70))
     assert next(iter(example.timed.values())).dtype == torch.bfloat16
     assert 1e-4 < kernels.gate_error(op_of(name), example) <= 2 * kernels.ALLOWED[torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", GPU_SHAPES)
 def test_kernels_take_what_is_measured(name: str, kernel_device: torch.device) -> None:
-    example = kernels.cut(kernels.lower(GPU_SHAPES[name](Draw(dtype=torch.float32, device=kernel_device), 128, 6)), 2)
+    example = examples.cut(examples.lower(GPU_SHAPES[name](Draw(dtype=torch.float32, device=kernel_device), 128, 6)), 2)
     state = {} if example.state is None else {"state": example.state}
     verdicts = OPS[op_of(name)].explain(**example.timed, **state, **example.fixed)
     assert verdicts["triton"] == "accepts"
@@ -42,9 +43,9 @@ def test_kernels_take_what_is_measured(name: str, kernel_device: torch.device) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_sees_a_step(name: str, dtype: torch.dtype, kernel_device: torch.device) -> None:
     op, shape = op_of(name), STEPS[name]
-    example = kernels.lower(shape(Draw(dtype=torch.float32, device=kernel_device), 64, 1))
+    example = examples.lower(shape(Draw(dtype=torch.float32, device=kernel_device), 64, 1))
     token = {key: value[:, 0] for key, value in example.timed.items()} | example.fixed
-    pool = kernels.in_precision(example.state, dtype)
+    pool = examples.in_precision(example.state, dtype)
     assert tensors(pool)[0].dtype == dtype
     assert OPS[op].explain(**token, state=pool)["triton"] == "accepts"
     assert 1e-4 < kernels.step_error(op, token, pool) <= kernels.ALLOWED[torch.bfloat16]
@@ -69,14 +70,40 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkey
     assert kept["stopped_by"] == "KeyboardInterrupt"
 
 
+def test_first_calls_that_fail_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_call(name: str, d_inner: int, total: int, batch: int, device: str) -> float:
+        if name == "rotary":
+            raise ChildProcessError("no memory")
+        return 10.0 * batch
+
+    monkeypatch.setattr(kernels, "first_call", first_call)
+    left_out: list[str] = []
+    assert kernels.first_calls("ssd_scan", 64, 640, "cuda", left_out) == {"ssd_scan": 320.0}
+    assert kernels.first_calls("experts", 64, 640, "cuda", left_out) == {"experts": 10.0} and not left_out
+    assert kernels.first_calls("rotary", 64, 640, "cuda", left_out) == {}
+    assert left_out == ["rotary, first call: no memory"]
+
+
+def test_a_first_call_is_made_by_a_process_of_its_own() -> None:
+    with pytest.raises(ChildProcessError, match="KeyError: 'no_op'"):
+        first_call("no_op", 64, 640, 2, "cpu")
+
+
+@pytest.mark.gpu
+def test_a_first_call_is_timed() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    assert first_call("rotary", 128, 512, 2, "cuda") > 0
+
+
 def test_errors_of_complex_numbers() -> None:
     one = torch.tensor([3.0 + 4.0j])
     assert kernels.norm_error(one.conj(), one) == pytest.approx(8 / 5)
-    assert kernels.widen(one).dtype == torch.complex128
+    assert examples.widen(one).dtype == torch.complex128
 
 
 def test_what_a_step_of_a_paged_cache_has_written() -> None:
-    example = kernels.cut(STEPS["attention_step_, paged"](Draw(dtype=torch.float32), 8, 3), 3)
+    example = examples.cut(STEPS["attention_step_, paged"](Draw(dtype=torch.float32), 8, 3), 3)
     token = {key: value[:, 0] for key, value in example.timed.items()} | example.fixed
     with torch.no_grad():
         OPS["attention_step_"](**token, state=example.state)
@@ -85,10 +112,10 @@ def test_what_a_step_of_a_paged_cache_has_written() -> None:
 
 
 def test_tokens_are_cut_into_sequences() -> None:
-    example = kernels.cut(SHAPES["ssd_scan"](Draw(), 128, 12), 4)
+    example = examples.cut(SHAPES["ssd_scan"](Draw(), 128, 12), 4)
     assert example.timed["x"].shape[:2] == (4, 3)
     assert example.state.shape[0] == 4
-    packed = kernels.cut(GPU_SHAPES["attention, packed"](Draw(), 128, 12), 4)
+    packed = examples.cut(GPU_SHAPES["attention, packed"](Draw(), 128, 12), 4)
     assert packed.timed["q"].shape[:2] == (1, 12)
     assert packed.fixed["packing"].lengths == (3, 3, 3, 3)
     assert packed.state.pos.tolist() == [0, 0, 0, 0]
@@ -97,12 +124,12 @@ def test_tokens_are_cut_into_sequences() -> None:
 def test_experts_are_measured_with_few_tokens_too() -> None:
     assert kernels.sizes("ssd_scan", 512) == [(32, 16), (8, 64), (1, 512)]
     assert kernels.sizes("experts", 512) == [(1, 512), (1, 64), (1, 16), (1, 4), (1, 1)]
-    few = kernels.first(GPU_SHAPES["experts"](Draw(), 128, 12), 4)
+    few = examples.first(GPU_SHAPES["experts"](Draw(), 128, 12), 4)
     assert {value.shape[:2] for value in few.timed.values()} == {(1, 4)}
 
 
 def test_every_sequence_of_a_paged_cache_has_blocks_of_its_own() -> None:
-    example = kernels.cut(STEPS["attention_step_, paged"](Draw(), 8, 3), 3)
+    example = examples.cut(STEPS["attention_step_, paged"](Draw(), 8, 3), 3)
     pages, state = example.fixed["pages"], example.state
     assert sorted(pages.flatten().tolist()) == list(range(len(state.k)))
     read = 256 * 8 // 3

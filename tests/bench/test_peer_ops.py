@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from everstate.bench import kernels
+from everstate.bench import examples, kernels
 from everstate.bench.peer_ops import PEERS, peers_of, step_peer
 from everstate.bench.shapes import GPU_SHAPES, STEPS, op_of
 from everstate.core.state import clone
@@ -131,7 +131,7 @@ def _plain_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_peer_computes_what_our_op_does(name: str, kernel_device: torch.device) -> None:
     if name == "experts":
         pytest.importorskip("transformers")
-    example = kernels.cut(GPU_SHAPES[name](Draw(dtype=torch.float32, device=kernel_device), 128, TOKENS), 3)
+    example = examples.cut(GPU_SHAPES[name](Draw(dtype=torch.float32, device=kernel_device), 128, TOKENS), 3)
     peers = peers_of(name, example)
     assert list(peers) == list(PEERS[name])
     for who, peer in peers.items():
@@ -143,7 +143,7 @@ def test_a_peer_computes_what_our_op_does(name: str, kernel_device: torch.device
 )
 def test_a_step_of_a_peer_computes_what_ours_does(name: str, width: int, kernel_device: torch.device) -> None:
     op, shape = op_of(name), STEPS[name]
-    example = kernels.cut(shape(Draw(dtype=torch.float32, device=kernel_device), width, 3), 3)
+    example = examples.cut(shape(Draw(dtype=torch.float32, device=kernel_device), width, 3), 3)
     token = {key: value[:, 0] for key, value in example.timed.items()} | example.fixed
     found = step_peer(name, token, example.state)
     assert found is not None

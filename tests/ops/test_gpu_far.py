@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from everstate.bench.kernels import in_precision, lower, norm_error
+from everstate.bench.examples import in_precision, lower
+from everstate.bench.kernels import norm_error
 from everstate.bench.peer_ops import is_number, run_op
 from everstate.bench.shapes import GPU_SHAPES, SHAPES, STEPS, Shape, experts, op_of
 from everstate.core.op import Op

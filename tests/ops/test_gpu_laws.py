@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from everstate.bench.kernels import cut, lower, norm_error
+from everstate.bench.examples import cut, lower
+from everstate.bench.kernels import norm_error
 from everstate.bench.shapes import SHAPES
 from everstate.core.op import REFERENCE
 from everstate.core.state import map_state, tensors

@@ -6,7 +6,6 @@ float32 states. Times are those of the GPU alone, as in a captured graph: what P
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
@@ -17,13 +16,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from everstate.bench.peer_ops import Run, is_number, peers_of, run_op, step_peer
+from everstate.bench.examples import Call, calls, cut, differentiable, first, in_precision, lower, widen
+from everstate.bench.peer_ops import Run, peers_of, run_op, step_peer
 from everstate.bench.report import Row, machine, publishing
 from everstate.bench.shapes import GPU_SHAPES, STEPS, op_of
 from everstate.bench.timing import Gate, Timing, interleave
+from everstate.bench.triton_first_call import first_call
 from everstate.core.errors import ConfigError
 from everstate.core.op import REFERENCE
-from everstate.core.packing import Packing
 from everstate.core.state import clone, map_state, nbytes, tensors
 from everstate.ops import OPS, AttentionState, use
 from everstate.ops.example import Draw, Example
@@ -35,8 +35,6 @@ SPLITS = (32, 8, 1)
 FEW = (64, 16, 4, 1)
 """Tokens that experts are measured with too, as decoding gives them."""
 STEP_BATCHES = (1, 16, 64, 256, 1024)
-LOW = ("x", "B", "C", "z", "projected", "q", "k", "v", "w_in", "w_out")
-"""Arguments that a model trained in bfloat16 computes in it."""
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of an output or a gradient against float64, of norms. Gradients of decays and angles, which are
 what is left of large sums, have the largest."""
@@ -47,7 +45,6 @@ GATE_TOKENS, REPEATS = 300, 20
 KINDS = ("forward", "both")
 """What is timed of an op: forward without gradients, and forward with backward."""
 OURS = "everstate"
-Call = Callable[[], object]
 
 
 def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -74,20 +71,29 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
             if name in STEPS:
                 rows += steps(name, d_inner, STEP_BATCHES[:2] if quick else STEP_BATCHES, device, left_out)
             else:
-                rows += scans(name, d_inner, total, device, first_call_s, left_out, status.update)
+                if not quick:
+                    first_call_s |= first_calls(name, d_inner, total, device, left_out)
+                rows += scans(name, d_inner, total, device, left_out, status.update)
     return result
 
 
+def first_calls(name: str, d_inner: int, total: int, device: str, left_out: list[str]) -> dict[str, float]:
+    """The seconds of the first call of an op, under its name; why there are none goes to `left_out`."""
+    batch, _ = sizes(op_of(name), total)[0]
+    try:
+        return {name: first_call(name, d_inner, total, batch, device)}
+    except ChildProcessError as error:
+        left_out.append(f"{name}, first call: {error}")
+        return {}
+
+
 def scans(
-    name: str, d_inner: int, total: int, device: str, first_call_s: dict[str, float], left_out: list[str],
-    tell: Callable[[str], None],
+    name: str, d_inner: int, total: int, device: str, left_out: list[str], tell: Callable[[str], None]
 ) -> Iterator[Row]:  # fmt: skip
     """Forward, and forward with backward, of one op on the same tokens cut into more or fewer sequences."""
     op, draw = op_of(name), Draw(dtype=torch.float32, device=device, drawn_on=device)
     small = lower(GPU_SHAPES[name](draw, min(d_inner, 512), GATE_TOKENS))
-    started = time.perf_counter()
     error = gate_error(op, cut(small, 3) if "packing" in small.fixed else small)
-    first_call_s[name] = time.perf_counter() - started
     gate = Gate(error, ALLOWED[torch.bfloat16])
     long = lower(GPU_SHAPES[name](draw, d_inner, total))
     for batch, length in sizes(op, total):
@@ -239,75 +245,14 @@ def differing(what: str, error: float) -> str:
     return f"{what}: its outputs differ from ours by {error:.0e}, of norms"
 
 
-def in_precision(state: Any, dtype: torch.dtype) -> Any:
-    """A pool of states in another precision, all but angles and positions."""
-    if isinstance(state, Tensor):
-        return state.to(dtype)
-    named = state._asdict().items()
-    return type(state)(*(part if name in ("angle", "pos") else part.to(dtype) for name, part in named))
-
-
-def widen(value: Any) -> Any:
-    """An argument, or each part of a layer's parameters, in float64 or complex128."""
-    if isinstance(value, tuple):  # a NamedTuple
-        return type(value)(*(widen(part) for part in value))
-    if not isinstance(value, Tensor) or not is_number(value):
-        return value
-    return value.detach().to(torch.complex128 if value.is_complex() else torch.float64)
-
-
-def lower(example: Example) -> Example:
-    """The example with the activations of a model, and weights of its products, in bfloat16."""
-    low = lambda given: {name: value.to(torch.bfloat16) if name in LOW else value for name, value in given.items()}
-    return example._replace(timed=low(example.timed), fixed=low(example.fixed))
-
-
-def first(example: Example, tokens: int) -> Example:
-    """The first tokens of an example."""
-    return example._replace(timed={name: value[:, :tokens] for name, value in example.timed.items()})
-
-
-def cut(example: Example, batch: int) -> Example:
-    """One row of tokens as `batch` rows, or packed ones as so many sequences, all from the same state."""
-    repeat = lambda t: t.repeat_interleave(batch, 0)
-    state = None if example.state is None else map_state(repeat, example.state)
-    if "packing" in example.fixed:
-        packing = Packing.of_lengths([example.fixed["packing"].total // batch] * batch)
-        return example._replace(state=state, fixed={**example.fixed, "packing": packing})
-    timed = {name: value[0].unflatten(0, (batch, -1)) for name, value in example.timed.items()}
-    return example._replace(timed=timed, state=state)
-
-
-def calls(function: Run, example: Example) -> tuple[Call, Call]:
-    """Forward without gradients, and forward with backward."""
-    leaves = differentiable(example)
-    with torch.no_grad():
-        upstream = [torch.randn_like(output) for output in function(example)]
-
-    def forward() -> None:
-        with torch.no_grad():
-            function(example)
-
-    def both() -> None:
-        torch.autograd.grad(function(example), leaves, upstream, allow_unused=True)
-
-    return forward, both
-
-
-def differentiable(example: Example) -> list[Tensor]:
-    """All tensors of an example that are not indices, made to want gradients."""
-    state = [] if example.state is None else tensors(example.state)
-    given = [*example.timed.values(), *state, *(v for v in example.fixed.values() if isinstance(v, Tensor))]
-    return [tensor.requires_grad_() for tensor in given if is_number(tensor)]
-
-
 def gate_error(op: str, example: Example) -> float:
     """The largest error of an output or gradient against the torch form in float64, of norms."""
 
     def outcome(one: Example) -> list[Tensor]:
         leaves, outputs = differentiable(one), run_op(op, one)
         generator = torch.Generator(device=outputs[0].device).manual_seed(0)
-        draw = partial(torch.randn, generator=generator, device=outputs[0].device, dtype=torch.float64)
+        # In the precision that all can hold: both begin with the same numbers.
+        draw = partial(torch.randn, generator=generator, device=outputs[0].device, dtype=torch.bfloat16)
         upstream = [draw(output.shape).to(output.dtype) for output in outputs]
         return [*outputs, *torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)]
 

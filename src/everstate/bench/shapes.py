@@ -148,7 +148,7 @@ def _linear_cross_entropy(draw: Draw, d_inner: int, length: int) -> Example:
 
 
 def _attention(draw: Draw, d_inner: int, length: int) -> Example:
-    """One packed sequence, which `kernels.cut` makes several of; nothing is remembered, as in training."""
+    """One packed sequence, which `examples.cut` makes several of; nothing is remembered, as in training."""
     heads = max(d_inner // 128, 1)
     groups = max(heads // 4, 1)
     return Example(
