@@ -14,6 +14,9 @@ that nothing wrote; `python -m tests.lowered cache` names such kernels among all
 
 `python -m tests.lowered memory` says of each kernel of `trapezoid_scan` how many bytes of shared memory it takes on a
 GPU that has no more than 99 KiB for a program.
+
+`python -m tests.lowered compiles 100` names the kernels of `trapezoid_scan` and `ssd_scan` for a GPU of compute
+capability 10.0, and fails with what Triton cannot compile.
 """
 
 from __future__ import annotations
@@ -187,8 +190,20 @@ def memory() -> None:
         print(kernel, size)
 
 
+def compiles(capability: str) -> None:
+    """In bfloat16, of the heads of published models."""
+    kernels._ask_capability = lambda device: divmod(int(capability), 10)
+    cpu, dtype = torch.device("cpu"), torch.bfloat16
+    trapezoid = arguments(draw_trapezoid(cpu, 1, 70, 2, 64, 1, 128, dtype=dtype))
+    ssd = draw_ssd(cpu, 1, 70, 2, 64, 1, 128, dtype=dtype)
+    for name, given in (("trapezoid_scan", trapezoid), ("ssd_scan", ssd)):
+        for kernel in lowered(name, given, "make_llir", int(capability)):
+            print(kernel, "compiles")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "sums": sums, "operands": operands, "registers": registers, "cache": cache, "memory": memory,
+    "compiles": compiles,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What machine code of a Hopper GPU reads, as `nvdisasm` prints it."""
+"""What machine code of a GPU reads, as `nvdisasm` prints it."""
 
 from __future__ import annotations
 
@@ -47,5 +47,6 @@ def _registers(name: str) -> int:
         return int(product[1]) // 2
     if re.match(r"[HI]MMA|LDSM", name) or ".128" in name:
         return 4
-    pair = re.search(r"\.64|WIDE", name) or (name.startswith("CS2R") and ".32" not in name)
+    pair = re.search(r"\.64|WIDE|^F2I\.[US]64|^(I2F|F2F|FRND)\.F64|^D(FMA|ADD|MUL)$", name)
+    pair = pair or (name.startswith("CS2R") and ".32" not in name)
     return 2 if pair else 1

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 TRIED = triton.__version__.startswith("3.6.")
@@ -18,6 +19,16 @@ def dot(a, b, added, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, added, input_precision=PRECISION)
+
+
+@triton.jit
+def sum_of(tile):
+    """The sum of all numbers of a tile: a number, or a vector of one where Triton 3.6 does not compile the sum of a
+    vector that came of a product."""
+    if INTERPRETED or cuda_capability_geq(10):
+        return tl.sum(tl.sum(tile, 1, keep_dims=True), 0)
+    else:
+        return tl.sum(tl.sum(tile, 1), 0)
 
 
 @triton.jit

@@ -76,11 +76,13 @@ def fill(programs: int, device: torch.device) -> int:
 def settings_for(x: Tensor, stages: int) -> dict[str, int]:
     """How kernels whose tiles fill the registers are compiled.
 
-    They load tiles ahead: on a GPU with less shared memory than Hopper, and in float32, none. For other GPUs they ask
-    for all the registers that a thread may have: the assembler would give some of them 32, and keep the rest in memory.
+    On Hopper those of 16 bits load tiles ahead. On others none do, for want of shared memory or because Triton 3.6 does
+    not compile it (10.0), and they ask for all the registers that a thread may have: the assembler would give some of
+    them 32, and keep the rest in memory.
     """
-    settings = {"num_stages": stages if x.dtype.itemsize == 2 and shared_memory(x.device) >= DEEP else 1}
-    return settings if capability(x.device)[0] == 9 else {**settings, "maxnreg": 255}
+    if capability(x.device)[0] != 9:
+        return {"num_stages": 1, "maxnreg": 255}
+    return {"num_stages": stages if x.dtype.itemsize == 2 and shared_memory(x.device) >= DEEP else 1}
 
 
 def splits_of(heads: int, programs: int, wanted: int, most: int | None = None) -> int:

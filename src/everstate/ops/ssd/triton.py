@@ -29,7 +29,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.glu import gate_heads
-from everstate.ops.triton_common import LOG2E, dot
+from everstate.ops.triton_common import LOG2E, dot, sum_of
 from everstate.ops.triton_launch import Tiles, cdiv, form, launch, power_of_2
 from everstate.ops.triton_replay import replayed
 from everstate.ops.triton_segments import (
@@ -683,8 +683,8 @@ def _inputs_kernel(
         dh = _load_head(leaving, chunk, head, p, n, HEADS, P, N, FULL)
         # The gradient of s x: first what went through the state, then what entries of the chunk received.
         dadded = dot(k.to(u.dtype), tl.trans(dh), None, PRECISION) * tl.exp2(last - cs)[:, None]
-        dlast = tl.sum(scale * tl.sum(dadded * u.to(tl.float32), 1), 0)
-        dlast += tl.exp2(last) * tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1), 0)
+        dlast = sum_of((scale * tl.sum(dadded * u.to(tl.float32), 1))[:, None])
+        dlast += tl.exp2(last) * sum_of(h.to(tl.float32) * dh.to(tl.float32))
         # How much a larger sum of decays would change: all that an entry received, less all that it gave.
         ddecay = tl.sum(dot(q.to(u.dtype), tl.trans(h), None, PRECISION) * du.to(tl.float32), 1) * tl.exp2(cs)
         weights = (gram * tl.exp2(tl.minimum(cs[None, :] - cs[:, None], 126.0))).to(u.dtype)

@@ -35,7 +35,7 @@ from everstate.ops.trapezoid.triton_keys import (
     turning_keys,
 )
 from everstate.ops.trapezoid.triton_values import InputGradients
-from everstate.ops.triton_common import dot
+from everstate.ops.triton_common import dot, sum_of
 from everstate.ops.triton_launch import launch
 from everstate.ops.triton_segments import only
 
@@ -69,9 +69,9 @@ def inputs_kernel(
     last = load_step(steps, place, TOKENS - 1, TOKENS, SUM)
     # The gradient of x, first as far as it went through the state.
     dinput = across(k, dh, STILL, PRECISION) * tl.exp2(last - weighted)[:, None]
-    dlast = tl.sum(tl.sum(dinput * u.to(tl.float32), 1), 0)
+    dlast = sum_of(dinput * u.to(tl.float32))
     inner = tl.where(p[:, None] == p[None, :], across(h, dh, STILL, PRECISION), 0.0)
-    dlast += tl.exp2(last) * tl.sum(tl.sum(inner, 1), 0)
+    dlast += tl.exp2(last) * sum_of(inner)
     q = make_keys(C, row, C_bias, trig, rows[2], head, RANK, STILL, DTYPE)
     received = across(q, h, STILL, PRECISION) * tl.exp2(sums)[:, None]
     product = across(k, q, STILL, PRECISION)
