@@ -45,7 +45,7 @@ def outputs_and_gradients(backend: str, inputs: dict[str, Tensor], **settings: A
     with use(backend):
         y, final = selective_scan(**leaves, **settings)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in (y, final)]
+    upstream = [torch.randn(t.shape, generator=generator).to(t) for t in (y, final)]
     gradients = torch.autograd.grad((y, final), list(leaves.values()), upstream)
     return {"y": y, "final": final, **dict(zip(leaves, gradients, strict=True))}
 
@@ -82,7 +82,7 @@ def test_bfloat16_is_as_exact_as_the_torch_form(kernel_device: torch.device) -> 
     inputs = draw(kernel_device, 1, LENGTH, 40, 16, torch.bfloat16)
     torch_form = errors("torch", inputs)
     for name, error in errors("triton", inputs).items():
-        assert error <= 1.2 * torch_form[name] + 5e-5, name
+        assert error <= 1.2 * torch_form[name] + 1e-5, name
 
 
 def test_steps_may_be_wider_than_inputs(kernel_device: torch.device) -> None:
