@@ -14,6 +14,7 @@ from everstate.core.packing import Packing
 from everstate.core.state import clone, map_state, tensors
 from everstate.ops import AttentionState, attention, attention_step_, use
 from everstate.ops.attention import limits
+from tests.ops.upstream import upstream_of
 
 
 def draw(
@@ -39,9 +40,8 @@ def outputs_and_gradients(
     ring = [t.detach().clone().requires_grad_() for t in state[:2]]
     with use(backend):
         y, after = attention(**leaves, state=AttentionState(*ring, state.pos), **settings)
-    generator = torch.Generator().manual_seed(1)
     made = [y, *after[:2]]
-    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in made]
+    upstream = upstream_of(made)
     gradients = torch.autograd.grad(made, [*leaves.values(), *ring], upstream)
     named = dict(zip([*leaves, "ring_k", "ring_v"], gradients, strict=True))
     return {"y": y, "after_k": after.k, "after_v": after.v, **named}

@@ -12,6 +12,7 @@ from everstate.core.errors import BackendError, RequestError
 from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.ops import causal_conv1d, use
+from tests.ops.upstream import upstream_of
 
 Inputs = dict[str, Tensor]
 
@@ -43,8 +44,7 @@ def outputs_and_gradients(backend: str, inputs: Inputs, *, with_final: bool = Tr
     leaves = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
     with use(backend):
         y, final = causal_conv1d(**{"bias": None, **leaves}, **settings)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in (y, final)]
+    upstream = upstream_of((y, final))
     count = 2 if with_final else 1
     gradients = torch.autograd.grad((y, final)[:count], list(leaves.values()), upstream[:count], materialize_grads=True)
     return {"y": y, "final": final, **{f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}}

@@ -12,6 +12,7 @@ from everstate.core.errors import BackendError
 from everstate.core.op import REFERENCE
 from everstate.ops import experts, use
 from everstate.ops.experts import limits
+from tests.ops.upstream import upstream_of
 
 
 def draw(
@@ -38,7 +39,7 @@ def outputs_and_gradients(backend: str, inputs: dict[str, Tensor], **settings: A
     leaves = {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in inputs.items()}
     with use(backend):
         y = experts(**leaves, **settings)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y)
+    (upstream,) = upstream_of([y])
     wanted = {name: t for name, t in leaves.items() if t.requires_grad}
     return {"y": y, **dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), upstream), strict=True))}
 

@@ -12,6 +12,7 @@ from everstate.core.errors import BackendError
 from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.ops import linear_scan, use
+from tests.ops.upstream import upstream_of
 
 
 def draw(device: torch.device, kind: str, batch: int, length: int, *rest: int, sequences: int = 0) -> dict[str, Tensor]:
@@ -33,8 +34,7 @@ def outputs_and_gradients(backend: str, inputs: dict[str, Tensor], **settings: A
     leaves = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
     with use(backend):
         h, final = linear_scan(**leaves, **settings)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in (h, final)]
+    upstream = upstream_of((h, final))
     gradients = torch.autograd.grad((h, final), list(leaves.values()), upstream)
     return {"h": h, "final": final, **dict(zip(leaves, gradients, strict=True))}
 

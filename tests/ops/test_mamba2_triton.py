@@ -13,6 +13,7 @@ from torch import Tensor
 from everstate.core.packing import Packing
 from everstate.ops import Mamba2Layer, Mamba2State, mamba2_scan, use
 from everstate.ops.mamba2 import composed
+from tests.ops.upstream import upstream_of
 
 Inputs = dict[str, Tensor]
 
@@ -49,9 +50,8 @@ def outcome(scan: Callable[..., Any], backend: str, inputs: Inputs, packing: Pac
     with use(backend, "torch"):
         layer = Mamba2Layer(**{"conv_bias": None, **given}, **settings)
         y, after = scan(projected, state, layer=layer, out_proj=out_proj, packing=packing)
-    generator = torch.Generator().manual_seed(1)
     outputs = (y, *after)
-    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs]
+    upstream = upstream_of(outputs)
     gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
     return {"y": y, "after conv": after.conv, "after ssm": after.ssm, **dict(zip(leaves, gradients, strict=True))}
 

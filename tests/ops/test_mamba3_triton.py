@@ -15,6 +15,7 @@ from everstate.core.packing import Packing
 from everstate.ops import Mamba3Layer, TrapezoidState, mamba3_scan, use
 from everstate.ops.mamba3.ends import enter
 from everstate.ops.norm import rms_norm
+from tests.ops.upstream import upstream_of
 
 pytest.importorskip("triton")
 HEADDIM, INNER = 2, 64
@@ -66,8 +67,7 @@ def outcome(function: Any, given: dict[str, Tensor], vectors: int, **settings: A
     """Outputs, and the gradients of everything."""
     leaves = {name: value.detach().clone().requires_grad_() for name, value in given.items()}
     outputs = function(*layer_of(leaves, vectors, **settings), leaves["projected"])
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs]
+    upstream = upstream_of(outputs)
     return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), upstream)]
 
 
@@ -113,8 +113,8 @@ def layer_outcome(function: Any, given: dict[str, Tensor], packing: Packing | No
     state = TrapezoidState(*(parts.pop(name) for name in TrapezoidState._fields))
     projected, out_proj = parts.pop("projected"), parts.pop("out_proj", None)
     y, after = function(projected, state, layer=Mamba3Layer(**parts, **settings), out_proj=out_proj, packing=packing)
-    outputs, generator = [y, *after], torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs]
+    outputs = [y, *after]
+    upstream = upstream_of(outputs)
     return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), upstream)]
 
 

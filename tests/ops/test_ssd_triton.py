@@ -13,6 +13,7 @@ from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.ops import gated, ssd_scan, use
 from everstate.ops.ssd import limits
+from tests.ops.upstream import upstream_of
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -42,8 +43,7 @@ def outputs_and_gradients(backend: str, inputs: dict[str, Tensor], **settings: A
     leaves = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
     with use(backend):
         y, final = ssd_scan(**leaves, **settings)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in (y, final)]
+    upstream = upstream_of((y, final))
     gradients = torch.autograd.grad((y, final), list(leaves.values()), upstream)
     return {"y": y, "final": final, **dict(zip(leaves, gradients, strict=True))}
 

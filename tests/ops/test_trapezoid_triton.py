@@ -17,6 +17,7 @@ from everstate.core.state import map_state, tensors
 from everstate.ops import TrapezoidState, gated, trapezoid_scan, use
 from everstate.ops.example import Draw, Example
 from everstate.ops.trapezoid import limits
+from tests.ops.upstream import upstream_of
 
 HAS_GPU = torch.cuda.is_available()
 TIMED = ("x", "B", "C")
@@ -62,9 +63,8 @@ def outcome(backend: str, example: Example, dtype: torch.dtype | None = None, **
     state = map_state(cast, example.state)
     with use(backend):
         y, after = trapezoid_scan(**timed, state=state, **fixed, **settings)
-    outputs, generator = [y, *tensors(after)], torch.Generator().manual_seed(1)
-    # All begin with the same numbers, in the precision that all can hold.
-    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs]
+    outputs = [y, *tensors(after)]
+    upstream = upstream_of(outputs)
     leaves = [*timed.values(), *(v for v in fixed.values() if isinstance(v, Tensor)), *tensors(state)]
     return outputs + list(torch.autograd.grad(outputs, leaves, upstream))
 
