@@ -234,9 +234,11 @@ def _language() -> SimpleNamespace:
         join=lambda a, b: torch.stack([a, b], -1), split=lambda t: t.unbind(-1),
         arange=lambda start, end, layout: torch.arange(start, end),
         zeros=lambda shape, dtype, layout: torch.zeros(shape),
-        exp2=torch.exp2, log=torch.log, where=lambda c, a, b: torch.where(c, a, torch.as_tensor(b)),
+        exp2=torch.exp2, log=torch.log, fma=lambda a, b, c: a * b + c,
+        where=lambda c, a, b: torch.where(c, a, torch.as_tensor(b)),
         sum=lambda t, axis: torch.sum(t, axis, dtype=t.dtype), max=torch.amax,
         associative_scan=lambda t, axis, combine: torch.cumsum(t, axis, dtype=t.dtype),
+        maximum=lambda a, b: a.clamp(min=b),
         minimum=lambda a, b: min(a, b) if isinstance(a, int) else a.clamp(max=b), convert_layout=lambda t, layout: t,
         inline_asm_elementwise=_assembly,
         program_id=lambda axis: torch.tensor(_program.at), num_programs=lambda axis: _program.count,
@@ -280,6 +282,7 @@ def _hopper_names() -> dict[str, Any]:
         async_copy_shared_to_global=_copy_out, store_wait=lambda pending: None,
     )  # fmt: skip
     return {
-        "gl": _language(), "gluon": SimpleNamespace(jit=_jit), "fence_async_shared": lambda: None,
+        "gl": _language(), "gluon": SimpleNamespace(jit=_jit, constexpr_function=lambda function: function),
+        "fence_async_shared": lambda: None,
         "warpgroup_mma": _multiply, "warpgroup_mma_wait": _wait, "mbarrier": barrier, "tma": copies,
     }  # fmt: skip

@@ -289,7 +289,8 @@ class Call:
 
     @cached_property
     def arranged(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """B and C by chunk, group and entry, and their biases in float32, all with the columns in parts."""
+        """B and C by chunk, group and entry, and their biases in float32, all with the columns in parts. On Hopper, for
+        one rank, zeros stand for one bias that is not there, and both are one tensor."""
         given = self.given
         if self.single:
             return self._arranged_on_hopper()
@@ -302,14 +303,15 @@ class Call:
         (B, C), count = map(_rows, (self.given.B, self.given.C)), len(self.plan.chunks) * self.groups
         given = [_dense(t) for t in (self.given.B_bias, self.given.C_bias)]
         out = B.new_empty(2, count * self.tokens, self.width)
-        biases = B.new_empty(2, self.heads, 1, 1, self.width, dtype=torch.float32)
+        allocate = B.new_zeros if given.count(None) == 1 else B.new_empty
+        biases = allocate(2, self.heads, 1, 1, self.width, dtype=torch.float32)
         launch(
             sources_kernel, (count + 1, 2),
             B, C, *given, out, biases, self.plan.chunks, count, B.stride(0), B.stride(2), C.stride(0), C.stride(2),
             HEADS=self.heads, GROUPS=self.groups, TOKENS=self.tokens, HALF=self.pairs,
             INTERLEAVED=self.interleaved,
         )  # fmt: skip
-        first, second = (None if t is None else made for t, made in zip(given, biases, strict=True))
+        first, second = (None, None) if given == [None, None] else biases
         return out[0], out[1], first, second
 
     @property
@@ -407,17 +409,22 @@ class Call:
         )  # fmt: skip
 
     @cached_property
-    def steps(self) -> Float[Tensor, "chunks h 5 t"]:
-        """Numbers per token."""
+    def steps_and_rates(self) -> tuple[Tensor, Tensor | None]:
+        """Numbers per token; and omega by chunk for the kernels that are written for one rank."""
         count, dt = len(self.plan.chunks), self.dt
         steps = self.x.new_empty(count, self.heads, NUMBERS.value, self.tokens, dtype=torch.float32)
+        rates = steps.new_empty(count, self.tokens, self.pairs) if self.single else None
         launch(
             steps_kernel, (count, cdiv(self.heads, BLOCK_H)),
-            dt, self.A, self.lam, steps, self.plan.chunks, self.homes.chunks,
-            *dt.stride(), *self.A.stride(), *self.lam.stride(),
-            HEADS=self.heads, TOKENS=self.tokens, BLOCK_H=BLOCK_H,
+            dt, self.A, self.lam, self.omega, steps, rates, self.plan.chunks, self.homes.chunks,
+            *dt.stride(), *self.A.stride(), *self.lam.stride(), self.omega.stride(0),
+            HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_H=BLOCK_H,
         )  # fmt: skip
-        return steps
+        return steps, rates
+
+    @property
+    def steps(self) -> Float[Tensor, "chunks h 5 t"]:
+        return self.steps_and_rates[0]
 
     @cached_property
     def numbers_and_rates(self) -> tuple[Tensor, Tensor]:
@@ -659,8 +666,8 @@ class Call:
         inputs, keys = backward.gradients(self, dy, entering, leaving, later, splits, *own)
         dB, dC = joined(keys.B), joined(keys.C)
         dB_bias, dC_bias = (
-            None if t is None else self._returned(_apart(t.sum(0), self.groups * splits)).squeeze(2)
-            for t in (keys.B_bias, keys.C_bias)
+            None if given is None or t is None else self._returned(_apart(t.sum(0), self.groups * splits)).squeeze(2)
+            for t, given in ((keys.B_bias, self.given.B_bias), (keys.C_bias, self.given.C_bias))
         )
         return inputs, KeyGradients(dB, dC, dB_bias, dC_bias, joined(keys.omega), keys.dt)
 
@@ -763,13 +770,17 @@ class Call:
 
     def _angle_gradients(
         self, turned: Tensor, ended: Tensor, dended: Tensor | None, dleaving: Tensor | None
-    ) -> tuple[Float[Tensor, "chunks h s"], Float[Tensor, "seqs h s"]]:
-        """What all that comes after each chunk says of angles, and the gradient of the angle that enters."""
-        later = turned.new_empty(*turned.shape[:2], self.pairs)
+    ) -> tuple[Float[Tensor, "chunks h *two s"], Float[Tensor, "seqs h s"]]:
+        """What all that comes after each chunk says of angles, and the gradient of the angle that enters.
+
+        For the kernels written for one rank, the bits of the phases before the chunk are in front of the first.
+        """
+        later = turned.new_empty(*turned.shape[:2], *([2] if self.single else []), self.pairs)
         dangle = torch.empty_like(self.given.angle, memory_format=torch.contiguous_format)
         launch(
             angle_gradients_kernel, (len(self.homes.sequences) * self.heads,),
-            turned, None if dended is None else ended, dended, dleaving, dangle, later, self.homes.sequences,
+            turned, None if dended is None else ended, dended, dleaving, dangle, self.phases if self.single else None,
+            later, self.homes.sequences,
             HEADS=self.heads, P=self.headdim, PAIRS=self.pairs, HALF=self.sizes["HALF"], WIDTH=self.width,
             TILES=turned.shape[2], BLOCK_P=power_of_2(self.headdim), BLOCK=64,
         )  # fmt: skip

@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from everstate.core.kernels import processors
 from everstate.ops.trapezoid import triton_prepare
+from everstate.ops.trapezoid.triton_hopper_angles import RADIANS, layout_of_walk, trig_by_walking
 from everstate.ops.trapezoid.triton_prepare import VECTORS
 from everstate.ops.trapezoid.triton_tables import pieces
 from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, place_of, rows_of, vectors_of, widened
@@ -54,27 +55,6 @@ READS = gl.constexpr(6)
 REGISTERS = 128
 """Registers of a thread when a program of four groups of 128 threads starts; they then share them out."""
 
-RADIANS = gl.constexpr(6.283185307179586 / 4294967296.0)
-"""The angle of one phase."""
-COSINE = gl.constexpr("cos.approx.f32 $0, $1;")
-SINE = gl.constexpr("sin.approx.f32 $0, $1;")
-PHASE = gl.constexpr("""{
-    .reg .f32 coarse, fine;
-    .reg .b32 high, low;
-    fma.rn.f32 coarse, $1, 0f3E22F983, 0f45400000;
-    add.rn.f32 fine, coarse, 0fC5400000;
-    neg.f32 fine, fine;
-    fma.rn.f32 fine, $1, 0f3E22F983, fine;
-    fma.rn.f32 fine, $1, 0f31DC9C88, fine;
-    fma.rn.f32 fine, fine, 0f4F800000, 0f4B400000;
-    mov.b32 high, coarse;
-    mov.b32 low, fine;
-    shl.b32 high, high, 20;
-    add.s32 low, low, high;
-    sub.s32 $0, low, 0x4B400000;
-}""")
-"""The phase of an angle, as `triton_keys.phase_of` makes it of two additions; 1 / (2 pi) has two parts, so that sums of
-thousands are right."""
 LONG = gl.constexpr("""{
     .reg .f64 turns;
     .reg .b32 high;
@@ -134,7 +114,7 @@ def scan(
     launch(
         scan_kernel, (min(items, processors(call.x.device)),),
         rows(call, call.x), vectors_of(call.numbers), *(_keys_of(call, t) for t in call.sources),
-        *call.biases, _rates_of(call.rates), starts, call.given.angle.contiguous(), final_angle,
+        *call.biases, rates_of(call.rates), starts, call.given.angle.contiguous(), final_angle,
         phases, phases[len(call.plan.chunks) :], entering, *(owed or (None, None)), call.dt, call.lam,
         rows(call, y.flatten(0, 2)), final,
         call.plan.chunks, call.plan.segments, call.length,
@@ -151,7 +131,7 @@ def sweep(call: Call, pieces: Tensor, ends: Tensor, kept: Tensor, turns: Tensor)
     launch(
         sweep_kernel, (min(items, processors(call.x.device)),),
         rows(call, call.x), vectors_of(call.numbers), _keys_of(call, call.sources[0]), call.biases[0],
-        _rates_of(call.rates), ends, kept, turns, call.plan.chunks, pieces, call.length, items,
+        rates_of(call.rates), ends, kept, turns, call.plan.chunks, pieces, call.length, items,
         **sizes_of(call), STAGES=3, ROOMS=4, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
@@ -173,31 +153,10 @@ def _keys_of(call: Call, t: Float[Tensor, "t g n"]) -> Tiles:
     return Tiles(t, shape, strides, _KEYS[t.shape[2] // 2])
 
 
-def _rates_of(t: Float[Tensor, "chunks t s"]) -> Tiles:
+def rates_of(t: Float[Tensor, "chunks t s"]) -> Tiles:
     """How fast the pairs turn at the tokens of a chunk."""
     chunks, tokens, pairs = t.shape
     return Tiles(t, (chunks * tokens, pairs), (pairs, 1), _RATES[pairs])
-
-
-@gluon.jit
-def _sum(a, b):
-    return a + b
-
-
-@gluon.jit
-def _phase_of(angle):
-    return gl.inline_asm_elementwise(PHASE, "=r,f", [angle], gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _trig_of(now, dt, rates, out, one: gl.constexpr):
-    """Cosines and sines of some tokens, given the phases before them; the phases after them."""
-    turns = _phase_of(dt.load(gl.SliceLayout(1, one))[:, None] * rates.load(one))
-    angles = (gl.associative_scan(turns, 0, _sum) + now[None, :]).to(gl.float32) * RADIANS
-    c = gl.inline_asm_elementwise(COSINE, "=f,f", [angles], gl.float32, is_pure=True, pack=1)
-    s = gl.inline_asm_elementwise(SINE, "=f,f", [angles], gl.float32, is_pure=True, pack=1)
-    out.store(gl.join(c, s).to(out.dtype).reshape(out.shape))
-    return now + gl.sum(turns, 0)
 
 
 @gluon.jit
@@ -208,18 +167,11 @@ def _angle(
     """One warp: cosines and sines of all angles of one head, chunk by chunk; a thread has a pair and walks along time.
 
     `ends` gets the angle at the end of a sequence, or without `angle`, by how many phases each segment turns; `phases`
-    those before each chunk, and those at the end of each sequence. Cosines and sines are float16: off by 1e-4, a tenth
-    of what rounding a key to bfloat16 costs.
+    those before each chunk, and those at the end of each sequence.
     """
     angled, turned, timed, heard = barriers
     angled, turned = angled.index(OWN), turned.index(OWN)
-    TOKENS: gl.constexpr = 256 // HALF
-    PARTS: gl.constexpr = BLOCK // TOKENS
-    one: gl.constexpr = gl.BlockedLayout([8, 1], [32 // HALF, HALF], [1, 1], [1, 0])
-    trig = trig._reinterpret(trig.dtype, [2 * PARTS, TOKENS, 2 * HALF], trig.layout)
-    rates = rates._reinterpret(rates.dtype, [2 * PARTS, TOKENS, HALF], rates.layout)
-    dts = dts._reinterpret(dts.dtype, [4 * PARTS, TOKENS], dts.layout)
-    pair = gl.arange(0, HALF, gl.SliceLayout(0, one))
+    pair = gl.arange(0, HALF, gl.SliceLayout(0, layout_of_walk(HALF)))
     done = 0  # chunks, by all walks before
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         segment, head = item // (HEADS // 2), item % (HEADS // 2) * 2 + OWN
@@ -233,9 +185,7 @@ def _angle(
             mbarrier.wait(turned, step & 1 ^ 1)
             if phases is not None:
                 gl.store(phases[0] + (((first + chunk) * HEADS + head) * HALF + pair), now)
-            for part in range(PARTS):
-                dt, rate = dts.index((step % 2 * 2 + OWN) * PARTS + part), rates.index(step % 2 * PARTS + part)
-                now = _trig_of(now, dt, rate, trig.index(OWN * PARTS + part), one)
+            now = trig_by_walking(now, rates, dts, trig, step % 2, OWN, HALF, BLOCK)
             mbarrier.arrive(angled, count=1)
             mbarrier.arrive(heard.index(step % 2), count=1)
         if angle is None:
@@ -537,7 +487,7 @@ def scan_kernel(
     speeds = gl.allocate_shared_memory(gl.float32, [2, BLOCK, HALF], rates.layout)
     tokens = gl.allocate_shared_memory(gl.float32, [2 * STAGES * READS, BLOCK], vectors.layout)
     dts = gl.allocate_shared_memory(gl.float32, [4, BLOCK], vectors.layout)
-    walking, making, feeding, angling = _barriers(STAGES, ROOMS)
+    walking, making, feeding, angling = barriers_of_groups(STAGES, ROOMS)
     state = (entering, k, last, dt, lam, (dt_token, dt_head, lam_token, lam_head))
     fence_async_shared()
     gl.warp_specialize(
@@ -560,10 +510,10 @@ def scan_kernel(
 
 
 @gluon.jit
-def _barriers(STAGES: gl.constexpr, ROOMS: gl.constexpr):
+def barriers_of_groups(STAGES: gl.constexpr, ROOMS: gl.constexpr):
     """Those of the warps that walk, make keys, feed the others and make cosines and sines."""
     full, empty = barriers_of(STAGES, 1), barriers_of(STAGES, 2)  # inputs and numbers of both heads
-    made, taken = barriers_of(ROOMS, 1), barriers_of(ROOMS, 1)  # keys and queries of one
+    made, taken = barriers_of(ROOMS, 1), barriers_of(ROOMS, 1)  # keys, and queries, of one
     brought, read = barriers_of(2, 1), barriers_of(2, 2)  # B and C, read for both heads
     angled, turned = barriers_of(2, 1), barriers_of(2, 1)  # cosines and sines of each head
     timed, heard = barriers_of(2, 1), barriers_of(2, 2)  # omega, and dt of both heads
@@ -631,7 +581,7 @@ def sweep_kernel(
     speeds = gl.allocate_shared_memory(gl.float32, [2, BLOCK, HALF], rates.layout)
     tokens = gl.allocate_shared_memory(gl.float32, [2 * STAGES * READS, BLOCK], vectors.layout)
     dts = gl.allocate_shared_memory(gl.float32, [4, BLOCK], vectors.layout)
-    walking, making, feeding, angling = _barriers(STAGES, ROOMS)
+    walking, making, feeding, angling = barriers_of_groups(STAGES, ROOMS)
     fence_async_shared()
     gl.warp_specialize(
         [

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
+from jaxtyping import Float
 from torch import Tensor
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -38,6 +39,7 @@ from everstate.ops.trapezoid.triton_hopper import (
     sizes_of,
     two_stacks,
 )
+from everstate.ops.trapezoid.triton_hopper_angles import ones_up_to, trig_by_products
 from everstate.ops.trapezoid.triton_hopper_sums import (
     by_warp,
     columns_of,
@@ -50,7 +52,7 @@ from everstate.ops.trapezoid.triton_hopper_sums import (
     square_of,
     total_of,
 )
-from everstate.ops.trapezoid.triton_keys import NUMBERS
+from everstate.ops.trapezoid.triton_keys import DT, NUMBERS, OWN, SCALE, SUM, WEIGHTED
 from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
 from everstate.ops.triton_hopper import (
     COLUMN,
@@ -62,20 +64,25 @@ from everstate.ops.triton_hopper import (
     inner,
     tiles_of,
     trace,
-    vectors_of,
     widened,
 )
 from everstate.ops.triton_launch import Form, Tiles, launch
+from everstate.ops.triton_segments import CHUNK
 
 if TYPE_CHECKING:
     from everstate.ops.trapezoid.triton import Call
 
+_BOTH = gl.NVMMASharedLayout(0, 32, 2)
+"""How both biases of a head lie in shared memory."""
+_NUMBERS = Form(SCALE.value * CHUNK, layout=VECTOR)
+"""Numbers per token of a head, but the last."""
+
 
 def gradients(
-    call: Call, dy: Tensor, entering: Tensor, leaving: Tensor, later: Tensor, splits: int, into: Tensor | None
+    call: Call, dy: Tensor, entering: Tensor, leaving: Tensor, angles: Tensor, splits: int, into: Tensor | None
 ) -> tuple[InputGradients, KeyGradients]:
-    """Those of inputs; those of B, C and omega, by part of the heads, and of dt, given what later chunks say of angles.
-    That of x is written `into` memory of the caller, if there is such.
+    """Those of inputs; those of B, C and omega, by part of the heads, and of dt, given the phases before each chunk and
+    what later ones say of angles. That of x is written `into` memory of the caller, if there is such.
 
     Those of biases are sums over the heads of a part up to each, by chunk.
     """
@@ -92,9 +99,9 @@ def gradients(
     domega, ddt = steps.new_empty(call.groups * splits, total, call.pairs), by_head(call.tokens)
     launch(
         gradients_kernel, (count * call.groups * splits,),
-        rows(call, call.x), rows(call, dy.squeeze(1)), vectors_of(steps), tiles_of(call.B, 2), tiles_of(call.C, 2),
-        halves_of(entering), halves_of(leaving), tiles_of(call.cos.view(dtype)), tiles_of(call.sin.view(dtype)),
-        _rows_of(call.B_bias), _rows_of(call.C_bias), call.D, call.omega, later,
+        rows(call, call.x), rows(call, dy.squeeze(1)), _numbers_of(steps), tiles_of(call.B, 2), tiles_of(call.C, 2),
+        halves_of(entering), halves_of(leaving), _angles_of(angles), _biases_of(call.B_bias, call.C_bias), call.D,
+        call.omega,
         inputs.x, inputs.decays, inputs.scales, inputs.owns, inputs.D, dB, dC,
         dB_bias, dC_bias, domega, ddt, call.plan.chunks, total, call.length, call.omega.stride(0),
         **sizes_of(call), SPLITS=splits, DX=dx.stride(0), INTERLEAVED=call.interleaved, STAGES=2,
@@ -103,29 +110,40 @@ def gradients(
     return inputs, KeyGradients(dB, dC, dB_bias, dC_bias, domega, ddt)
 
 
+def _numbers_of(steps: Tensor) -> Tiles:
+    return Tiles(steps, (steps.numel(),), (1,), _NUMBERS)
+
+
 @cache
-def _form_of_bias(width: int) -> Form:
-    return Form(width, layout=VECTOR)
+def _form_of_angles(pairs: int) -> Form:
+    return Form(2 * pairs, layout=VECTOR)
 
 
-def _rows_of(bias: Tensor | None) -> Tiles | None:
-    """The bias of a head."""
-    return None if bias is None else Tiles(bias, (bias.numel(),), (1,), _form_of_bias(bias.shape[-1]))
+def _angles_of(t: Float[Tensor, "chunks h 2 s"]) -> Tiles:
+    """Phases before a chunk, and what later ones say of angles, of a head."""
+    return Tiles(t, (t.numel(),), (1,), _form_of_angles(t.shape[-1]))
+
+
+@cache
+def _form_of_biases(width: int) -> Form:
+    return Form(2, width, layout=_BOTH)
+
+
+def _biases_of(B: Tensor | None, C: Tensor | None) -> Tiles | None:
+    """Both biases of a head; they are one tensor."""
+    if B is None or C is None:
+        return None
+    return Tiles(B, (2, B.numel()), (B.numel(), 1), _form_of_biases(B.shape[-1]))
 
 
 @gluon.jit
 def _ask(
-    tensors, tiles, vectors, bar, at, place, sequence, start, head, P: gl.constexpr, BLOCK: gl.constexpr
+    tensors, tiles, bar, at, place, sequence, start, head, P: gl.constexpr
 ):  # fmt: skip
-    """Inputs, their gradients, states and numbers per token of a head, into their places."""
-    x, dy, steps, _, _, entering, leaving = tensors[:7]
-    us, dus, _, _, hs, dhs = tiles
-    sums, weighted, owns = vectors[:3]
-    mbarrier.expect(bar, 2 * x.block_type.nbytes + 2 * entering.block_type.nbytes + 3 * steps.block_type.nbytes)
-    numbers = place * (NUMBERS * BLOCK)
-    tma.async_copy_global_to_shared(steps, [numbers], bar, sums.index(at))
-    tma.async_copy_global_to_shared(steps, [numbers + BLOCK], bar, weighted.index(at))
-    tma.async_copy_global_to_shared(steps, [numbers + 3 * BLOCK], bar, owns.index(at))
+    """Inputs, their gradients and states of a head, into their places."""
+    x, dy, _, _, _, entering, leaving, _, _ = tensors
+    us, dus, _, hs, dhs = tiles
+    mbarrier.expect(bar, 2 * x.block_type.nbytes + 2 * entering.block_type.nbytes)
     tma.async_copy_global_to_shared(x, [sequence, start, head * P], bar, us.index(at))
     tma.async_copy_global_to_shared(dy, [sequence, start, head * P], bar, dus.index(at))
     tma.async_copy_global_to_shared(entering, [0, place * P, 0], bar, _room_for_halves(hs, at, entering))
@@ -140,136 +158,160 @@ def _room_for_halves(tiles, at, tensor):
 
 
 @gluon.jit
-def _ask_angles(tensors, vectors, bar, at, place, head, HALF: gl.constexpr, BLOCK: gl.constexpr):
-    """What keys and queries of a head are made of, and dt."""
-    steps, cos, sin, B_bias, C_bias = tensors[2], tensors[7], tensors[8], tensors[9], tensors[10]
-    dts, cs, ss, bs, bs2 = vectors[3:]
-    biases: gl.constexpr = (0 if B_bias is None else 16 * HALF) + (0 if C_bias is None else 16 * HALF)
-    mbarrier.expect(bar, 2 * cos.block_type.nbytes + steps.block_type.nbytes + biases)
-    tma.async_copy_global_to_shared(cos, [place * BLOCK, 0], bar, cs.index(at))
-    tma.async_copy_global_to_shared(sin, [place * BLOCK, 0], bar, ss.index(at))
-    tma.async_copy_global_to_shared(steps, [place * (NUMBERS * BLOCK) + 4 * BLOCK], bar, dts.index(at))
-    if B_bias is not None:
-        tma.async_copy_global_to_shared(B_bias, [head * (4 * HALF)], bar, bs[0].index(at))
-    if C_bias is not None:
-        tma.async_copy_global_to_shared(C_bias, [head * (4 * HALF)], bar, bs2[0].index(at))
+def _ask_numbers(tensors, vectors, bar, at, place, head, HALF: gl.constexpr, BLOCK: gl.constexpr):
+    """Numbers per token of a head, those of its angles, and its biases."""
+    steps, angles, biases = tensors[2], tensors[7], tensors[8]
+    numbers, turns, _, _, bs = vectors
+    line = numbers._reinterpret(gl.float32, [numbers.shape[0] // SCALE, SCALE * BLOCK], VECTOR)
+    given: gl.constexpr = 0 if biases is None else biases.block_type.nbytes
+    mbarrier.expect(bar, steps.block_type.nbytes + angles.block_type.nbytes + given)
+    tma.async_copy_global_to_shared(steps, [place * (NUMBERS * BLOCK)], bar, line.index(at))
+    tma.async_copy_global_to_shared(angles, [place * (2 * HALF)], bar, turns.index(at))
+    if biases is not None:
+        tma.async_copy_global_to_shared(biases, [0, head * (4 * HALF)], bar, bs.index(at))
 
 
 @gluon.jit
-def _turn(bases, biases, cs, ss, ks, qs, at, HALF: gl.constexpr, half: gl.constexpr):
-    """The keys of a head from B, and queries from C, by 32 rows; biases are those of the head, if there are any."""
-    for part in gl.static_range(2):
-        c, s = trig(cs.slice(32 * part, 32), half), trig(ss.slice(32 * part, 32), half)
-        _turn_rows(bases, 0, biases[0], c, s, ks, at, part, HALF, half)
-        _turn_rows(bases, 2, biases[1], c, s, qs, at, part, HALF, half)
+def _turn(bases, biases, cs, ss, keys, at, HALF: gl.constexpr, half: gl.constexpr, STAGES: gl.constexpr):
+    """The keys of a head from B, and queries from C, by 32 rows; `biases` are those of all heads, if there are any.
 
-
-@gluon.jit
-def _turn_rows(bases, which, bias, c, s, out, at, part: gl.constexpr, HALF: gl.constexpr, half: gl.constexpr):
-    """Some rows of both halves, given the cosines and sines of the angles of the first."""
-    first, second = both_at(out, at)
-    dtype: gl.constexpr = first.dtype
+    One loop, whose instructions are fetched once: written out they take longer.
+    """
+    dtype: gl.constexpr = bases.dtype
     side: gl.constexpr = gl.SliceLayout(0, half)
-    a, b = halves(widened(bases.index(which).slice(32 * part, 32).load(half)), HALF, half)
-    if bias is not None:
-        a += bias[0].index(4 * at).load(side)[None, :]
-        b += bias[0].index(4 * at + 1).load(side)[None, :]
-    turned = gl.join((a * c - b * s).to(dtype), (a * s + b * c).to(dtype))
-    first.slice(32 * part, 32).store(turned.permute((0, 2, 1)).reshape([32, 2 * HALF]))
-    still = bases.index(which + 1).slice(32 * part, 32).load(half)
-    if bias is not None:
-        still = (widened(still) + bias[1].index(2 * at + 1).load(side)[None, :]).to(dtype)
-    second.slice(32 * part, 32).store(still)
+    bases = bases._reinterpret(dtype, [8, 32, 2 * HALF], bases.layout)
+    cs = cs._reinterpret(cs.dtype, [2 * STAGES, 32, HALF], cs.layout)
+    ss = ss._reinterpret(ss.dtype, [2 * STAGES, 32, HALF], ss.layout)
+    turning = keys[0]._reinterpret(dtype, [4 * STAGES, 32, 2 * HALF], keys[0].layout)
+    standing = keys[1]._reinterpret(dtype, [4 * STAGES, 32, 2 * HALF], keys[1].layout)
+    for piece in range(4):
+        kind, part = piece // 2, piece % 2
+        room = (kind * STAGES + at) * 2 + part
+        c, s = trig(cs.index(2 * at + part), half), trig(ss.index(2 * at + part), half)
+        a, b = halves(widened(bases.index(4 * kind + part).load(half)), HALF, half)
+        still = bases.index(4 * kind + 2 + part).load(half)
+        if biases is not None:
+            fine = biases._reinterpret(gl.float32, [8 * STAGES, HALF], VECTOR)
+            wide = biases._reinterpret(gl.float32, [4 * STAGES, 2 * HALF], VECTOR)
+            mine = 2 * at + kind
+            a += fine.index(4 * mine).load(side)[None, :]
+            b += fine.index(4 * mine + 1).load(side)[None, :]
+            still = (widened(still) + wide.index(2 * mine + 1).load(side)[None, :]).to(dtype)
+        turned = gl.join((a * c - b * s).to(dtype), (a * s + b * c).to(dtype))
+        turning.index(room).store(turned.permute((0, 2, 1)).reshape([32, 2 * HALF]))
+        standing.index(room).store(still)
 
 
 @gluon.jit
 def trig(bits, layout: gl.constexpr):
-    """Cosines or sines, which are float16 in tiles of the other numbers of 16 bits."""
-    return gl.cast(bits.load(layout), gl.float16, bitcast=True).to(gl.float32)
+    """Cosines or sines, which are float16."""
+    return bits.load(layout).to(gl.float32)
 
 
 @gluon.jit
 def _make_next(
-    bases, tiles, vectors, barriers, B_bias, C_bias, step, HALF: gl.constexpr, half: gl.constexpr, STAGES: gl.constexpr
+    bases, keys, vectors, barriers, rate, total, biases, step, HALF: gl.constexpr, half: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Keys and queries of a head, once what they are made of is there."""
-    angled, made = barriers
-    _, _, ks, qs, _, _ = tiles
-    _, _, _, _, cs, ss, bs, bs2 = vectors
+    told, made = barriers
+    numbers, turns, cs, ss, bs = vectors
+    narrow: gl.constexpr = rate.type.layout
     at = step % STAGES
-    mbarrier.wait(angled.index(at), step // STAGES & 1)
-    biases = (None if B_bias is None else bs[1:], None if C_bias is None else bs2[1:])
-    _turn(bases, biases, cs.index(at), ss.index(at), ks, qs, at, HALF, half)
+    mbarrier.wait(told.index(at), step // STAGES & 1)
+    dt = numbers.index(SCALE * at + DT).load(gl.SliceLayout(1, narrow))
+    phases = turns._reinterpret(gl.int32, [2 * STAGES, HALF], VECTOR).index(2 * at).load(gl.SliceLayout(0, narrow))
+    trig_by_products(cs.index(at), ss.index(at), dt, rate, phases, total)
+    _turn(bases, None if biases is None else bs, cs, ss, keys, at, HALF, half, STAGES)
     fence_async_shared()
     mbarrier.arrive(made.index(at), count=1)
 
 
 @gluon.jit
-def _add_turns(
-    angles, dts, rate, drate, later, ddt, place, total, at, HALF: gl.constexpr, BLOCK: gl.constexpr,
-    narrow: gl.constexpr,
-):  # fmt: skip
-    """Gradients of the rates and of dt: a turn moves all angles from its token on, so they are sums from the right,
-    products with ones. These are made such that the compiler knows none of them: ptxas 12.8 may set a register that
-    holds a constant only behind the product that reads it."""
+def _add_turns(angles, step, rate, drate, later, ddt, total, dtype: gl.constexpr):
+    """Gradients of the rates and of dt: a turn moves all angles from its token on, so they are sums from the right."""
     cs, ss = angles
-    t, n = gl.arange(0, BLOCK, gl.SliceLayout(1, narrow)), gl.arange(0, HALF, gl.SliceLayout(0, narrow))
-    dturn = gl.zeros((BLOCK, HALF), gl.float32, narrow) + gl.load(later + place * HALF + n)[None, :]
-    first: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
-    row, column = gl.arange(0, BLOCK, gl.SliceLayout(1, first)), gl.arange(0, BLOCK, gl.SliceLayout(0, first))
-    nought = (total < 0) * 1.0
-    ones = gl.where(row[:, None] <= column[None, :], 1.0 - nought, nought).to(cs.dtype)
-    dturn = warpgroup_mma(ones, cs.index(at), dturn, is_async=True)
-    dturn = warpgroup_mma(ones, ss.index(at), dturn, is_async=True)
-    step = dts.index(at).load(gl.SliceLayout(1, narrow))
+    narrow: gl.constexpr = rate.type.layout
+    BLOCK: gl.constexpr = rate.shape[0]
+    t = gl.arange(0, BLOCK, gl.SliceLayout(1, narrow))
+    dturn = gl.zeros(rate.shape, gl.float32, narrow) + later[None, :]
+    ones = ones_up_to(total, dtype, narrow, BLOCK, True)
+    dturn = warpgroup_mma(ones, _part(cs, dtype), dturn, is_async=True)
+    dturn = warpgroup_mma(ones, _part(ss, dtype), dturn, is_async=True)
     dturn = warpgroup_mma_wait(0, (dturn,))
-    gl.store(ddt + place * BLOCK + t, gl.sum(dturn * rate, 1))
+    gl.store(ddt + t, gl.sum(dturn * rate, 1))
     return drate + dturn * step[:, None]
 
 
 @gluon.jit
+def _leave_angles(dphi, cs, ss, dtype: gl.constexpr):
+    """Leave gradients of angles in two parts of 16 bits, in the place of cosines and sines, which all have read."""
+    coarse = dphi.to(dtype)
+    _part(cs, dtype).store(coarse)
+    _part(ss, dtype).store((dphi - coarse.to(gl.float32)).to(dtype))
+
+
+@gluon.jit
+def _part(tile, dtype: gl.constexpr):
+    """Room for cosines or sines as room for a part of gradients of angles."""
+    return tile._reinterpret(dtype, tile.shape, tile.layout)
+
+
+@gluon.jit
 def _make(
-    tensors, tiles, vectors, barriers, bases, omega, later, domega, ddt,
+    tensors, tiles, vectors, barriers, bases, omega, domega, ddt,
     chunk, sequence, first, start, end, total, head, group, part, omega_token,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
     BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps: what belongs to each head, as soon as there is room; its keys and queries; the gradient of omega."""
-    full, angled, empty, made, ready = barriers
+    full, told, empty, made, ready = barriers
     half: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    dts, cs, ss = vectors[3:6]
-    B, C, B_bias, C_bias = tensors[3], tensors[4], tensors[9], tensors[10]
+    side: gl.constexpr = gl.SliceLayout(1, narrow)
+    top: gl.constexpr = gl.SliceLayout(0, narrow)
+    numbers, turns, cs, ss, _ = vectors
+    keys, B, C, biases = tiles[2], tensors[3], tensors[4], tensors[8]
+    later = turns._reinterpret(gl.float32, [2 * STAGES, HALF], VECTOR)
+    dtype: gl.constexpr = B.dtype
     row = (chunk * GROUPS + group) * BLOCK
     mbarrier.expect(ready.index(0), 4 * B.block_type.nbytes)
     for own in gl.static_range(2):
         tma.async_copy_global_to_shared(B, [row, own * 2 * HALF], ready.index(0), bases.index(own))
         tma.async_copy_global_to_shared(C, [row, own * 2 * HALF], ready.index(0), bases.index(2 + own))
     for step in gl.static_range(STAGES if EACH > 1 else 1):
-        _ask_angles(tensors, vectors, angled.index(step), step, chunk * HEADS + head + step, head + step, HALF, BLOCK)
-        _ask(tensors, tiles, vectors, full.index(step), step, chunk * HEADS + head + step, sequence, first, head + step,
-             P, BLOCK)  # fmt: skip
-    t, n = gl.arange(0, BLOCK, gl.SliceLayout(1, narrow)), gl.arange(0, HALF, gl.SliceLayout(0, narrow))
+        _ask_numbers(tensors, vectors, told.index(step), step, chunk * HEADS + head + step, head + step, HALF, BLOCK)
+        _ask(tensors, tiles, full.index(step), step, chunk * HEADS + head + step, sequence, first, head + step, P)
+    rate = _rates(omega, start, end, omega_token, BLOCK, HALF, narrow)
+    drate = gl.zeros((BLOCK, HALF), gl.float32, narrow)
+    ddt += (chunk * HEADS + head) * BLOCK
+    mbarrier.wait(ready.index(0), 0)
+    _make_next(bases, keys, vectors, (told, made), rate, total, biases, 0, HALF, half, STAGES)
+    for step in range(1, EACH):
+        _make_next(bases, keys, vectors, (told, made), rate, total, biases, step, HALF, half, STAGES)
+        before, place = (step - 1) % STAGES, chunk * HEADS + head + step
+        mbarrier.wait(empty.index(before), (step - 1) // STAGES & 1)
+        dt, after = numbers.index(SCALE * before + DT).load(side), later.index(2 * before + 1).load(top)
+        if step + 1 < EACH:
+            _ask_numbers(tensors, vectors, told.index(before), before, place + 1, head + step + 1, HALF, BLOCK)
+            _ask(tensors, tiles, full.index(before), before, place + 1, sequence, first, head + step + 1, P)
+        drate = _add_turns((cs.index(before), ss.index(before)), dt, rate, drate, after, ddt + (step - 1) * BLOCK,
+                           total, dtype)  # fmt: skip
+    last: gl.constexpr = (EACH - 1) % STAGES
+    mbarrier.wait(empty.index(last), (EACH - 1) // STAGES & 1)
+    dt, after = numbers.index(SCALE * last + DT).load(side), later.index(2 * last + 1).load(top)
+    drate = _add_turns((cs.index(last), ss.index(last)), dt, rate, drate, after,
+                       ddt + (EACH - 1) * BLOCK, total, dtype)  # fmt: skip
+    _store_rows(domega + (part.to(gl.int64) * total + start) * HALF, drate, start, end, HALF, narrow)
+
+
+@gluon.jit
+def _rates(omega, start, end, omega_token, BLOCK: gl.constexpr, HALF: gl.constexpr, layout: gl.constexpr):
+    """omega of a chunk, zeros beyond the end."""
+    t, n = gl.arange(0, BLOCK, gl.SliceLayout(1, layout)), gl.arange(0, HALF, gl.SliceLayout(0, layout))
     there = (start + t < end)[:, None] & (n < HALF)[None, :]
     rates = omega + start.to(gl.int64) * omega_token + (t[:, None] * omega_token + n[None, :])
-    rate = gl.load(rates, mask=there, other=0.0).to(gl.float32)
-    drate = gl.zeros((BLOCK, HALF), gl.float32, narrow)
-    mbarrier.wait(ready.index(0), 0)
-    _make_next(bases, tiles, vectors, (angled, made), B_bias, C_bias, 0, HALF, half, STAGES)
-    for step in range(1, EACH):
-        _make_next(bases, tiles, vectors, (angled, made), B_bias, C_bias, step, HALF, half, STAGES)
-        before, phase, place = (step - 1) % STAGES, (step - 1) // STAGES & 1, chunk * HEADS + head + step
-        mbarrier.wait(empty.index(before), phase)
-        if step + 1 < EACH:
-            _ask(tensors, tiles, vectors, full.index(before), before, place + 1, sequence, first, head + step + 1,
-                 P, BLOCK)  # fmt: skip
-        drate = _add_turns((cs, ss), dts, rate, drate, later, ddt, place - 1, total, before, HALF, BLOCK, narrow)
-        if step + 1 < EACH:
-            _ask_angles(tensors, vectors, angled.index(before), before, place + 1, head + step + 1, HALF, BLOCK)
-    mbarrier.wait(empty.index((EACH - 1) % STAGES), (EACH - 1) // STAGES & 1)
-    drate = _add_turns((cs, ss), dts, rate, drate, later, ddt, chunk * HEADS + head + EACH - 1, total,
-                       (EACH - 1) % STAGES, HALF, BLOCK, narrow)  # fmt: skip
-    _store_rows(domega + (part.to(gl.int64) * total + start) * HALF, drate, start, end, HALF, narrow)
+    return gl.load(rates, mask=there, other=0.0).to(gl.float32)
 
 
 @gluon.jit
@@ -281,19 +323,19 @@ def _store_rows(out, value, start, end, stride, layout: gl.constexpr):
 
 
 @gluon.jit
-def _weights(sums, weighted, at, BLOCK: gl.constexpr):
+def _weights(numbers, at, BLOCK: gl.constexpr):
     """What i receives from j `[j, i]`, strictly before it; and the sums at the end and of each j."""
     j, i = gl.arange(0, BLOCK, ROW), gl.arange(0, BLOCK, COLUMN)
-    later, earlier = sums.index(at).load(COLUMN), weighted.index(at).load(ROW)
+    later, earlier = numbers.index(SCALE * at + SUM).load(COLUMN), numbers.index(SCALE * at + WEIGHTED).load(ROW)
     weights = gl.where(i[None, :] > j[:, None], gl.exp2(later[None, :] - earlier[:, None]), 0.0)
-    return weights, _last(sums, at, BLOCK), earlier
+    return weights, _last(numbers, at, BLOCK), earlier
 
 
 @gluon.jit
-def _last(sums, at, BLOCK: gl.constexpr):
+def _last(numbers, at, BLOCK: gl.constexpr):
     """The sum of the log decays of a chunk."""
-    numbers = sums._reinterpret(gl.float32, [sums.shape[0] * BLOCK, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return gl.sum(numbers.index(at * BLOCK + BLOCK - 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    each = numbers._reinterpret(gl.float32, [numbers.shape[0] * BLOCK, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return gl.sum(each.index((SCALE * at + SUM) * BLOCK + BLOCK - 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -335,9 +377,9 @@ def _inputs(
 ):  # fmt: skip
     """Four warps: the gradients of x, the decays, scales, own weights and D, and on the way what pairs of entries say
     to each other. Pairs are `[j, i]`: i receives from j."""
-    us, dus, ks, qs, _, dhs = tiles
-    sums, weighted, owns = vectors[:3]
-    full, empty, made, weighed, free, asked = barriers
+    us, dus, ks, _, dhs = tiles
+    numbers = vectors[0]
+    full, told, empty, made, weighed, free, asked = barriers
     j = gl.arange(0, BLOCK, ROW)
     none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
     for step in range(EACH):
@@ -347,10 +389,11 @@ def _inputs(
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
         received = warpgroup_mma(u, du.permute((1, 0)), none, use_acc=False, is_async=True)
-        decay, last, earlier = _weights(sums, weighted, at, BLOCK)
+        mbarrier.wait(told.index(at), step // STAGES & 1)
+        decay, last, earlier = _weights(numbers, at, BLOCK)
         mbarrier.wait(made.index(at), step // STAGES & 1)
-        product = meet(keys, both_at(qs, at), none)
-        own = owns.index(at).load(ROW)
+        product = meet(keys, both_at(ks, STAGES + at), none)
+        own = numbers.index(SCALE * at + OWN).load(ROW)
         received = warpgroup_mma_wait(2, (received,))
         _tell(received, decay, own, pairs, step, (weighed, free))
         product = warpgroup_mma_wait(0, (product,))
@@ -367,7 +410,7 @@ def _inputs(
         direct = gl.sum(given * answers, 1)
         leave_total(gained[1].index(0), through)
         leave_total(gained[1].index(1), direct)
-        gl.store(dscales + place * BLOCK + j, gave * gl.exp2(earlier - sums.index(at).load(ROW)))
+        gl.store(dscales + place * BLOCK + j, gave * gl.exp2(earlier - numbers.index(SCALE * at + SUM).load(ROW)))
         gl.store(downs + place * BLOCK + j, mine * direct)
         mine = _own_weights(mine, gained[1].index(1), own, D, head + step, dD, place)
         mbarrier.wait(asked.index(at), step // STAGES & 1)
@@ -423,9 +466,9 @@ def _turning(
     BLOCK: gl.constexpr, INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the gradients of the columns of B and C that turn, summed over the heads, and of angles."""
-    us, dus, ks, qs, hs, dhs = tiles
-    sums, weighted, _, _, cs, ss, _, _ = vectors
-    full, angled, empty, made, weighed, free = barriers
+    us, dus, ks, hs, dhs = tiles
+    numbers, _, cs, ss, _ = vectors
+    full, told, empty, made, weighed, free = barriers
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     side: gl.constexpr = gl.SliceLayout(1, wide)
@@ -438,26 +481,23 @@ def _turning(
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
         dk = warpgroup_mma(u, dhs.index(2 * at), nothing, use_acc=False, is_async=True)
-        last = _last(sums, at, BLOCK)
-        weight = gl.exp2(last - weighted.index(at).load(side))
+        mbarrier.wait(told.index(at), step // STAGES & 1)
+        last = _last(numbers, at, BLOCK)
+        weight = gl.exp2(last - numbers.index(SCALE * at + WEIGHTED).load(side))
         dk = warpgroup_mma_wait(0, (dk,)) * weight[:, None]
-        mbarrier.wait(angled.index(at), step // STAGES & 1)
         mbarrier.wait(made.index(at), step // STAGES & 1)
         mbarrier.wait(weighed.index(0), step & 1)
-        dk = warpgroup_mma(pairs, qs[0].index(at), dk, is_async=True)
+        dk = warpgroup_mma(pairs, ks[0].index(STAGES + at), dk, is_async=True)
         dk = warpgroup_mma_wait(0, (dk,))
         dphi, db1, db2 = _turned_back(dk, ks[0].index(at), cs.index(at), ss.index(at), db1, db2, HALF, wide, narrow)
         dq = warpgroup_mma(du, hs.index(2 * at), nothing, use_acc=False, is_async=True)
-        dq = warpgroup_mma_wait(0, (dq,)) * gl.exp2(sums.index(at).load(side))[:, None]
+        dq = warpgroup_mma_wait(0, (dq,)) * gl.exp2(numbers.index(SCALE * at + SUM).load(side))[:, None]
         dq = warpgroup_mma(pairs.permute((1, 0)), ks[0].index(at), dq, is_async=True)
         dq = warpgroup_mma_wait(0, (dq,))
         mbarrier.arrive(free.index(0), count=1)
-        dphi2, dc1, dc2 = _turned_back(dq, qs[0].index(at), cs.index(at), ss.index(at), dc1, dc2, HALF, wide, narrow)
-        # In two parts of 16 bits, in the place of cosines and sines, which nobody needs any more.
-        dphi += dphi2
-        coarse = dphi.to(pairs.dtype)
-        cs.index(at).store(coarse)
-        ss.index(at).store((dphi - coarse.to(gl.float32)).to(pairs.dtype))
+        qs = ks[0].index(STAGES + at)
+        dphi2, dc1, dc2 = _turned_back(dq, qs, cs.index(at), ss.index(at), dc1, dc2, HALF, wide, narrow)
+        _leave_angles(dphi + dphi2, cs.index(at), ss.index(at), pairs.dtype)
         fence_async_shared()
         mbarrier.arrive(empty.index(at), count=1)
         _leave_sums(dB_bias, rooms[0], db1, db2)
@@ -485,35 +525,29 @@ def _store_halves(
 
 
 @gluon.jit
-def _numbers(steps, STAGES: gl.constexpr, BLOCK: gl.constexpr):
-    """Room for numbers per token: sums of log decays, those less log scales, own weights, dt."""
-    sums = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
-    weighted = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
-    owns = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
-    return sums, weighted, owns, gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout)
+def _vectors(BLOCK: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr):
+    """Room for numbers per token, those of angles, cosines, sines and biases."""
+    trig: gl.constexpr = gl.NVMMASharedLayout(2 * HALF, 16, 2)
+    numbers = gl.allocate_shared_memory(gl.float32, [SCALE * STAGES, BLOCK], VECTOR)
+    turns = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * HALF], VECTOR)
+    cs = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK, HALF], trig)
+    ss = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK, HALF], trig)
+    return numbers, turns, cs, ss, gl.allocate_shared_memory(gl.float32, [STAGES, 2, 4 * HALF], _BOTH)
 
 
 @gluon.jit
-def _biases(steps, HALF: gl.constexpr, STAGES: gl.constexpr):
-    """Room for biases of heads, by head, by pieces of HALF, and of twice as many."""
-    all = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * HALF], steps.layout)
-    fine = all._reinterpret(gl.float32, [4 * STAGES, HALF], steps.layout)
-    return all, fine, all._reinterpret(gl.float32, [2 * STAGES, 2 * HALF], steps.layout)
-
-
-@gluon.jit
-def _answer(tiles, du, sums, last, answered, made, phase, at):
+def _answer(tiles, du, numbers, last, answered, made, phase, at, STAGES: gl.constexpr):
     """What the state that enters says of decays, to the tokens and to the state that leaves."""
-    qs, hs, dhs = tiles
+    ks, hs, dhs = tiles
     BLOCK: gl.constexpr = du.shape[0]
     none = gl.zeros((BLOCK, BLOCK), gl.float32, SQUARE)
     kept = across(hs, dhs, at, none)
     kept = trace(warpgroup_mma_wait(0, (kept,)))
     mbarrier.wait(made, phase)
-    answers = meet(both_at(qs, at), halves_at(hs, at), none)
+    answers = meet(both_at(ks, STAGES + at), halves_at(hs, at), none)
     leave_total(answered[1].index(at), kept * gl.exp2(last))
     answers = warpgroup_mma_wait(0, (answers,))
-    answered[0].index(at).store(inner(answers, du) * gl.exp2(sums.index(at).load(ROW)))
+    answered[0].index(at).store(inner(answers, du) * gl.exp2(numbers.index(SCALE * at + SUM).load(ROW)))
 
 
 @gluon.jit
@@ -524,9 +558,9 @@ def _standing(
 ):  # fmt: skip
     """Four warps: the gradients of the columns of B and C that stand still, summed over the heads; and what the
     entering state says of decays."""
-    us, dus, ks, qs, hs, dhs = tiles
-    sums, weighted = vectors[:2]
-    full, empty, made, weighed, free, asked = barriers
+    us, dus, ks, hs, dhs = tiles
+    numbers = vectors[0]
+    full, told, empty, made, weighed, free, asked = barriers
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
     side: gl.constexpr = gl.SliceLayout(1, wide)
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -537,15 +571,16 @@ def _standing(
         bias = (chunk * HEADS + head + step) * (4 * HALF) + 2 * HALF
         u, du = us.index(at).reshape([BLOCK, P]), dus.index(at).reshape([BLOCK, P])
         mbarrier.wait(full.index(at), step // STAGES & 1)
-        last = _last(sums, at, BLOCK)
-        _answer((qs, hs, dhs), du, sums, last, answered, made.index(at), step // STAGES & 1, at)
+        mbarrier.wait(told.index(at), step // STAGES & 1)
+        last = _last(numbers, at, BLOCK)
+        _answer((ks, hs, dhs), du, numbers, last, answered, made.index(at), step // STAGES & 1, at, STAGES)
         mbarrier.arrive(asked.index(at), count=1)
         dk = warpgroup_mma(u, dhs.index(2 * at + 1), nothing, use_acc=False, is_async=True)
-        weight = gl.exp2(last - weighted.index(at).load(side))
+        weight = gl.exp2(last - numbers.index(SCALE * at + WEIGHTED).load(side))
         dk = warpgroup_mma_wait(0, (dk,)) * weight[:, None]
         mbarrier.wait(weighed.index(0), step & 1)
-        dk = warpgroup_mma(pairs, qs[1].index(at), dk, is_async=True)
-        weight = gl.exp2(sums.index(at).load(side))
+        dk = warpgroup_mma(pairs, ks[1].index(STAGES + at), dk, is_async=True)
+        weight = gl.exp2(numbers.index(SCALE * at + SUM).load(side))
         dk = warpgroup_mma_wait(0, (dk,))
         db += dk
         dq = warpgroup_mma(du, hs.index(2 * at + 1), nothing, use_acc=False, is_async=True)
@@ -579,7 +614,7 @@ def _store_still(
 
 @gluon.jit
 def gradients_kernel(
-    x, dy, steps, B, C, entering, leaving, cos, sin, B_bias, C_bias, D, omega, later, dx, ddecays, dscales, downs, dD,
+    x, dy, steps, B, C, entering, leaving, angles, biases, D, omega, dx, ddecays, dscales, downs, dD,
     dB, dC, dB_bias, dC_bias, domega, ddt, chunks, total, length, omega_token,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
     SPLITS: gl.constexpr, DX: gl.constexpr, INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
@@ -593,38 +628,34 @@ def gradients_kernel(
     us = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, P], x.layout)
     dus = gl.allocate_shared_memory(x.dtype, [STAGES, 1, BLOCK, P], dy.layout)
     tile: gl.constexpr = gl.NVMMASharedLayout(4 * HALF, 16, 2)
-    ks = two_stacks(x.dtype, STAGES, BLOCK, 2 * HALF, tile)
-    qs = two_stacks(x.dtype, STAGES, BLOCK, 2 * HALF, tile)
+    ks = two_stacks(x.dtype, 2 * STAGES, BLOCK, 2 * HALF, tile)  # keys, then queries
     hs, dhs = two_stacks(x.dtype, 2 * STAGES, P, 2 * HALF, tile)
     bases = gl.allocate_shared_memory(x.dtype, [4, BLOCK, 2 * HALF], B.layout)
     pairs = gl.allocate_shared_memory(x.dtype, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
-    answered = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], steps.layout), room_for_totals(STAGES)
+    answered = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], VECTOR), room_for_totals(STAGES)
     gained = room_for_square(), room_for_totals(2)
     rooms, rooms2 = _room_for_biases(HALF), _room_for_biases(HALF)
-    sums, weighted, owns, dts = _numbers(steps, STAGES, BLOCK)
-    bs, bs2 = _biases(steps, HALF, STAGES), _biases(steps, HALF, STAGES)
-    cs = gl.allocate_shared_memory(cos.dtype, [STAGES, BLOCK, HALF], cos.layout)
-    ss = gl.allocate_shared_memory(cos.dtype, [STAGES, BLOCK, HALF], cos.layout)
-    full, angled, empty = barriers_of(STAGES, 1), barriers_of(STAGES, 1), barriers_of(STAGES, 3)
+    vectors = _vectors(BLOCK, HALF, STAGES)
+    full, told, empty = barriers_of(STAGES, 1), barriers_of(STAGES, 1), barriers_of(STAGES, 3)
     made, asked = barriers_of(STAGES, 1), barriers_of(STAGES, 1)
     weighed, free, ready = barriers_of(1, 1), barriers_of(1, 2), barriers_of(1, 1)
     fence_async_shared()
-    tiles, vectors = (us, dus, ks, qs, hs, dhs), (sums, weighted, owns, dts, cs, ss, bs, bs2)
-    tensors = (x, dy, steps, B, C, entering, leaving, cos, sin, B_bias, C_bias)
+    tiles = (us, dus, ks, hs, dhs)
+    tensors = (x, dy, steps, B, C, entering, leaving, angles, biases)
     gl.warp_specialize(
         [
-            (_inputs, (tiles, vectors, pairs, answered, gained, (full, empty, made, weighed, free, asked), dx, D,
+            (_inputs, (tiles, vectors, pairs, answered, gained, (full, told, empty, made, weighed, free, asked), dx, D,
                        ddecays, dscales, downs, dD, chunk, start, end, head, HEADS, EACH, P, DX, BLOCK, STAGES)),
-            (_turning, (tiles, vectors, pairs, rooms, (full, angled, empty, made, weighed, free), dB, dC,
+            (_turning, (tiles, vectors, pairs, rooms, (full, told, empty, made, weighed, free), dB, dC,
                         dB_bias, dC_bias, chunk, start, end, total, head, group, split,
                         HEADS, GROUPS, EACH, P, HALF, BLOCK, INTERLEAVED, STAGES)),
-            (_standing, (tiles, vectors, pairs, answered, rooms2, (full, empty, made, weighed, free, asked),
+            (_standing, (tiles, vectors, pairs, answered, rooms2, (full, told, empty, made, weighed, free, asked),
                          dB, dC, dB_bias, dC_bias, chunk, start, end, total, head, group, split,
                          HEADS, GROUPS, EACH, P, HALF, BLOCK, INTERLEAVED, STAGES)),
-            (_make, (tensors, tiles, vectors, (full, angled, empty, made, ready), bases, omega, later, domega,
+            (_make, (tensors, tiles, vectors, (full, told, empty, made, ready), bases, omega, domega,
                      ddt, chunk, sequence, first, start, end, total, head, group, part, omega_token,
                      HEADS, GROUPS, EACH, P, HALF, BLOCK, STAGES)),
         ],
         [4, 4, 4],
-        [152, 112, 88],
+        [152, 104, 104],
     )  # fmt: skip

@@ -12,7 +12,7 @@ import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from everstate.ops.trapezoid.triton_keys import NUMBERS
+from everstate.ops.trapezoid.triton_keys import NUMBERS, OWN
 from everstate.ops.triton_hopper import VECTOR, barriers_of, place_of, widened
 
 ENTRIES = gl.constexpr(64)
@@ -64,7 +64,7 @@ def load_numbers(steps, TOKENS: gl.constexpr):
     """Numbers per token by entry: sums of log decays, those less log scales, own weights; and the sum of the chunk."""
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     at = gl.arange(0, ENTRIES, line) // (ENTRIES // TOKENS)
-    sums, weighted, own = gl.load(steps + at), gl.load(steps + TOKENS + at), gl.load(steps + 3 * TOKENS + at)
+    sums, weighted, own = gl.load(steps + at), gl.load(steps + TOKENS + at), gl.load(steps + OWN * TOKENS + at)
     return sums, weighted, own, gl.load(steps + (TOKENS - 1))
 
 

@@ -1,8 +1,9 @@
 """The states of the trapezoid at the boundaries of chunks on a Hopper GPU, or their gradients backwards.
 
-What `everstate.ops.trapezoid.triton_forward.sweep_kernel` does, shared by groups of warps: one warp moves tiles into
-shared memory ahead of time, four turn the keys of the next chunk, and four walk with each of two heads. Sizes and tiles
-are those of `everstate.ops.trapezoid.triton_hopper`.
+What `everstate.ops.trapezoid.triton_forward.sweep_kernel` does, shared by groups of warps as in
+`everstate.ops.trapezoid.triton_hopper`, whose sizes and tiles they have: one warp moves tiles into shared memory ahead
+of time, one for each of two heads makes cosines and sines, four turn the keys of the next chunk, and four walk with
+each head.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from everstate.core.kernels import processors
 from everstate.ops.trapezoid.triton_hopper import (
     REGISTERS,
+    barriers_of_groups,
     both_at,
     load_state,
+    rates_of,
     rows,
     sizes_of,
     store_state,
     two_stacks,
 )
-from everstate.ops.trapezoid.triton_hopper_backward import trig
+from everstate.ops.trapezoid.triton_hopper_angles import layout_of_walk, trig_by_walking
 from everstate.ops.trapezoid.triton_hopper_sums import by_warp, columns_of, halves, room_for_columns
-from everstate.ops.trapezoid.triton_keys import NUMBERS
-from everstate.ops.triton_hopper import barriers_of, place_of, tiles_of, vectors_of, widened
+from everstate.ops.trapezoid.triton_keys import DT, NUMBERS
+from everstate.ops.triton_hopper import place_of, tiles_of, vectors_of, widened
 from everstate.ops.triton_launch import launch
 
 if TYPE_CHECKING:
@@ -45,61 +49,108 @@ def sweep(
 ) -> None:  # fmt: skip
     """The states, forwards; or with dy their gradients, backwards."""
     x, keys, bias = (call.x, call.B, call.B_bias) if dy is None else (dy.squeeze(1), call.C, call.C_bias)
+    items, (steps, rates) = len(call.plan.segments) * call.heads // 2, call.steps_and_rates
+    assert rates is not None
     launch(
-        sweep_kernel, (len(call.plan.segments) * call.heads // 2,),
-        rows(call, x), vectors_of(call.steps), tiles_of(keys, 2), bias,
-        tiles_of(call.cos.view(x.dtype)), tiles_of(call.sin.view(x.dtype)),
+        sweep_kernel, (min(items, processors(call.x.device)),),
+        rows(call, x), vectors_of(steps), tiles_of(keys, 2), bias, rates_of(rates), call.phases,
         None if entered is None else tiles_of(entered, 2), entering, None if chunks is None else tiles_of(chunks, 2),
-        ends, kept, turned, call.plan.chunks, call.plan.segments, call.length,
-        **sizes_of(call), REVERSE=dy is not None, STAGES=2, num_warps=4, maxnreg=REGISTERS,
+        ends, kept, turned, call.plan.chunks, call.plan.segments, call.length, items,
+        **sizes_of(call), REVERSE=dy is not None, STAGES=2, ROOMS=3, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
 @gluon.jit
 def _feed(
-    tensors, tiles, vectors, barriers, segments, chunks, length, segment, group, head,
+    tensors, tiles, speeds, vectors, barriers, segments, chunks, length, items,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
     STAGES: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """One warp: what the keys are made of, then what belongs to each head, as soon as there is room."""
-    x, steps, B, cos, sin, entered = tensors
-    bases, cs, ss, us, hs = tiles
-    sums, weighted = vectors
-    angled, spent, full, empty = barriers
-    first, count, sequence, start = place_of(segments, chunks, length, segment)
-    states: gl.constexpr = 0 if entered is None else 2 * entered.block_type.nbytes
-    for step in range(count):
-        at = step % STAGES
-        now = count - 1 - step if REVERSE else step
-        place, row = (first + now) * HEADS + head, ((first + now) * GROUPS + group) * BLOCK
-        mbarrier.wait(spent.index(at), (step // STAGES & 1) ^ 1)
-        bar = angled.index(at)
-        mbarrier.expect(bar, 2 * B.block_type.nbytes + 4 * cos.block_type.nbytes)
-        for part in gl.static_range(2):
-            tma.async_copy_global_to_shared(B, [row, part * 2 * HALF], bar, bases.index(2 * at + part))
-            tma.async_copy_global_to_shared(cos, [(place + part) * BLOCK, 0], bar, cs.index(2 * at + part))
-            tma.async_copy_global_to_shared(sin, [(place + part) * BLOCK, 0], bar, ss.index(2 * at + part))
-        mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
-        bar = full.index(at)
-        mbarrier.expect(bar, 2 * x.block_type.nbytes + (2 if REVERSE else 4) * steps.block_type.nbytes + states)
-        for own in gl.static_range(2):
-            numbers = (place + own) * (NUMBERS * BLOCK)
-            tma.async_copy_global_to_shared(steps, [numbers], bar, sums.index(2 * at + own))
-            if not REVERSE:
-                tma.async_copy_global_to_shared(steps, [numbers + BLOCK], bar, weighted.index(2 * at + own))
-            tma.async_copy_global_to_shared(
-                x, [sequence, start + now * BLOCK, (head + own) * P], bar, us.index(2 * at + own)
-            )
-            if entered is not None:
-                tma.async_copy_global_to_shared(entered, [(place + own) * P, 0], bar, hs.index(2 * at + own))
+    """One warp: what angles and keys are made of, then what belongs to each head, as soon as there is room."""
+    x, steps, B, omega, entered = tensors
+    bases, dts = tiles[0], vectors[2]
+    full, empty, brought, read, timed, heard = barriers
+    done = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        segment, head = item // (HEADS // 2), item % (HEADS // 2) * 2
+        group = head // (HEADS // GROUPS)
+        first, count, sequence, start = place_of(segments, chunks, length, segment)
+        for chunk in range(count):
+            step = done + chunk
+            at, odd = step % STAGES, (step // STAGES & 1) ^ 1
+            now = count - 1 - chunk if REVERSE else chunk
+            place, row = (first + now) * HEADS + head, ((first + now) * GROUPS + group) * BLOCK
+            mbarrier.wait(heard.index(at), odd)
+            bar = timed.index(at)
+            mbarrier.expect(bar, omega.block_type.nbytes + 2 * steps.block_type.nbytes)
+            tma.async_copy_global_to_shared(omega, [(first + now) * BLOCK, 0], bar, speeds.index(at))
+            for own in gl.static_range(2):
+                numbers = (place + own) * (NUMBERS * BLOCK) + DT * BLOCK
+                tma.async_copy_global_to_shared(steps, [numbers], bar, dts.index(2 * at + own))
+            mbarrier.wait(read.index(at), odd)
+            bar = brought.index(at)
+            mbarrier.expect(bar, 2 * B.block_type.nbytes)
+            for part in gl.static_range(2):
+                tma.async_copy_global_to_shared(B, [row, part * 2 * HALF], bar, bases.index(2 * at + part))
+            mbarrier.wait(empty.index(at), odd)
+            token = start + now * BLOCK
+            _bring_heads(x, steps, entered, tiles, vectors, full.index(at), at, place, sequence, token, head,
+                         P, BLOCK, REVERSE)  # fmt: skip
+        done += count
 
 
 @gluon.jit
-def _turn(base, bias, cs, ss, out, HALF: gl.constexpr, half: gl.constexpr):
+def _bring_heads(
+    x, steps, entered, tiles, vectors, bar, at, place, sequence, token, head,
+    P: gl.constexpr, BLOCK: gl.constexpr, REVERSE: gl.constexpr,
+):  # fmt: skip
+    """Inputs and numbers of both heads, and the states that enter, where these are asked for."""
+    _, us, hs = tiles
+    sums, weighted, _ = vectors
+    states: gl.constexpr = 0 if entered is None else 2 * entered.block_type.nbytes
+    mbarrier.expect(bar, 2 * x.block_type.nbytes + (2 if REVERSE else 4) * steps.block_type.nbytes + states)
+    for own in gl.static_range(2):
+        numbers = (place + own) * (NUMBERS * BLOCK)
+        tma.async_copy_global_to_shared(steps, [numbers], bar, sums.index(2 * at + own))
+        if not REVERSE:
+            tma.async_copy_global_to_shared(steps, [numbers + BLOCK], bar, weighted.index(2 * at + own))
+        tma.async_copy_global_to_shared(x, [sequence, token, (head + own) * P], bar, us.index(2 * at + own))
+        if entered is not None:
+            tma.async_copy_global_to_shared(entered, [(place + own) * P, 0], bar, hs.index(2 * at + own))
+
+
+@gluon.jit
+def _angle(
+    speeds, dts, phases, trig, barriers, segments, items,
+    OWN: gl.constexpr, HEADS: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr, REVERSE: gl.constexpr,
+):  # fmt: skip
+    """One warp: cosines and sines of all angles of one head, chunk by chunk, given the phases at their starts."""
+    angled, turned, timed, heard = barriers
+    pair = gl.arange(0, HALF, gl.SliceLayout(0, layout_of_walk(HALF)))
+    done = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        segment, head = item // (HEADS // 2), item % (HEADS // 2) * 2 + OWN
+        first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
+        here = phases + (first * HEADS + head) * HALF + pair
+        following = gl.load(here + (count - 1 if REVERSE else 0) * (HEADS * HALF))
+        for chunk in range(count):
+            step, begin = done + chunk, following
+            # Asked for here, these are there when this chunk is done.
+            after = gl.maximum(count - 2 - chunk, 0) if REVERSE else gl.minimum(chunk + 1, count - 1)
+            following = gl.load(here + after * (HEADS * HALF))
+            mbarrier.wait(timed.index(step % 2), step // 2 & 1)
+            mbarrier.wait(turned.index(OWN), step & 1 ^ 1)
+            trig_by_walking(begin, speeds, dts, trig, step % 2, OWN, HALF, BLOCK)
+            mbarrier.arrive(angled.index(OWN), count=1)
+            mbarrier.arrive(heard.index(step % 2), count=1)
+        done += count
+
+
+@gluon.jit
+def _turn(base, bias, c, s, out, HALF: gl.constexpr, half: gl.constexpr):
     """The columns of the keys of a head that turn, from those of B; `bias` is that of the head, if there is one."""
     dtype: gl.constexpr = out.dtype
     n = gl.arange(0, HALF, gl.SliceLayout(0, half))
-    c, s = trig(cs, half), trig(ss, half)
     a, b = halves(widened(base.load(half)), HALF, half)
     if bias is not None:
         a += gl.load(bias + n)[None, :]
@@ -120,25 +171,36 @@ def _shift(base, bias, out, HALF: gl.constexpr, half: gl.constexpr):
 
 @gluon.jit
 def _make(
-    tiles, keys, barriers, bias, segments, segment, head,
-    HALF: gl.constexpr, STAGES: gl.constexpr,
+    bases, trig, keys, barriers, bias, segments, items,
+    HEADS: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr, ROOMS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: the keys of two heads, up to two chunks ahead of their use."""
-    bases, cs, ss, _, _ = tiles
-    angled, spent, made, taken = barriers
+    """Four warps: the keys of two heads, chunk by chunk, into rooms used in turn."""
+    brought, read, angled, turned, made, taken = barriers
     half: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [0, 1])
-    for step in range(gl.load(segments + 5 * segment + 1)):
-        at, room = step % STAGES, step % 2 * 2
-        mbarrier.wait(angled.index(at), step // STAGES & 1)
-        for own in gl.static_range(2):
-            mine = None if bias is None else bias + (head + own) * (4 * HALF)
-            mbarrier.wait(taken.index(room + own), (step // 2 & 1) ^ 1)
-            turning, standing = both_at(keys, room + own)
-            _shift(bases.index(2 * at + 1), mine, standing, HALF, half)
-            _turn(bases.index(2 * at), mine, cs.index(2 * at + own), ss.index(2 * at + own), turning, HALF, half)
+    both: gl.constexpr = gl.BlockedLayout([1, 16], [256 // HALF, HALF // 8], [4, 1], [0, 1])
+    done = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        segment, head = item // (HEADS // 2), item % (HEADS // 2) * 2
+        count = gl.load(segments + 5 * segment + 1)
+        for at in range(2 * count):
+            turn = 2 * done + at
+            own, step, room = turn % 2, turn // 2, turn % ROOMS
+            mine = None
+            if bias is not None:
+                mine = bias + (head + own) * (4 * HALF)
+            mbarrier.wait(angled.index(own), step & 1)
+            c, s = gl.split(trig.index(own).load(both).to(gl.float32).reshape([BLOCK, HALF, 2]))
+            mbarrier.arrive(turned.index(own), count=1)
+            mbarrier.wait(brought.index(step % 2), step // 2 & 1)
+            mbarrier.wait(taken.index(room), (turn // ROOMS & 1) ^ 1)
+            turning, standing = both_at(keys, room)
+            _shift(bases.index(step % 2 * 2 + 1), mine, standing, HALF, half)
+            c, s = gl.convert_layout(c, half), gl.convert_layout(s, half)
+            _turn(bases.index(step % 2 * 2), mine, c, s, turning, HALF, half)
+            mbarrier.arrive(read.index(step % 2), count=1)
             fence_async_shared()
-            mbarrier.arrive(made.index(room + own), count=1)
-        mbarrier.arrive(spent.index(at), count=1)
+            mbarrier.arrive(made.index(room), count=1)
+        done += count
 
 
 @gluon.jit
@@ -164,48 +226,11 @@ def _write(boundaries, row, h1, h2, out, out2):
 
 
 @gluon.jit
-def _walk(
-    tiles, keys, vectors, barriers, out, boundaries, entering, ends, kept, turned, met, segments, segment, head,
-    OWN: gl.constexpr, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
-    STAGES: gl.constexpr, REVERSE: gl.constexpr,
+def _end(
+    boundaries, ends, kept, segments, segment, head, h1, h2, decayed,
+    HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, REVERSE: gl.constexpr, wide: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: the state (p, n) of one head along a segment, in two halves."""
-    _, _, _, us, hs = tiles
-    sums, weighted = vectors
-    full, empty, made, taken = barriers
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    inputs: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
-    token: gl.constexpr = gl.SliceLayout(0, inputs)
-    dtype: gl.constexpr = us.dtype
-    j = gl.arange(0, BLOCK, token)
-    first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
-    h1, h2 = gl.zeros((P, 2 * HALF), gl.float32, wide), gl.zeros((P, 2 * HALF), gl.float32, wide)
-    decayed = 0.0
-    if entering is not None:
-        h1, h2 = load_state(entering, segment, head, HEADS, P, HALF, wide)
-    for step in range(count):
-        at, room = step % STAGES, step % 2 * 2 + OWN
-        place = (first + (count - 1 - step if REVERSE else step)) * HEADS + head
-        if boundaries is not None:
-            _write(boundaries, place * P, h1, h2, out.index(2 * OWN), out.index(2 * OWN + 1))
-        mbarrier.wait(full.index(at), step // STAGES & 1)
-        later = sums.index(2 * at + OWN).load(token)
-        last = gl.sum(gl.where(j == BLOCK - 1, later, 0.0), 0)
-        weight = gl.exp2(later if REVERSE else last - weighted.index(2 * at + OWN).load(token))
-        added = us.index(2 * at + OWN).reshape([BLOCK, P]).permute((1, 0)).load(inputs)
-        added = (widened(added) * weight[None, :]).to(dtype)
-        mbarrier.wait(made.index(room), step // 2 & 1)
-        turning, standing = both_at(keys, room)
-        h1 = warpgroup_mma(added, turning, h1 * gl.exp2(last), is_async=True)
-        h2 = warpgroup_mma(added, standing, h2 * gl.exp2(last), is_async=True)
-        h1, h2 = warpgroup_mma_wait(0, (h1, h2))
-        mbarrier.arrive(taken.index(room), count=1)
-        decayed += last
-        if turned is not None:
-            _store_turned(turned + place * HALF, h1, hs.index(2 * at + OWN), met, HALF, wide, narrow)
-        mbarrier.arrive(empty.index(at), count=1)
-    tma.store_wait(0)
+    """What a segment adds to a state of zeros and keeps of it; with boundaries, the state at the end of a sequence."""
     if boundaries is None:
         store_state(ends, segment, head, h1, h2, HEADS, P, HALF, wide)
         gl.store(kept + segment * HEADS + head, decayed * 0.6931471805599453)
@@ -214,39 +239,90 @@ def _walk(
 
 
 @gluon.jit
-def sweep_kernel(
-    x, steps, B, bias, cos, sin, entered, entering, boundaries, ends, kept, turned, chunks, segments, length,
-    HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
-    REVERSE: gl.constexpr, STAGES: gl.constexpr,
+def _walk(
+    tiles, keys, vectors, barriers, out, boundaries, entering, ends, kept, turned, met, segments, items,
+    OWN: gl.constexpr, HEADS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, ROOMS: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """One program per segment and pair of heads, which share B."""
-    segment, head = gl.program_id(0) // (HEADS // 2), gl.program_id(0) % (HEADS // 2) * 2
-    group = head // (HEADS // GROUPS)
+    """Four warps: the state (p, n) of one head along a segment, in two halves."""
+    _, us, hs = tiles
+    sums, weighted, _ = vectors
+    full, empty, made, taken = barriers
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    inputs: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    token: gl.constexpr = gl.SliceLayout(0, inputs)
+    dtype: gl.constexpr = us.dtype
+    j = gl.arange(0, BLOCK, token)
+    done = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        segment, head = item // (HEADS // 2), item % (HEADS // 2) * 2 + OWN
+        first, count = gl.load(segments + 5 * segment), gl.load(segments + 5 * segment + 1)
+        h1, h2 = gl.zeros((P, 2 * HALF), gl.float32, wide), gl.zeros((P, 2 * HALF), gl.float32, wide)
+        decayed = 0.0
+        if entering is not None:
+            h1, h2 = load_state(entering, segment, head, HEADS, P, HALF, wide)
+        for chunk in range(count):
+            step = done + chunk
+            at, room, phase = step % STAGES, (2 * step + OWN) % ROOMS, (2 * step + OWN) // ROOMS & 1
+            place = (first + (count - 1 - chunk if REVERSE else chunk)) * HEADS + head
+            if boundaries is not None:
+                _write(boundaries, place * P, h1, h2, out.index(2 * OWN), out.index(2 * OWN + 1))
+            mbarrier.wait(full.index(at), step // STAGES & 1)
+            later = sums.index(2 * at + OWN).load(token)
+            last = gl.sum(gl.where(j == BLOCK - 1, later, 0.0), 0)
+            weight = gl.exp2(later if REVERSE else last - weighted.index(2 * at + OWN).load(token))
+            added = us.index(2 * at + OWN).reshape([BLOCK, P]).permute((1, 0)).load(inputs)
+            added = (widened(added) * weight[None, :]).to(dtype)
+            mbarrier.wait(made.index(room), phase)
+            turning, standing = both_at(keys, room)
+            h1 = warpgroup_mma(added, turning, h1 * gl.exp2(last), is_async=True)
+            h2 = warpgroup_mma(added, standing, h2 * gl.exp2(last), is_async=True)
+            h1, h2 = warpgroup_mma_wait(0, (h1, h2))
+            mbarrier.arrive(taken.index(room), count=1)
+            decayed += last
+            if turned is not None:
+                _store_turned(turned + place * HALF, h1, hs.index(2 * at + OWN), met, HALF, wide, narrow)
+            mbarrier.arrive(empty.index(at), count=1)
+        _end(boundaries, ends, kept, segments, segment, head, h1, h2, decayed, HEADS, P, HALF, REVERSE, wide)
+        done += count
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["items"])
+def sweep_kernel(
+    x, steps, B, bias, omega, phases, entered, entering, boundaries, ends, kept, turned, chunks, segments, length,
+    items, HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
+    REVERSE: gl.constexpr, STAGES: gl.constexpr, ROOMS: gl.constexpr,
+):  # fmt: skip
+    """One program per multiprocessor, for one segment and pair of heads, which share B, after the other."""
     tile: gl.constexpr = gl.NVMMASharedLayout(4 * HALF, 16, 2)
     us = gl.allocate_shared_memory(x.dtype, [2 * STAGES, 1, BLOCK, P], x.layout)
     bases = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BLOCK, 2 * HALF], B.layout)
-    cs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BLOCK, HALF], cos.layout)
-    ss = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BLOCK, HALF], cos.layout)
+    trig = gl.allocate_shared_memory(gl.float16, [2, BLOCK, 2 * HALF], tile)
+    speeds = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK, HALF], omega.layout)
     hs = us if entered is None else gl.allocate_shared_memory(x.dtype, [2 * STAGES, P, 2 * HALF], tile)
-    keys = two_stacks(x.dtype, 4, BLOCK, 2 * HALF, tile)
+    keys = two_stacks(x.dtype, ROOMS, BLOCK, 2 * HALF, tile)
     out = gl.allocate_shared_memory(x.dtype, [4, P, 2 * HALF], tile)
     sums = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], steps.layout)
+    dts = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], steps.layout)
     weighted = sums if REVERSE else gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK], steps.layout)
     met, met2 = room_for_columns(1, HALF), room_for_columns(1, HALF)
-    angled, spent = barriers_of(STAGES, 1), barriers_of(STAGES, 1)
-    full, empty, made, taken = barriers_of(STAGES, 1), barriers_of(STAGES, 2), barriers_of(4, 1), barriers_of(4, 1)
+    walking, making, feeding, angling = barriers_of_groups(STAGES, ROOMS)
     fence_async_shared()
-    tiles, vectors = (bases, cs, ss, us, hs), (sums, weighted)
+    tiles, vectors = (bases, us, hs), (sums, weighted, dts)
     gl.warp_specialize(
         [
-            (_walk, (tiles, keys, vectors, (full, empty, made, taken), out, boundaries, entering, ends, kept, turned,
-                     met, segments, segment, head, 0, HEADS, P, HALF, BLOCK, STAGES, REVERSE)),
-            (_walk, (tiles, keys, vectors, (full, empty, made, taken), out, boundaries, entering, ends, kept, turned,
-                     met2, segments, segment, head + 1, 1, HEADS, P, HALF, BLOCK, STAGES, REVERSE)),
-            (_make, (tiles, keys, (angled, spent, made, taken), bias, segments, segment, head, HALF, STAGES)),
-            (_feed, ((x, steps, B, cos, sin, entered), tiles, vectors, (angled, spent, full, empty), segments, chunks,
-                     length, segment, group, head, HEADS, GROUPS, P, HALF, BLOCK, STAGES, REVERSE)),
+            (_walk, (tiles, keys, vectors, walking, out, boundaries, entering, ends, kept, turned,
+                     met, segments, items, 0, HEADS, P, HALF, BLOCK, STAGES, ROOMS, REVERSE)),
+            (_walk, (tiles, keys, vectors, walking, out, boundaries, entering, ends, kept, turned,
+                     met2, segments, items, 1, HEADS, P, HALF, BLOCK, STAGES, ROOMS, REVERSE)),
+            (_make, (bases, trig, keys, making, bias, segments, items, HEADS, HALF, BLOCK, ROOMS)),
+            (_feed, ((x, steps, B, omega, entered), tiles, speeds, vectors, feeding, segments, chunks,
+                     length, items, HEADS, GROUPS, P, HALF, BLOCK, STAGES, REVERSE)),
+            (_angle, (speeds, dts, phases, trig, angling, segments, items, 0, HEADS, HALF, BLOCK, REVERSE)),
+            (_angle, (speeds, dts, phases, trig, angling, segments, items, 1, HEADS, HALF, BLOCK, REVERSE)),
         ],
-        [4, 4, 1],
-        [168, 128, 24],
+        [4, 4, 1, 1, 1],
+        [168, 104, 72, 72, 72],
     )  # fmt: skip

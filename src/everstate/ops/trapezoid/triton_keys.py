@@ -35,12 +35,12 @@ SUM: tl.constexpr = tl.constexpr(0)
 """the sum of log decays since the start of the chunk;"""
 WEIGHTED: tl.constexpr = tl.constexpr(1)
 """that less the log of the scale, which is what the token adds to later ones;"""
-SCALE: tl.constexpr = tl.constexpr(2)
-"""the scale;"""
-OWN: tl.constexpr = tl.constexpr(3)
-"""the part of it that the token adds to its own output, `lam dt`;"""
-DT: tl.constexpr = tl.constexpr(4)
-"""and dt."""
+OWN: tl.constexpr = tl.constexpr(2)
+"""the part of the scale that the token adds to its own output, `lam dt`;"""
+DT: tl.constexpr = tl.constexpr(3)
+"""dt;"""
+SCALE: tl.constexpr = tl.constexpr(4)
+"""and the scale, which kernels for Hopper do not read: the copy engine brings them the numbers before it at once."""
 
 
 @triton.jit

@@ -49,21 +49,34 @@ def _tokens(
 
 
 @triton.jit
+def _gather_rates(omega, rates, chunk, at, rows, exists, omega_token, TOKENS: tl.constexpr, PAIRS: tl.constexpr):
+    """omega by chunk, zeros beyond the end; by the first program of a chunk."""
+    if tl.program_id(1) == 0:
+        pairs = tl.arange(0, PAIRS)
+        rate = tl.load(omega + rows * omega_token + pairs[None, :], mask=exists, other=0.0).to(tl.float32)
+        tl.store(rates + (chunk * TOKENS + at[:, None]) * PAIRS + pairs[None, :], rate)
+
+
+@triton.jit
 def steps_kernel(
-    dt, A, lam, steps, chunks, homes, dt_token, dt_head, A_token, A_head, lam_token, lam_head,
-    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
+    dt, A, lam, omega, steps, rates, chunks, homes,
+    dt_token, dt_head, A_token, A_head, lam_token, lam_head, omega_token,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and some heads: the numbers of `triton_keys`. The scale of a token is what it adds now and
-    with the next token.
+    with the next token. And omega by chunk, if somebody asks for it.
 
     Tokens that a short chunk does not have keep the last sum and add nothing, so nobody has to ask for them.
     """
     chunk, at = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     tokens = tl.load(chunks + 2 * chunk) + at
-    exists = (tokens < tl.load(chunks + 2 * chunk + 1))[:, None] & (heads < HEADS)[None, :]
+    there = (tokens < tl.load(chunks + 2 * chunk + 1))[:, None]
+    exists = there & (heads < HEADS)[None, :]
     follows = exists & (tokens + 1 < tl.load(homes + 3 * chunk + 2))[:, None]
     rows = tokens.to(tl.int64)[:, None]
+    if rates is not None:
+        _gather_rates(omega, rates, chunk, at, rows, there, omega_token, TOKENS, PAIRS)
     step, decay, own, scale = _tokens(
         dt, A, lam, rows, heads, exists, follows, dt_token, dt_head, A_token, A_head, lam_token, lam_head
     )
@@ -99,10 +112,7 @@ def numbers_kernel(
     exists = (tokens < tl.load(chunks + 2 * chunk + 1))[:, None]
     follows = exists & (tokens + 1 < tl.load(homes + 3 * chunk + 2))[:, None] & real[None, :]
     rows = tokens.to(tl.int64)[:, None]
-    if tl.program_id(1) == 0:
-        pairs = tl.arange(0, PAIRS)
-        rate = tl.load(omega + rows * omega_token + pairs[None, :], mask=exists, other=0.0).to(tl.float32)
-        tl.store(rates + (chunk * TOKENS + at[:, None]) * PAIRS + pairs[None, :], rate)
+    _gather_rates(omega, rates, chunk, at, rows, exists, omega_token, TOKENS, PAIRS)
     b = tl.load(B + rows * B_token + (group * N + n)[None, :], mask=exists, other=0.0)
     c = tl.load(C + rows * C_token + (group * N + n)[None, :], mask=exists, other=0.0)
     product = _products(b, c, B_bias, C_bias, heads, real, n, N)
@@ -338,7 +348,7 @@ def pass_turning_kernel(
 
 @triton.jit
 def angle_gradients_kernel(
-    turned, ended, dended, dleaving, dangle, later, spans,
+    turned, ended, dended, dleaving, dangle, phases, later, spans,
     HEADS: tl.constexpr, P: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
     TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -346,7 +356,8 @@ def angle_gradients_kernel(
 
     Turning all that comes after a boundary is turning back the state that enters there, and turning the state at the
     end: so the sum of all later gradients is known at each boundary from two states, and the rounding errors of
-    thousands of tokens do not add up. `dleaving` is that of the angle at the end; without it and `dended`, zeros.
+    thousands of tokens do not add up. `dleaving` is that of the angle at the end; without it and `dended`, zeros. Given
+    phases, `later` gets those before each chunk too, in front of its own numbers.
     """
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     first, count = tl.load(spans + 2 * sequence).to(tl.int64), tl.load(spans + 2 * sequence + 1)
@@ -373,7 +384,13 @@ def angle_gradients_kernel(
             after += tl.load(turned + own, mask=follows, other=0.0)
         value = tl.where(follows, total[None, :] - after, leaving[None, :])
         inside = (block + at < count)[:, None] & (pairs < PAIRS)[None, :]
-        tl.store(later + (chunk * HEADS + head) * PAIRS + pairs[None, :], value, mask=inside)
+        place = (chunk * HEADS + head) * PAIRS + pairs[None, :]
+        if phases is not None:
+            phase = tl.load(phases + place, mask=inside, other=0)
+            place += (chunk * HEADS + head) * PAIRS
+            tl.store(later + place, phase.to(tl.float32, bitcast=True), mask=inside)
+            place += PAIRS
+        tl.store(later + place, value, mask=inside)
 
 
 @triton.jit
