@@ -35,7 +35,6 @@ from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_prepare import (
     VECTORS,
     angle_gradients_kernel,
-    angles_kernel,
     arrange_kernel,
     chunks_kernel,
     enter_gradients_kernel,
@@ -46,6 +45,7 @@ from everstate.ops.trapezoid.triton_prepare import (
     leave_kernel,
     numbers_kernel,
     phases_kernel,
+    rates_kernel,
     sources_kernel,
     steps_gradients_kernel,
     steps_kernel,
@@ -330,26 +330,6 @@ class Call:
     def C_bias(self) -> Float[Tensor, "h r 1 w"] | None:
         return self.arranged[3]
 
-    @cached_property
-    def trig(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of each token, head and pair, by chunk, for kernels that would wait if they made them."""
-        count, block = len(self.plan.chunks), min(power_of_2(self.heads), 512 // self.pairs)
-        cos, sin = self.x.new_empty(2, count, self.heads, self.tokens, self.pairs, dtype=torch.float16).unbind(0)
-        launch(
-            angles_kernel, (count, cdiv(self.heads, block)),
-            self.steps, self.omega, self.phases, cos, sin, self.plan.chunks, self.omega.stride(0),
-            HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_H=block,
-        )  # fmt: skip
-        return cos, sin
-
-    @property
-    def cos(self) -> Float[Tensor, "chunks h t s"]:
-        return self.trig[0]
-
-    @property
-    def sin(self) -> Float[Tensor, "chunks h t s"]:
-        return self.trig[1]
-
     # What the kernels for Hopper read instead: as the caller has it, the two members of a pair side by side.
 
     @cached_property
@@ -409,45 +389,41 @@ class Call:
         )  # fmt: skip
 
     @cached_property
-    def steps_and_rates(self) -> tuple[Tensor, Tensor | None]:
-        """Numbers per token; and omega by chunk for the kernels that are written for one rank."""
+    def steps(self) -> Float[Tensor, "chunks h 5 t"]:
+        """Numbers per token."""
         count, dt = len(self.plan.chunks), self.dt
         steps = self.x.new_empty(count, self.heads, NUMBERS.value, self.tokens, dtype=torch.float32)
-        rates = steps.new_empty(count, self.tokens, self.pairs) if self.single else None
         launch(
             steps_kernel, (count, cdiv(self.heads, BLOCK_H)),
-            dt, self.A, self.lam, self.omega, steps, rates, self.plan.chunks, self.homes.chunks,
-            *dt.stride(), *self.A.stride(), *self.lam.stride(), self.omega.stride(0),
-            HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_H=BLOCK_H,
+            dt, self.A, self.lam, steps, self.plan.chunks, self.homes.chunks,
+            *dt.stride(), *self.A.stride(), *self.lam.stride(),
+            HEADS=self.heads, TOKENS=self.tokens, BLOCK_H=BLOCK_H,
         )  # fmt: skip
-        return steps, rates
-
-    @property
-    def steps(self) -> Float[Tensor, "chunks h 5 t"]:
-        return self.steps_and_rates[0]
+        return steps
 
     @cached_property
-    def numbers_and_rates(self) -> tuple[Tensor, Tensor]:
-        """What the kernels for Hopper want instead to find outputs, and omega, by chunk."""
+    def numbers(self) -> Float[Tensor, "chunks h 7 t"]:
+        """What the kernels for Hopper want instead to find outputs of one rank."""
         count, (B, C), block = len(self.plan.chunks), self.sources, 16
         numbers = self.x.new_empty(count, self.heads, VECTORS.value, self.tokens, dtype=torch.float32)
-        rates = numbers.new_empty(count, self.tokens, self.pairs)
         launch(
             numbers_kernel, (count, self.groups * cdiv(self.heads // self.groups, block)),
-            self.dt, self.A, self.lam, self.omega, B, C, *self.biases, self.D, numbers, rates,
+            self.dt, self.A, self.lam, B, C, *self.biases, self.D, numbers,
             self.plan.chunks, self.homes.chunks, *self.dt.stride(), *self.A.stride(), *self.lam.stride(),
-            self.omega.stride(0), B.stride(0), C.stride(0), HEADS=self.heads, GROUPS=self.groups, TOKENS=self.tokens,
-            N=self.d_state, PAIRS=self.pairs, BLOCK_H=block,
+            B.stride(0), C.stride(0), HEADS=self.heads, GROUPS=self.groups, TOKENS=self.tokens,
+            N=self.d_state, BLOCK_H=block,
         )  # fmt: skip
-        return numbers, rates
+        return numbers
 
-    @property
-    def numbers(self) -> Float[Tensor, "chunks h 7 t"]:
-        return self.numbers_and_rates[0]
-
-    @property
+    @cached_property
     def rates(self) -> Float[Tensor, "chunks t s"]:
-        return self.numbers_and_rates[1]
+        """omega by chunk, for Hopper."""
+        rates = self.x.new_empty(len(self.plan.chunks), self.tokens, self.pairs, dtype=torch.float32)
+        launch(
+            rates_kernel, (len(rates),),
+            self.omega, rates, self.plan.chunks, self.omega.stride(0), TOKENS=self.tokens, PAIRS=self.pairs,
+        )  # fmt: skip
+        return rates
 
     @cached_property
     def phases(self) -> Int[Tensor, "chunks_and_seqs h s"]:

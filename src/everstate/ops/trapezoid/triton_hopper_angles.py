@@ -45,6 +45,12 @@ def trig_of(angles):
     return c, gl.inline_asm_elementwise(SINE, "=f,f", [angles], gl.float32, is_pure=True, pack=1)
 
 
+@gluon.jit
+def reduced(turns):
+    """Turns brought between -pi and pi."""
+    return gl.fma(gl.fma(turns, 1.0 / TURN, WHOLE) - WHOLE, -TURN, turns)
+
+
 @gluon.constexpr_function
 def layout_of_walk(HALF: int) -> gl.BlockedLayout:
     """How a warp holds some tokens of all pairs: a thread has a pair and walks along time."""
@@ -99,8 +105,7 @@ def trig_by_products(cs, ss, dt, rates, before, known):
     Turns are brought between -pi and pi, and summed in two parts of float16, which together are off by 2e-7.
     """
     narrow: gl.constexpr = rates.type.layout
-    turns = dt[:, None] * rates
-    turns = gl.fma(gl.fma(turns, 1.0 / TURN, WHOLE) - WHOLE, -TURN, turns)
+    turns = reduced(dt[:, None] * rates)
     coarse = turns.to(cs.dtype)
     cs.store(coarse)
     ss.store((turns - coarse.to(gl.float32)).to(cs.dtype))

@@ -44,7 +44,7 @@ def forward(call: Call, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
     launch(
         scan_kernel, (len(call.plan.segments) * call.heads // 2,),
         inputs_of(call), call.mimo_x, call.steps, *(tiles_of(t, 2) for t in (call.B, call.C)),
-        call.B_bias, call.C_bias, call.cos, call.sin, call.D,
+        call.B_bias, call.C_bias, call.rates, call.phases, call.D,
         call.entering(call.enter()), rows_of(y.flatten(0, 2), call.batch, call.length * call.ranks), final,
         call.plan.chunks, call.plan.segments, call.length, **sizes_of(call),
         INTERLEAVED=call.interleaved, num_warps=4, maxnreg=REGISTERS,
@@ -159,7 +159,7 @@ def _walk(
 
 @gluon.jit
 def scan_kernel(
-    x, mimo_x, steps, B, C, B_bias, C_bias, cos, sin, D, entering, y, final, chunks, segments, length,
+    x, mimo_x, steps, B, C, B_bias, C_bias, rates, phases, D, entering, y, final, chunks, segments, length,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, RANKS: gl.constexpr,
     INPUTS: gl.constexpr, KEYS: gl.constexpr, INTERLEAVED: gl.constexpr,
 ):  # fmt: skip
@@ -173,7 +173,7 @@ def scan_kernel(
     pairs = gl.allocate_shared_memory(y.dtype, [2, ENTRIES, ENTRIES], square)
     made, taken, weighed, free = barriers_of(ROOMS, 1), barriers_of(ROOMS, 2), barriers_of(2, 1), barriers_of(2, 1)
     vectors, barriers = vectors_for(ROOMS), (made, taken, weighed, free)
-    rooms = rooms_for(x, cos, tiles, 2, RANKS, HALF)
+    rooms = rooms_for(x, tiles, 2, RANKS, HALF)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -182,7 +182,7 @@ def scan_kernel(
             (_walk, (us, tiles, vectors, barriers, pairs.index(1), out.index(1), y, entering, final, D,
                      segments, chunks, length, segment, head + 1, 1, HEADS, P, HALF, RANKS, INTERLEAVED)),
             (_weigh, (tiles, vectors, barriers, pairs, segments, segment, RANKS)),
-            (make, (x, (B, C), mimo_x, steps, (B_bias, C_bias), cos, sin, None, tiles, us, vectors, rooms,
+            (make, (x, (B, C), mimo_x, steps, (B_bias, C_bias), rates, phases, None, tiles, us, vectors, rooms,
                     (made, taken), segments, chunks, length, segment, group, head,
                     HEADS, GROUPS, P, HALF, RANKS, INPUTS, KEYS, 2)),
         ],

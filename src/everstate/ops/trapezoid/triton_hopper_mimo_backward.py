@@ -28,10 +28,10 @@ from everstate.ops.trapezoid.triton_hopper_mimo import REGISTERS, sizes_of, weig
 from everstate.ops.trapezoid.triton_hopper_mimo_make import (
     ENTRIES,
     bring_all,
-    load_angles,
     load_bias,
     load_factors,
     load_numbers,
+    load_turns,
     store_angles,
     store_inputs,
     store_numbers,
@@ -73,7 +73,7 @@ def gradients(
     launch(
         gradients_kernel, (count * call.groups * splits,),
         call.x, call.mimo_x, rows_of(dy, call.batch, call.length * call.ranks), steps,
-        *(tiles_of(t, 2) for t in (call.B, call.C, entering, leaving)), call.cos, call.sin,
+        *(tiles_of(t, 2) for t in (call.B, call.C, entering, leaving)), call.rates, call.phases,
         call.B_bias, call.C_bias, call.D, du, *numbers.unbind(0), dD, dB, dC, dB_bias, dC_bias, dangles,
         call.plan.chunks, total, call.length, *call.x.stride()[:2], **sizes_of(call),
         TURNED=turned(call.ranks, call.pairs),
@@ -120,17 +120,6 @@ def _fetch(rows, COUNT: gl.constexpr, last, stride, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_head(
-    x, cos, sin, start, end, place, head, x_token, x_head, HALF: gl.constexpr, P: gl.constexpr, RANKS: gl.constexpr
-):  # fmt: skip
-    """What comes from far away of the next head: its inputs and angles."""
-    TOKENS: gl.constexpr = ENTRIES // RANKS
-    _fetch(x + start.to(gl.int64) * x_token + head * x_head, TOKENS, end - 1 - start, x_token, P)
-    _fetch(cos + place.to(gl.int64) * (TOKENS * HALF), TOKENS, TOKENS, HALF, HALF)
-    _fetch(sin + place.to(gl.int64) * (TOKENS * HALF), TOKENS, TOKENS, HALF, HALF)
-
-
-@gluon.jit
 def _load_inputs(
     x, mimo_x, start, end, head, x_token, x_head, RANKS: gl.constexpr, P: gl.constexpr, INPUTS: gl.constexpr
 ):  # fmt: skip
@@ -145,7 +134,7 @@ def _load_inputs(
 
 @gluon.jit
 def _make(
-    x, mimo_x, steps, cos, sin, B, C, biases, tensors, tiles, us, ks, qs, angles, bases, vectors, barriers,
+    x, mimo_x, steps, rates, phases, B, C, biases, tensors, tiles, us, ks, qs, angles, bases, vectors, barriers,
     chunk, sequence, first, start, end, head, group, x_token, x_head,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
     RANKS: gl.constexpr, INPUTS: gl.constexpr, KEYS: gl.constexpr,
@@ -159,20 +148,22 @@ def _make(
     each = r[:, None] * (2 * HALF) + n[None, :]
     mbarrier.wait(ready.index(0), 0)
     mbarrier.wait(ready.index(1), 0)
+    others = load_turns(rates, steps, phases, chunk, chunk * HEADS + head, TOKENS, HALF)
     for step in range(EACH):
         at, own = step % 2, head + step
         place = (chunk * HEADS + own).to(gl.int64)
         following = gl.minimum(step + 1, EACH - 1) + head
-        _fetch_head(x, cos, sin, start, end, chunk * HEADS + following, following, x_token, x_head, HALF, P, RANKS)
+        # Its inputs come from far away.
+        _fetch(x + start.to(gl.int64) * x_token + following * x_head, TOKENS, end - 1 - start, x_token, P)
         # Asked for before there is room.
+        turns, others = others, load_turns(rates, steps, phases, chunk, chunk * HEADS + following, TOKENS, HALF)
         inputs = _load_inputs(x, mimo_x, start, end, own, x_token, x_head, RANKS, P, INPUTS)
         numbers = load_numbers(steps + place * (NUMBERS * TOKENS), TOKENS)
-        pairs = load_angles(cos, sin, place, TOKENS, HALF)
         mbarrier.wait(empty.index(at), (step // 2 & 1) ^ 1)
         _ask(tensors, tiles, full.index(at), at, chunk * HEADS + own, sequence, first, own, P, HALF)
         store_numbers(vectors, at, numbers)
         store_inputs(inputs, us.index(at), RANKS, P, INPUTS)
-        store_angles(pairs, angles, at)
+        store_angles(turns, angles, at)
         bias = load_bias(biases[0], each + own * (RANKS * 2 * HALF), HALF)
         turn(bases, ks, angles, bias, 0, 2 * at, at, RANKS, HALF, KEYS)
         bias = load_bias(biases[1], each + own * (RANKS * 2 * HALF), HALF)
@@ -395,7 +386,7 @@ def _columns(
 
 @gluon.jit
 def gradients_kernel(
-    x, mimo_x, dy, steps, B, C, entering, leaving, cos, sin, B_bias, C_bias, D,
+    x, mimo_x, dy, steps, B, C, entering, leaving, rates, phases, B_bias, C_bias, D,
     du, ddecays, dscales, downs, dD, dB, dC, dB_bias, dC_bias, dangles, chunks, total, length, x_token, x_head,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, RANKS: gl.constexpr,
     INPUTS: gl.constexpr, KEYS: gl.constexpr, TURNED: gl.constexpr, SPLITS: gl.constexpr, INTERLEAVED: gl.constexpr,
@@ -417,7 +408,7 @@ def gradients_kernel(
     dhs = gl.allocate_shared_memory(dy.dtype, [4, P, HALF], leaving.layout)
     bases = gl.allocate_shared_memory(dy.dtype, [4, ENTRIES, HALF], B.layout)
     pairs = gl.allocate_shared_memory(dy.dtype, [2, ENTRIES, ENTRIES], square)
-    angles = gl.allocate_shared_memory(cos.dtype.element_ty, [4, ENTRIES // RANKS, HALF], plain)
+    angles = gl.allocate_shared_memory(gl.float16, [4, ENTRIES // RANKS, HALF], plain)
     vectors, gained = vectors_for(2), (room_for_square(), room_for_totals(2))
     full, empty, made, weighed = barriers_of(2, 1), barriers_of(2, 2), barriers_of(2, 1), barriers_of(2, 1)
     spent, ready = barriers_of(2, 1), barriers_of(2, 1)
@@ -430,8 +421,8 @@ def gradients_kernel(
             (_columns, (us, ks, qs, tiles, angles, vectors, pairs, barriers, dB, dC, dB_bias, dC_bias, dangles, chunk,
                         start, end, total, head, group, split,
                         HEADS, GROUPS, EACH, P, HALF, RANKS, INTERLEAVED, TURNED)),
-            (_make, (x, mimo_x, steps, cos, sin, B, C, (B_bias, C_bias), (dy, entering, leaving), tiles, us, ks, qs,
-                     angles, bases, vectors, (full, empty, made, ready), chunk, sequence, first, start, end, head,
+            (_make, (x, mimo_x, steps, rates, phases, B, C, (B_bias, C_bias), (dy, entering, leaving), tiles, us, ks,
+                     qs, angles, bases, vectors, (full, empty, made, ready), chunk, sequence, first, start, end, head,
                      group, x_token, x_head, HEADS, GROUPS, EACH, P, HALF, RANKS, INPUTS, KEYS)),
         ],
         [8, 4],

@@ -12,7 +12,8 @@ import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from everstate.ops.trapezoid.triton_keys import NUMBERS, OWN
+from everstate.ops.trapezoid.triton_hopper_angles import RADIANS, reduced, trig_of
+from everstate.ops.trapezoid.triton_keys import DT, NUMBERS, OWN
 from everstate.ops.triton_hopper import VECTOR, barriers_of, place_of, widened
 
 ENTRIES = gl.constexpr(64)
@@ -100,18 +101,33 @@ def store_inputs(inputs, us, RANKS: gl.constexpr, P: gl.constexpr, INPUTS: gl.co
 
 
 @gluon.jit
-def load_angles(cos, sin, place, TOKENS: gl.constexpr, HALF: gl.constexpr):
-    """Cosines and sines of a chunk and head."""
-    flat: gl.constexpr = gl.BlockedLayout([1, HALF // 8], [4, 8], [4, 1], [1, 0])
-    t, n = gl.arange(0, TOKENS, gl.SliceLayout(1, flat)), gl.arange(0, HALF, gl.SliceLayout(0, flat))
-    at = gl.to_tensor(place).to(gl.int64) * (TOKENS * HALF) + (t[:, None] * HALF + n[None, :])
-    return gl.load(cos + at), gl.load(sin + at)
+def load_turns(rates, steps, phases, chunk, place, TOKENS: gl.constexpr, HALF: gl.constexpr):
+    """What the angles of a chunk and head are made of: omega, dt, and the phases before it.
+
+    A warp has all tokens of its pairs, so that none has to hear of others.
+    """
+    LANES: gl.constexpr = HALF // 8
+    by_pair: gl.constexpr = gl.BlockedLayout([TOKENS * LANES // 32, 2], [32 // LANES, LANES], [1, 4], [1, 0])
+    t, n = gl.arange(0, TOKENS, gl.SliceLayout(1, by_pair)), gl.arange(0, HALF, gl.SliceLayout(0, by_pair))
+    rate = gl.load(rates + gl.to_tensor(chunk).to(gl.int64) * (TOKENS * HALF) + (t[:, None] * HALF + n[None, :]))
+    place = gl.to_tensor(place).to(gl.int64)
+    dt = gl.load(steps + place * (NUMBERS * TOKENS) + DT * TOKENS + t)
+    return rate, dt, gl.load(phases + place * HALF + n)
 
 
 @gluon.jit
-def store_angles(pairs, angles, at):
-    angles.index(2 * at).store(pairs[0])
-    angles.index(2 * at + 1).store(pairs[1])
+def _sum(a, b):
+    return a + b
+
+
+@gluon.jit
+def store_angles(turns, angles, at):
+    """Cosines and sines."""
+    rate, dt, before = turns
+    sums = gl.associative_scan(reduced(dt[:, None] * rate), 0, _sum)
+    c, s = trig_of(sums + (before.to(gl.float32) * RADIANS)[None, :])
+    angles.index(2 * at).store(c.to(angles.dtype))
+    angles.index(2 * at + 1).store(s.to(angles.dtype))
 
 
 @gluon.jit
@@ -145,7 +161,7 @@ def turn(bases, keys, angles, bias, source, target, at, RANKS: gl.constexpr, HAL
 
 
 @gluon.jit
-def rooms_for(x, cos, keys, KINDS: gl.constexpr, RANKS: gl.constexpr, HALF: gl.constexpr):
+def rooms_for(x, keys, KINDS: gl.constexpr, RANKS: gl.constexpr, HALF: gl.constexpr):
     """Shared memory and barriers of the makers alone: B and C, inputs and angles of two heads, and what does not change
     along time: biases, and factors of the ranks."""
     TOKENS: gl.constexpr = ENTRIES // RANKS
@@ -153,7 +169,7 @@ def rooms_for(x, cos, keys, KINDS: gl.constexpr, RANKS: gl.constexpr, HALF: gl.c
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     bases = gl.allocate_shared_memory(keys.dtype, [2 * KINDS, ENTRIES, HALF], keys.layout)
     xs = gl.allocate_shared_memory(keys.dtype, [2, 1, TOKENS, P], x.layout)
-    angles = gl.allocate_shared_memory(cos.dtype.element_ty, [4, TOKENS, HALF], plain)
+    angles = gl.allocate_shared_memory(gl.float16, [4, TOKENS, HALF], plain)
     biases = gl.allocate_shared_memory(gl.float32, [4 * KINDS, RANKS, HALF], plain)
     factors = gl.allocate_shared_memory(gl.float32, [2, RANKS, P], plain)
     brought, read, came, seen = barriers_of(KINDS, 1), barriers_of(KINDS, 2), barriers_of(2, 1), barriers_of(2, 1)
@@ -257,7 +273,7 @@ def _end_the_turn_before(made, at):
 
 @gluon.jit
 def make(
-    x, sources, mimo_x, steps, given, cos, sin, upstream, keys, us, vectors, rooms, barriers,
+    x, sources, mimo_x, steps, given, rates, phases, upstream, keys, us, vectors, rooms, barriers,
     segments, chunks, length, segment, group, head,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, RANKS: gl.constexpr,
     INPUTS: gl.constexpr, KEYS: gl.constexpr, KINDS: gl.constexpr,
@@ -279,7 +295,7 @@ def make(
         for each in gl.static_range(2):
             factors.index(each).store(load_factors(mimo_x, head + each, RANKS, P, INPUTS).to(gl.float32))
             _bring_inputs(x, xs.index(each), [sequence, offset, (head + each) * P], came.index(each))
-    store_angles(load_angles(cos, sin, begin * HEADS + head, TOKENS, HALF), angles, 0)
+    store_angles(load_turns(rates, steps, phases, begin, begin * HEADS + head, TOKENS, HALF), angles, 0)
     for at in range(2 * count):
         own, step, room = at % 2, at // 2, at % ROOMS
         chunk = begin + ahead * step
@@ -287,8 +303,8 @@ def make(
         # Asked for before there is room.
         numbers = load_numbers(steps + gl.to_tensor(place).to(gl.int64) * (NUMBERS * TOKENS), TOKENS)
         following = gl.minimum(at + 1, 2 * count - 1)
-        following = (begin + ahead * (following // 2)) * HEADS + head + following % 2
-        others = load_angles(cos, sin, following, TOKENS, HALF)
+        then = begin + ahead * (following // 2)
+        others = load_turns(rates, steps, phases, then, then * HEADS + head + following % 2, TOKENS, HALF)
         mbarrier.wait(taken.index(room), (at // ROOMS & 1) ^ 1)
         if upstream is not None:
             rows = [sequence, (offset + (chunk - first) * TOKENS) * RANKS, (head + own) * P]

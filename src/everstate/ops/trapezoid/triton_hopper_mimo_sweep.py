@@ -45,7 +45,7 @@ def sweep(
     launch(
         sweep_kernel, (len(call.plan.segments) * call.heads // 2,),
         inputs_of(call), call.mimo_x, upstream, call.steps, tiles_of(keys, 2), bias,
-        call.cos, call.sin, entering,
+        call.rates, call.phases, entering,
         tiles_of(chunks, 2), None if entered is None else tiles_of(entered, 2),
         turned, last, call.plan.chunks, call.plan.segments, call.length, **sizes_of(call),
         REVERSE=dy is not None, num_warps=4, maxnreg=REGISTERS,
@@ -100,7 +100,7 @@ def _walk(
 
 @gluon.jit
 def sweep_kernel(
-    x, mimo_x, dy, steps, B, bias, cos, sin, entering, boundaries, entered, turned, ends, chunks, segments, length,
+    x, mimo_x, dy, steps, B, bias, rates, phases, entering, boundaries, entered, turned, ends, chunks, segments, length,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, RANKS: gl.constexpr,
     INPUTS: gl.constexpr, KEYS: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
@@ -117,7 +117,7 @@ def sweep_kernel(
         upstream = dy, entered, states
     made, taken = barriers_of(ROOMS, 2 if REVERSE else 1), barriers_of(ROOMS, 1)
     vectors, barriers = vectors_for(ROOMS), (made, taken)
-    rooms = rooms_for(x, cos, keys, 1, RANKS, HALF)
+    rooms = rooms_for(x, keys, 1, RANKS, HALF)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -125,7 +125,7 @@ def sweep_kernel(
                      chunks, length, segment, head, 0, HEADS, P, HALF, REVERSE)),
             (_walk, (us, keys, states, vectors, barriers, out, boundaries, entering, turned, ends, segments,
                      chunks, length, segment, head + 1, 1, HEADS, P, HALF, REVERSE)),
-            (make, (x, (B,), mimo_x, steps, (bias,), cos, sin, upstream, keys, us, vectors, rooms, barriers,
+            (make, (x, (B,), mimo_x, steps, (bias,), rates, phases, upstream, keys, us, vectors, rooms, barriers,
                     segments, chunks, length, segment, group, head,
                     HEADS, GROUPS, P, HALF, RANKS, INPUTS, KEYS, 1)),
         ],

@@ -49,11 +49,10 @@ def sweep(
 ) -> None:  # fmt: skip
     """The states, forwards; or with dy their gradients, backwards."""
     x, keys, bias = (call.x, call.B, call.B_bias) if dy is None else (dy.squeeze(1), call.C, call.C_bias)
-    items, (steps, rates) = len(call.plan.segments) * call.heads // 2, call.steps_and_rates
-    assert rates is not None
+    items = len(call.plan.segments) * call.heads // 2
     launch(
         sweep_kernel, (min(items, processors(call.x.device)),),
-        rows(call, x), vectors_of(steps), tiles_of(keys, 2), bias, rates_of(rates), call.phases,
+        rows(call, x), vectors_of(call.steps), tiles_of(keys, 2), bias, rates_of(call.rates), call.phases,
         None if entered is None else tiles_of(entered, 2), entering, None if chunks is None else tiles_of(chunks, 2),
         ends, kept, turned, call.plan.chunks, call.plan.segments, call.length, items,
         **sizes_of(call), REVERSE=dy is not None, STAGES=2, ROOMS=3, num_warps=4, maxnreg=REGISTERS,

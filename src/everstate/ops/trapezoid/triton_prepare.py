@@ -49,34 +49,31 @@ def _tokens(
 
 
 @triton.jit
-def _gather_rates(omega, rates, chunk, at, rows, exists, omega_token, TOKENS: tl.constexpr, PAIRS: tl.constexpr):
-    """omega by chunk, zeros beyond the end; by the first program of a chunk."""
-    if tl.program_id(1) == 0:
-        pairs = tl.arange(0, PAIRS)
-        rate = tl.load(omega + rows * omega_token + pairs[None, :], mask=exists, other=0.0).to(tl.float32)
-        tl.store(rates + (chunk * TOKENS + at[:, None]) * PAIRS + pairs[None, :], rate)
+def rates_kernel(omega, rates, chunks, omega_token, TOKENS: tl.constexpr, PAIRS: tl.constexpr):
+    """One program per chunk: its omega, zeros beyond the end."""
+    chunk, at, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS), tl.arange(0, PAIRS)
+    rate = load_rates(
+        omega, tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1), at, pairs, omega_token, PAIRS
+    )
+    tl.store(rates + (chunk * TOKENS + at[:, None]) * PAIRS + pairs[None, :], rate)
 
 
 @triton.jit
 def steps_kernel(
-    dt, A, lam, omega, steps, rates, chunks, homes,
-    dt_token, dt_head, A_token, A_head, lam_token, lam_head, omega_token,
-    HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
+    dt, A, lam, steps, chunks, homes, dt_token, dt_head, A_token, A_head, lam_token, lam_head,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and some heads: the numbers of `triton_keys`. The scale of a token is what it adds now and
-    with the next token. And omega by chunk, if somebody asks for it.
+    with the next token.
 
     Tokens that a short chunk does not have keep the last sum and add nothing, so nobody has to ask for them.
     """
     chunk, at = tl.program_id(0).to(tl.int64), tl.arange(0, TOKENS)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     tokens = tl.load(chunks + 2 * chunk) + at
-    there = (tokens < tl.load(chunks + 2 * chunk + 1))[:, None]
-    exists = there & (heads < HEADS)[None, :]
+    exists = (tokens < tl.load(chunks + 2 * chunk + 1))[:, None] & (heads < HEADS)[None, :]
     follows = exists & (tokens + 1 < tl.load(homes + 3 * chunk + 2))[:, None]
     rows = tokens.to(tl.int64)[:, None]
-    if rates is not None:
-        _gather_rates(omega, rates, chunk, at, rows, there, omega_token, TOKENS, PAIRS)
     step, decay, own, scale = _tokens(
         dt, A, lam, rows, heads, exists, follows, dt_token, dt_head, A_token, A_head, lam_token, lam_head
     )
@@ -91,17 +88,15 @@ def steps_kernel(
 
 @triton.jit
 def numbers_kernel(
-    dt, A, lam, omega, B, C, B_bias, C_bias, D, out, rates, chunks, homes,
-    dt_token, dt_head, A_token, A_head, lam_token, lam_head, omega_token, B_token, C_token,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    dt, A, lam, B, C, B_bias, C_bias, D, out, chunks, homes,
+    dt_token, dt_head, A_token, A_head, lam_token, lam_head, B_token, C_token,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and some heads of a group: what the outputs need of each token of a chunk, for rank 1.
 
     The sum of log decays and that less the log of the scale, as `steps_kernel`; what the token reads of the state
     before the chunk; what of its own input it gives, `lam dt k.q + D`, where turning both k and q changes nothing; what
-    the state after the chunk has of it; what that keeps of the state before, the same for all; dt. And omega by chunk,
-    zeros beyond the end.
+    the state after the chunk has of it; what that keeps of the state before, the same for all; dt.
     """
     EACH: tl.constexpr = HEADS // GROUPS
     BLOCKS: tl.constexpr = (EACH + BLOCK_H - 1) // BLOCK_H
@@ -112,7 +107,6 @@ def numbers_kernel(
     exists = (tokens < tl.load(chunks + 2 * chunk + 1))[:, None]
     follows = exists & (tokens + 1 < tl.load(homes + 3 * chunk + 2))[:, None] & real[None, :]
     rows = tokens.to(tl.int64)[:, None]
-    _gather_rates(omega, rates, chunk, at, rows, exists, omega_token, TOKENS, PAIRS)
     b = tl.load(B + rows * B_token + (group * N + n)[None, :], mask=exists, other=0.0)
     c = tl.load(C + rows * C_token + (group * N + n)[None, :], mask=exists, other=0.0)
     product = _products(b, c, B_bias, C_bias, heads, real, n, N)
@@ -172,31 +166,6 @@ def turns_kernel(
     for head in range(first, tl.minimum(first + BLOCK_H, HEADS)):
         turns = phase_of(load_step(steps, chunk * HEADS + head, at, TOKENS, DT)[:, None] * rate, True)
         tl.store(phases + (chunk * HEADS + head) * PAIRS + pairs, tl.sum(turns, 0), mask=pairs < PAIRS)
-
-
-@triton.jit
-def angles_kernel(
-    steps, omega, phases, cos, sin, chunks, omega_token,
-    HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """One program per chunk and some heads: cosines and sines of all angles, walking along time.
-
-    They are float16: off by 1e-4, a tenth of what rounding a key to bfloat16 costs.
-    """
-    chunk, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, PAIRS)
-    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    start, end = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-    place, mask = chunk * HEADS + heads, (heads < HEADS)[:, None]
-    before = phases + (place[:, None] * PAIRS + pairs[None, :])
-    phase = tl.load(before, mask=mask, other=0)
-    for token in tl.range(TOKENS, loop_unroll_factor=4):
-        at = omega + (start + token).to(tl.int64) * omega_token + pairs
-        rate = tl.load(at, mask=(pairs >= 0) & (start + token < end), other=0.0).to(tl.float32)
-        dt = tl.load(steps + place * (NUMBERS * TOKENS) + DT * TOKENS + token, mask=heads < HEADS, other=0.0)
-        phase += phase_of(dt[:, None] * rate[None, :], False)
-        angle, out = angle_of(phase), (place[:, None] * TOKENS + token) * PAIRS + pairs[None, :]
-        tl.store(cos + out, cosine(angle).to(cos.dtype.element_ty), mask=mask)
-        tl.store(sin + out, sine(angle).to(sin.dtype.element_ty), mask=mask)
 
 
 @triton.jit
