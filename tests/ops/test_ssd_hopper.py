@@ -55,6 +55,17 @@ def test_any_length(
     agree(inputs)
 
 
+def test_errors_of_gradients_are_those_of_rounding_them(hopper: torch.device) -> None:
+    """In bfloat16 at most 1.2 times those of the PyTorch form, which computes in float32."""
+    inputs = draw(hopper, 1, 512, 4, 64, 1, 128, dtype=torch.bfloat16)
+    served(inputs)
+    expected = outputs_and_gradients(REFERENCE, {name: value.double() for name, value in inputs.items()})
+    ours, plain = (outputs_and_gradients(backend, inputs) for backend in ("triton", "torch"))
+    for name in ("x", "B", "C"):
+        error, least = ((t[name].double() - expected[name]).norm() for t in (ours, plain))
+        assert error <= 1.2 * least, (name, error / expected[name].norm(), least / expected[name].norm())
+
+
 @pytest.mark.parametrize("programs", [2, 8])
 def test_segments_and_parts_of_the_heads(programs: int, hopper: torch.device, fill: Callable[[int], None]) -> None:
     fill(programs)

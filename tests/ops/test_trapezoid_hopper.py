@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.ops import trapezoid_scan, triton_segments, use
 from everstate.ops.example import Example
+from tests.imitation import Shared, imitated
 from tests.ops.test_trapezoid_triton import agree_on_parts, draw, errors, outcome
 
 
@@ -108,6 +110,23 @@ def test_rows_that_the_copy_engine_cannot_move(hopper: torch.device) -> None:
             example.timed[name] = wide[..., 3:-2]
         y, _ = trapezoid_scan(**example.timed, state=example.state, **example.fixed)
     assert torch.equal(y, expected)
+
+
+def test_both_ways_to_make_cosines_and_sines() -> None:
+    """By walking and by products with ones, for turns of up to 50 whole ones a token."""
+    kernels = imitated("everstate.ops.trapezoid.triton_hopper_angles")
+    generator = torch.Generator().manual_seed(0)
+    dt, rates = torch.rand(64, generator=generator), 100 * torch.randn(64, 32, generator=generator)
+    before = torch.randint(-(2**31), 2**31, (32,), generator=generator).int()
+    angles = (dt[:, None] * rates).double().cumsum(0) + before.double() * (math.tau / 2**32)
+    expected = torch.stack([angles.cos(), angles.sin()], -1)
+    both, four = Shared(rates.expand(2, 64, 32).contiguous()), Shared(dt.expand(4, 64).contiguous())
+    side_by_side = Shared(torch.zeros(2, 64, 64, dtype=torch.float16))
+    kernels.trig_by_walking(before, both, four, side_by_side, 0, 1, 32, 64)
+    c, s = (Shared(torch.zeros(64, 32, dtype=torch.float16)) for _ in range(2))
+    kernels.trig_by_products(c, s, dt, rates, before, 1)
+    for made in (side_by_side.data[1].unflatten(1, (32, 2)), torch.stack([c.data, s.data], -1)):
+        assert (made - expected).abs().max() < 4e-4
 
 
 def test_angles_of_long_sequences_are_right(hopper: torch.device) -> None:

@@ -108,6 +108,13 @@ def widened(t):
 
 
 @gluon.jit
+def in_parts(t, dtype: gl.constexpr):
+    """Float32 as a sum of two numbers of 16 bits."""
+    coarse = t.to(dtype)
+    return coarse, (t - widened(coarse)).to(dtype)
+
+
+@gluon.jit
 def inner(a, tile):
     """Inner products of rows."""
     return gl.sum(a.to(gl.float32) * tile.load(SQUARE).to(gl.float32), 1)

@@ -23,7 +23,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, STATES, barriers_of, place_of, rows_of, vectors_of
+from everstate.ops.triton_hopper import (
+    COLUMN,
+    ROW,
+    SQUARE,
+    STATES,
+    barriers_of,
+    in_parts,
+    place_of,
+    rows_of,
+    vectors_of,
+)
 from everstate.ops.triton_launch import Form, Tiles, launch
 
 if TYPE_CHECKING:
@@ -135,14 +145,15 @@ def _inputs(
         dadded = warpgroup_mma(k, dhs.index(at).permute((1, 0)), none, use_acc=False, is_async=True)
         cs, scale, later = css.index(at).load(ROW), ss.index(at).load(ROW), css.index(at).load(COLUMN)
         last = gl.sum(gl.where(i == BLOCK - 1, later, 0.0), 0)
-        weights = (gram * gl.exp2(gl.minimum(later[None, :] - cs[:, None], 126.0))).to(k.dtype)
+        weights = gram * gl.exp2(gl.minimum(later[None, :] - cs[:, None], 126.0))
         # The gradient of s x: first what went through the state, then what entries of the chunk received.
         dadded = warpgroup_mma_wait(0, (dadded,)) * gl.exp2(last - cs)[:, None]
         place = (chunk * HEADS + head + step).to(gl.int64) * BLOCK
         given = u.load(SQUARE).to(gl.float32)
         gl.store(through + place + j, gl.sum(dadded * given, 1))
-        weights = gl.convert_layout(weights, gl.DotOperandLayout(0, SQUARE, 2))
-        dadded = warpgroup_mma(weights, du, dadded, is_async=True)
+        coarse, fine = in_parts(weights, k.dtype)
+        dadded = warpgroup_mma(gl.convert_layout(coarse, gl.DotOperandLayout(0, SQUARE, 2)), du, dadded, is_async=True)
+        dadded = warpgroup_mma(gl.convert_layout(fine, gl.DotOperandLayout(0, SQUARE, 2)), du, dadded, is_async=True)
         answered = du.load(SQUARE).to(gl.float32)
         if SKIP == 1:
             gl.store(dD + place + j, gl.sum(given * answered, 1))
@@ -195,10 +206,10 @@ def _decays(
         gl.store(given + place + j, gl.sum(received, 1))
         gl.store(gained + place + i, gl.sum(received * scale[:, None], 0))
     dgram = gl.where(i[None, :] >= j[:, None], dgram, 0.0)
-    rounded = dgram.to(k.dtype)
-    sums.index(0).store(rounded)
-    # What rounding cut off this sum of all heads is a third of the error of B and C, and costs nothing to add.
-    sums.index(1).store((dgram - rounded.to(gl.float32)).to(k.dtype))
+    # What rounding would cut off this sum of all heads is a third of the error of B and C, and costs nothing to add.
+    coarse, fine = in_parts(dgram, k.dtype)
+    sums.index(0).store(coarse)
+    sums.index(1).store(fine)
     fence_async_shared()
     mbarrier.arrive(summed, count=1)
 
@@ -299,7 +310,7 @@ def gradients_kernel(
                      chunk, sequence, first, group, head, HEADS, EACH, P, N, BLOCK, STAGES)),
         ],
         [4, 4, 1],
-        [144, 200, 24],
+        [128, 192, 24],
     )  # fmt: skip
 
 

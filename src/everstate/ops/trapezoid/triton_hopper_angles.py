@@ -11,6 +11,8 @@ import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from everstate.ops.triton_hopper import in_parts
+
 COSINE = gl.constexpr("cos.approx.f32 $0, $1;")
 SINE = gl.constexpr("sin.approx.f32 $0, $1;")
 RADIANS = gl.constexpr(6.283185307179586 / 4294967296.0)
@@ -106,9 +108,9 @@ def trig_by_products(cs, ss, dt, rates, before, known):
     """
     narrow: gl.constexpr = rates.type.layout
     turns = reduced(dt[:, None] * rates)
-    coarse = turns.to(cs.dtype)
+    coarse, fine = in_parts(turns, cs.dtype)
     cs.store(coarse)
-    ss.store((turns - coarse.to(gl.float32)).to(cs.dtype))
+    ss.store(fine)
     fence_async_shared()
     sums = gl.zeros(turns.shape, gl.float32, narrow) + (before.to(gl.float32) * RADIANS)[None, :]
     ones = ones_up_to(known, cs.dtype, narrow, cs.shape[0], False)

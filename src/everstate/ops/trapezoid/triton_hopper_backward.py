@@ -61,6 +61,7 @@ from everstate.ops.triton_hopper import (
     VECTOR,
     barriers_of,
     halves_of,
+    in_parts,
     inner,
     tiles_of,
     trace,
@@ -246,9 +247,9 @@ def _add_turns(angles, step, rate, drate, later, ddt, total, dtype: gl.constexpr
 @gluon.jit
 def _leave_angles(dphi, cs, ss, dtype: gl.constexpr):
     """Leave gradients of angles in two parts of 16 bits, in the place of cosines and sines, which all have read."""
-    coarse = dphi.to(dtype)
+    coarse, fine = in_parts(dphi, dtype)
     _part(cs, dtype).store(coarse)
-    _part(ss, dtype).store((dphi - coarse.to(gl.float32)).to(dtype))
+    _part(ss, dtype).store(fine)
 
 
 @gluon.jit
