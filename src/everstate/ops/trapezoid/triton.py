@@ -8,8 +8,7 @@ along time and makes cosines, sines, keys and queries where it uses them (`trito
 backward, and for a Hopper GPU the states that enter segments. Backward: two sweeps along time write the state that
 enters each chunk and the gradient of that which leaves it; and from both states, what all later chunks say of the
 angles. Then every chunk is independent (`triton_backward`). Nothing of a head and token is written to memory that can
-be made again, but for cosines and sines for Hopper GPUs: backward, and of several ranks. All is summed in a fixed
-order: the same call gives the same bits.
+be made again. All is summed in a fixed order: the same call gives the same bits.
 """
 
 import math

@@ -1,10 +1,10 @@
 """The gradients of the trapezoid on a Hopper GPU: one kernel for all that a chunk says by itself.
 
 Groups of four warps share the work of a program, which takes the heads of a chunk one after the other. One moves tiles
-into shared memory ahead of time, turns keys and queries of the next head, and sums gradients of angles. One finds the
-gradients of inputs, and on the way what pairs of entries say to each other; with that one finds those of the columns
-of B and C that turn, one those of the others, and what the entering state says of decays. So every tile is read from
-memory once, and keys and queries are never written there. Sizes and tiles are those of
+into shared memory ahead of time, makes cosines, sines, keys and queries of the next head, and sums gradients of angles.
+One finds the gradients of inputs, and on the way what pairs of entries say to each other; with that one finds those of
+the columns of B and C that turn, one those of the others, and what the entering state says of decays. So every tile is
+read from memory once, and keys and queries are never written there. Sizes and tiles are those of
 `everstate.ops.trapezoid.triton_hopper`.
 
 Registers are divided such that no group spills what its products need: else the compiler would wait after each of them,
