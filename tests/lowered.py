@@ -12,8 +12,8 @@ reads constants from registers: ptxas 12.8 may set such a register only behind t
 `python -m tests.lowered registers` says of each kernel of `trapezoid_scan` whether its machine code adds to a register
 that nothing wrote; `python -m tests.lowered cache` names such kernels among all in Triton's cache.
 
-`python -m tests.lowered memory` says of each kernel of `trapezoid_scan` how many bytes of shared memory it takes on a
-GPU that has no more than 99 KiB for a program.
+`python -m tests.lowered memory` says of each kernel of `trapezoid_scan` and `attention` how many bytes of shared memory
+it takes on a GPU that has no more than 99 KiB for a program.
 
 `python -m tests.lowered compiles 100` names the kernels of `trapezoid_scan` and `ssd_scan` for a GPU of compute
 capability 10.0, and fails with what Triton cannot compile.
@@ -43,6 +43,7 @@ from everstate.ops import OPS, triton_launch, use
 from everstate.ops.example import EXAMPLES, Draw, Example
 from everstate.ops.trapezoid.limits import SHARED_MEMORY
 from tests.machine_code import adds_to_nothing, disassembled
+from tests.ops.test_attention_triton import draw as draw_attention
 from tests.ops.test_ssd_triton import draw as draw_ssd
 from tests.ops.test_trapezoid_triton import ONE_HEAD
 from tests.ops.test_trapezoid_triton import draw as draw_trapezoid
@@ -120,8 +121,8 @@ def lowered(name: str, given: dict[str, Any], stage: str, capability: int = 90) 
     given = {k: each(leaf, v) for k, v in given.items()}
     with lowering(stage, capability) as found, use("triton"):
         y, _ = OPS[name](**given)
-        leaves = [t for v in given.values() for t in (v if isinstance(v, tuple) else [v]) if isinstance(t, Tensor)]
-        torch.autograd.grad(y.sum(), leaves, allow_unused=True)
+        parts = [t for v in given.values() for t in (v if isinstance(v, tuple) else [v]) if isinstance(t, Tensor)]
+        torch.autograd.grad(y.sum(), [t for t in parts if t.requires_grad], allow_unused=True)
     return found
 
 
@@ -178,16 +179,23 @@ def cache() -> None:
 
 
 def memory() -> None:
-    """Of the sizes that take most: heads of 128 x 128 and of 64 x 256, whose columns all turn, in 16 bits."""
+    """Of the sizes that take most: heads of 128 x 128 and of 64 x 256, whose columns all turn, in 16 bits; and of 128
+    numbers, in both precisions."""
     kernels._ask_capability, kernels._ask_shared_memory = (lambda device: (8, 9)), (lambda device: SHARED_MEMORY)
-    most: dict[str, int] = {}
+    cpu, calls = torch.device("cpu"), []
     for headdim, d_state in ((128, 128), (64, 256)):
-        cpu, pairs = torch.device("cpu"), d_state // 2
-        drawn = draw_trapezoid(cpu, 1, 70, 2, headdim, 1, d_state, pairs=pairs, dtype=torch.bfloat16)
-        for kernel, variants in lowered("trapezoid_scan", arguments(drawn), "make_ptx", 89).items():
-            most[kernel] = max(most.get(kernel, 0), *(code.shared for code in variants))
-    for kernel, size in most.items():
-        print(kernel, size)
+        drawn = draw_trapezoid(cpu, 1, 70, 2, headdim, 1, d_state, pairs=d_state // 2, dtype=torch.bfloat16)
+        calls.append(("trapezoid_scan", arguments(drawn)))
+    for dtype in (torch.bfloat16, torch.float32):
+        timed, state = draw_attention(cpu, 1, 70, 2, 1, 128, capacity=128, read=[20], dtype=dtype)
+        calls.append(("attention", {**timed, "state": state}))
+    most: dict[str, int] = {}
+    for op, given in calls:
+        for kernel, variants in lowered(op, given, "make_ptx", 89).items():
+            name = f"{op}.{kernel}"
+            most[name] = max(most.get(name, 0), *(code.shared for code in variants))
+    for name, size in most.items():
+        print(name, size)
 
 
 def compiles(capability: str) -> None:

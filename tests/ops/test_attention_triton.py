@@ -224,6 +224,12 @@ def test_a_gpu_with_little_shared_memory_is_refused(
         with pytest.raises(BackendError, match="needs a GPU with 135,168 bytes .* this one has 101,376"):
             attention(**timed, state=state)
         assert attention_step_(*(t[:, 0] for t in timed.values()), state).isfinite().all()
+        # Where products read registers, as much is enough for heads of up to 128 numbers.
+        monkeypatch.setattr(limits, "capability", lambda device: (8, 9))
+        assert attention(**timed, state=state)[0].isfinite().all()
+        timed, state = draw(kernel_device, 1, 1, 1, 1, 160, 8, [2])
+        with pytest.raises(BackendError, match="needs a GPU with 212,992 bytes .* for heads of 160, this one"):
+            attention(**timed, state=state)
 
 
 def test_a_cpu_is_refused() -> None:

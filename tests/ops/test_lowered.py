@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from everstate.ops.trapezoid.limits import SHARED_MEMORY
+from everstate.ops.attention import limits as attention
+from everstate.ops.trapezoid import limits as trapezoid
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -34,11 +35,15 @@ def test_no_sum_of_a_loaded_tile_is_reordered(tmp_path: Path) -> None:
     assert set(found.values()) == {"in order"}
 
 
-def test_the_trapezoid_runs_with_little_shared_memory(tmp_path: Path) -> None:
-    found = verdicts(tmp_path, "memory")
-    sizes = {kernel: int(size) for kernel, size in found.items()}
-    assert all(sizes[kernel] > 0 for kernel in ("scan_kernel", "sweep_kernel", "inputs_kernel", "keys_kernel"))
-    assert max(sizes.values()) <= SHARED_MEMORY
+def test_the_trapezoid_and_attention_run_with_little_shared_memory(tmp_path: Path) -> None:
+    sizes = {kernel: int(size) for kernel, size in verdicts(tmp_path, "memory").items()}
+    most = {"trapezoid_scan": trapezoid.SHARED_MEMORY, "attention": attention.SHARED_MEMORY}
+    for op, names in (
+        ("trapezoid_scan", ("scan_kernel", "sweep_kernel", "inputs_kernel", "keys_kernel")),
+        ("attention", ("_forward_kernel", "_query_kernel", "_key_kernel")),
+    ):
+        assert all(sizes[f"{op}.{kernel}"] > 0 for kernel in names)
+        assert max(size for name, size in sizes.items() if name.startswith(op)) <= most[op] <= 99 * 1024
 
 
 def test_kernels_compile_for_a_gpu_that_has_memory_for_products(tmp_path: Path) -> None:

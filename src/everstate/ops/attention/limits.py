@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everstate.core.kernels import refusal, shared_memory
+from everstate.core.kernels import capability, refusal, shared_memory
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.ops.attention.cache import AttentionState, Pages, capacity_of
@@ -17,8 +17,10 @@ WIDEST = 256
 """Numbers of a head."""
 LONG = 8192
 """Mean length of packed sequences from which on torch's kernels are faster though they take one at a time."""
-SHARED_MEMORY, SHARED_MEMORY_WIDE = 132 * 1024, 208 * 1024
+SHARED_MEMORY, SHARED_MEMORY_WIDE = 97 * 1024, 208 * 1024
 """Bytes of shared memory that a segment takes, with heads of up to 128 numbers and with wider ones."""
+SHARED_MEMORY_PRODUCTS = 132 * 1024
+"""The first on GPUs whose products read shared memory, which then holds more tiles: compute capability 9 and 10."""
 SHARED_MEMORY_STEP, SHARED_MEMORY_STEP_WIDE = 80 * 1024, 160 * 1024
 """The same of a token; the second for heads of more than 128 numbers in float32."""
 
@@ -34,7 +36,8 @@ def accepts(
     nothing_read = state.k.shape[1] == 0 and q.dtype != torch.float32 and softcap is None
     if nothing_read and (packing is None or packing.total >= LONG * len(packing)) and _sees_all(q, window, packing):
         return "is slower than torch's own kernels where nothing was read before and only the future is masked"
-    return _refusal_of_memory(q, SHARED_MEMORY_WIDE if q.shape[-1] > 128 else SHARED_MEMORY)
+    narrow = SHARED_MEMORY_PRODUCTS if capability(q.device)[0] in (9, 10) else SHARED_MEMORY
+    return _refusal_of_memory(q, SHARED_MEMORY_WIDE if q.shape[-1] > 128 else narrow)
 
 
 def _sees_all(q: Tensor, window: int | None, packing: Packing | None) -> bool:
