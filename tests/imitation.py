@@ -242,7 +242,7 @@ def _language() -> SimpleNamespace:
         minimum=lambda a, b: min(a, b) if isinstance(a, int) else a.clamp(max=b), convert_layout=lambda t, layout: t,
         inline_asm_elementwise=_assembly,
         program_id=lambda axis: torch.tensor(_program.at), num_programs=lambda axis: _program.count,
-        to_tensor=torch.as_tensor, load=_load, store=_store, cast=lambda t, dtype, bitcast: t.view(dtype),
+        to_tensor=torch.as_tensor, load=_load, store=_store,
         allocate_shared_memory=_allocate, warp_specialize=_specialize,
     )  # fmt: skip
 

@@ -80,15 +80,15 @@ def test_programs_that_walk_several_times(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     fill(segments)
-    kernels = triton_segments.import_module("everstate.ops.trapezoid.triton_hopper")
+    name = "everstate.ops.trapezoid.triton_hopper"
+    kernels = [triton_segments.import_module(name), triton_segments.import_module(name + "_sweep")]
     example = draw(hopper, batch, length, 2, 64, 1, 64, dtype=torch.bfloat16)
     assert len(call(example).plan.segments) == segments
     outcomes = []
     for programs in (1, 2, segments):
-        monkeypatch.setattr(kernels, "processors", lambda device, programs=programs: programs)
-        with use("triton"), torch.no_grad():
-            y, after = trapezoid_scan(**example.timed, state=example.state, **example.fixed)
-        outcomes.append((y, *after))
+        for module in kernels:
+            monkeypatch.setattr(module, "processors", lambda device, programs=programs: programs)
+        outcomes.append(outcome("triton", example))
     assert all(torch.equal(a, b) for other in outcomes[1:] for a, b in zip(outcomes[0], other, strict=True))
 
 

@@ -302,7 +302,8 @@ class Call:
         (B, C), count = map(_rows, (self.given.B, self.given.C)), len(self.plan.chunks) * self.groups
         given = [_dense(t) for t in (self.given.B_bias, self.given.C_bias)]
         out = B.new_empty(2, count * self.tokens, self.width)
-        allocate = B.new_zeros if given.count(None) == 1 else B.new_empty
+        missing = sum(t is None for t in given)
+        allocate = B.new_zeros if missing == 1 else B.new_empty
         biases = allocate(2, self.heads, 1, 1, self.width, dtype=torch.float32)
         launch(
             sources_kernel, (count + 1, 2),
@@ -310,7 +311,7 @@ class Call:
             HEADS=self.heads, GROUPS=self.groups, TOKENS=self.tokens, HALF=self.pairs,
             INTERLEAVED=self.interleaved,
         )  # fmt: skip
-        first, second = (None, None) if given == [None, None] else biases
+        first, second = (None, None) if missing == 2 else biases
         return out[0], out[1], first, second
 
     @property

@@ -102,9 +102,8 @@ def gradients(
         gradients_kernel, (count * call.groups * splits,),
         rows(call, call.x), rows(call, dy.squeeze(1)), _numbers_of(steps), tiles_of(call.B, 2), tiles_of(call.C, 2),
         halves_of(entering), halves_of(leaving), _angles_of(angles), _biases_of(call.B_bias, call.C_bias), call.D,
-        call.omega,
-        inputs.x, inputs.decays, inputs.scales, inputs.owns, inputs.D, dB, dC,
-        dB_bias, dC_bias, domega, ddt, call.plan.chunks, total, call.length, call.omega.stride(0),
+        call.omega, inputs.x, inputs.decays, inputs.scales, inputs.owns, inputs.D, dB, dC, dB_bias, dC_bias, domega,
+        ddt, call.plan.chunks, total, call.length, call.omega.stride(0),
         **sizes_of(call), SPLITS=splits, DX=dx.stride(0), INTERLEAVED=call.interleaved, STAGES=2,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
@@ -112,6 +111,7 @@ def gradients(
 
 
 def _numbers_of(steps: Tensor) -> Tiles:
+    """Those of a head."""
     return Tiles(steps, (steps.numel(),), (1,), _NUMBERS)
 
 
