@@ -65,6 +65,12 @@ def _sum(a, b):
 
 
 @gluon.jit
+def summed(turns):
+    """Sums of turns, or of phases, up to each token."""
+    return gl.associative_scan(turns, 0, _sum)
+
+
+@gluon.jit
 def trig_by_walking(now, rates, dts, trig, at, OWN: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr):
     """One warp: cosines and sines of a chunk of one of two heads, side by side in the tile of that head, given rates
     and dt in a room `at` and the phases before the chunk. Returns the phases after it."""
@@ -78,7 +84,7 @@ def trig_by_walking(now, rates, dts, trig, at, OWN: gl.constexpr, HALF: gl.const
         dt = dts.index((at * 2 + OWN) * PARTS + part).load(gl.SliceLayout(1, one))
         turns = dt[:, None] * rates.index(at * PARTS + part).load(one)
         turns = gl.inline_asm_elementwise(PHASE, "=r,f", [turns], gl.int32, is_pure=True, pack=1)
-        angles = (gl.associative_scan(turns, 0, _sum) + now[None, :]).to(gl.float32) * RADIANS
+        angles = (summed(turns) + now[None, :]).to(gl.float32) * RADIANS
         out = trig.index(OWN * PARTS + part)
         c, s = trig_of(angles)
         out.store(gl.join(c, s).to(out.dtype).reshape(out.shape))

@@ -12,7 +12,7 @@ import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from everstate.ops.trapezoid.triton_hopper_angles import RADIANS, reduced, trig_of
+from everstate.ops.trapezoid.triton_hopper_angles import RADIANS, reduced, summed, trig_of
 from everstate.ops.trapezoid.triton_keys import DT, NUMBERS, OWN
 from everstate.ops.triton_hopper import VECTOR, barriers_of, place_of, widened
 
@@ -116,15 +116,10 @@ def load_turns(rates, steps, phases, chunk, place, TOKENS: gl.constexpr, HALF: g
 
 
 @gluon.jit
-def _sum(a, b):
-    return a + b
-
-
-@gluon.jit
 def store_angles(turns, angles, at):
     """Cosines and sines."""
     rate, dt, before = turns
-    sums = gl.associative_scan(reduced(dt[:, None] * rate), 0, _sum)
+    sums = summed(reduced(dt[:, None] * rate))
     c, s = trig_of(sums + (before.to(gl.float32) * RADIANS)[None, :])
     angles.index(2 * at).store(c.to(angles.dtype))
     angles.index(2 * at + 1).store(s.to(angles.dtype))
