@@ -130,6 +130,7 @@ def _inputs(
     STAGES: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the gradients of x and D. Matrices over pairs are `[j, i]` for what i receives from j."""
+    first: gl.constexpr = gl.DotOperandLayout(0, SQUARE, 2)
     us, dus, _, dhs = tiles
     css, ss = vectors
     k, q = keys[0].reshape([BLOCK, N]), keys[1].reshape([BLOCK, N])
@@ -152,8 +153,8 @@ def _inputs(
         given = u.load(SQUARE).to(gl.float32)
         gl.store(through + place + j, gl.sum(dadded * given, 1))
         coarse, fine = in_parts(weights, k.dtype)
-        dadded = warpgroup_mma(gl.convert_layout(coarse, gl.DotOperandLayout(0, SQUARE, 2)), du, dadded, is_async=True)
-        dadded = warpgroup_mma(gl.convert_layout(fine, gl.DotOperandLayout(0, SQUARE, 2)), du, dadded, is_async=True)
+        dadded = warpgroup_mma(gl.convert_layout(coarse, first), du, dadded, is_async=True)
+        dadded = warpgroup_mma(gl.convert_layout(fine, first), du, dadded, is_async=True)
         answered = du.load(SQUARE).to(gl.float32)
         if SKIP == 1:
             gl.store(dD + place + j, gl.sum(given * answered, 1))

@@ -294,6 +294,22 @@ def _bring(B, sources, slot, phase, sequence, token, group, brought, read, HALF:
 
 
 @gluon.jit
+def bring_turns(
+    omega, numbers, rates, timed, heard, step, chunk, head,
+    HEADS: gl.constexpr, BLOCK: gl.constexpr, COUNT: gl.constexpr, DT: gl.constexpr,
+):  # fmt: skip
+    """omega of a chunk and dt of two heads, which is one of so many numbers per token, as soon as there is room."""
+    speeds, dts = rates
+    at = step % 2
+    mbarrier.wait(heard.index(at), step // 2 & 1 ^ 1)
+    mbarrier.expect(timed.index(at), omega.block_type.nbytes + 2 * numbers.block_type.nbytes)
+    tma.async_copy_global_to_shared(omega, [chunk * BLOCK, 0], timed.index(at), speeds.index(at))
+    for own in gl.static_range(2):
+        place = ((chunk * HEADS + head + own) * COUNT + DT) * BLOCK
+        tma.async_copy_global_to_shared(numbers, [place], timed.index(at), dts.index(2 * at + own))
+
+
+@gluon.jit
 def _feed(
     tensors, us, vectors, rates, sources, barriers, segments, chunks, length, items,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
@@ -301,7 +317,6 @@ def _feed(
 ):  # fmt: skip
     """One warp: what is read of two heads, chunk by chunk, as soon as there is room."""
     x, numbers, omega, B, C = tensors
-    speeds, dts = rates
     full, empty, brought, read, timed, heard = barriers
     done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -311,13 +326,7 @@ def _feed(
         for chunk in range(count):
             step = done + chunk
             at, token = step % STAGES, start + chunk * BLOCK
-            mbarrier.wait(heard.index(step % 2), step // 2 & 1 ^ 1)
-            mbarrier.expect(timed.index(step % 2), omega.block_type.nbytes + 2 * numbers.block_type.nbytes)
-            row = (first + chunk) * BLOCK
-            tma.async_copy_global_to_shared(omega, [row, 0], timed.index(step % 2), speeds.index(step % 2))
-            for own in gl.static_range(2):
-                place = ((first + chunk) * HEADS + head + own) * (VECTORS * BLOCK) + READS * BLOCK
-                tma.async_copy_global_to_shared(numbers, [place], timed.index(step % 2), dts.index(step % 2 * 2 + own))
+            bring_turns(omega, numbers, rates, timed, heard, step, first + chunk, head, HEADS, BLOCK, VECTORS, READS)
             slot, phase = (step % 2, step // 2) if C is None else (0, step)
             _bring(B, sources, slot, phase, sequence, token, group, brought, read, HALF)
             if C is not None:

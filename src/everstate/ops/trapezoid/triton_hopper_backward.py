@@ -102,8 +102,8 @@ def gradients(
         gradients_kernel, (count * call.groups * splits,),
         rows(call, call.x), rows(call, dy.squeeze(1)), _numbers_of(steps), tiles_of(call.B, 2), tiles_of(call.C, 2),
         halves_of(entering), halves_of(leaving), _angles_of(angles), _biases_of(call.B_bias, call.C_bias), call.D,
-        call.omega, inputs.x, inputs.decays, inputs.scales, inputs.owns, inputs.D, dB, dC, dB_bias, dC_bias, domega,
-        ddt, call.plan.chunks, total, call.length, call.omega.stride(0),
+        call.rates, inputs.x, inputs.decays, inputs.scales, inputs.owns, inputs.D, dB, dC, dB_bias, dC_bias, domega,
+        ddt, call.plan.chunks, total, call.length,
         **sizes_of(call), SPLITS=splits, DX=dx.stride(0), INTERLEAVED=call.interleaved, STAGES=2,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
@@ -138,9 +138,7 @@ def _biases_of(B: Tensor | None, C: Tensor | None) -> Tiles | None:
 
 
 @gluon.jit
-def _ask(
-    tensors, tiles, bar, at, place, sequence, start, head, P: gl.constexpr
-):  # fmt: skip
+def _ask(tensors, tiles, bar, at, place, sequence, start, head, P: gl.constexpr):
     """Inputs, their gradients and states of a head, into their places."""
     x, dy, _, _, _, entering, leaving, _, _ = tensors
     us, dus, _, hs, dhs = tiles
@@ -204,9 +202,9 @@ def _turn(bases, biases, cs, ss, keys, at, HALF: gl.constexpr, half: gl.constexp
 
 
 @gluon.jit
-def trig(bits, layout: gl.constexpr):
+def trig(tile, layout: gl.constexpr):
     """Cosines or sines, which are float16."""
-    return bits.load(layout).to(gl.float32)
+    return tile.load(layout).to(gl.float32)
 
 
 @gluon.jit
@@ -260,8 +258,8 @@ def _part(tile, dtype: gl.constexpr):
 
 @gluon.jit
 def _make(
-    tensors, tiles, vectors, barriers, bases, omega, domega, ddt,
-    chunk, sequence, first, start, end, total, head, group, part, omega_token,
+    tensors, tiles, vectors, barriers, bases, rates, domega, ddt,
+    chunk, sequence, first, start, end, total, head, group, part,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr,
     BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -283,7 +281,8 @@ def _make(
     for step in gl.static_range(STAGES if EACH > 1 else 1):
         _ask_numbers(tensors, vectors, told.index(step), step, chunk * HEADS + head + step, head + step, HALF, BLOCK)
         _ask(tensors, tiles, full.index(step), step, chunk * HEADS + head + step, sequence, first, head + step, P)
-    rate = _rates(omega, start, end, omega_token, BLOCK, HALF, narrow)
+    t, n = gl.arange(0, BLOCK, side), gl.arange(0, HALF, top)
+    rate = gl.load(rates + (chunk.to(gl.int64) * (BLOCK * HALF) + (t[:, None] * HALF + n[None, :])))
     drate = gl.zeros((BLOCK, HALF), gl.float32, narrow)
     ddt += (chunk * HEADS + head) * BLOCK
     mbarrier.wait(ready.index(0), 0)
@@ -304,15 +303,6 @@ def _make(
     drate = _add_turns((cs.index(last), ss.index(last)), dt, rate, drate, after,
                        ddt + (EACH - 1) * BLOCK, total, dtype)  # fmt: skip
     _store_rows(domega + (part.to(gl.int64) * total + start) * HALF, drate, start, end, HALF, narrow)
-
-
-@gluon.jit
-def _rates(omega, start, end, omega_token, BLOCK: gl.constexpr, HALF: gl.constexpr, layout: gl.constexpr):
-    """omega of a chunk, zeros beyond the end."""
-    t, n = gl.arange(0, BLOCK, gl.SliceLayout(1, layout)), gl.arange(0, HALF, gl.SliceLayout(0, layout))
-    there = (start + t < end)[:, None] & (n < HALF)[None, :]
-    rates = omega + start.to(gl.int64) * omega_token + (t[:, None] * omega_token + n[None, :])
-    return gl.load(rates, mask=there, other=0.0).to(gl.float32)
 
 
 @gluon.jit
@@ -615,8 +605,8 @@ def _store_still(
 
 @gluon.jit
 def gradients_kernel(
-    x, dy, steps, B, C, entering, leaving, angles, biases, D, omega, dx, ddecays, dscales, downs, dD,
-    dB, dC, dB_bias, dC_bias, domega, ddt, chunks, total, length, omega_token,
+    x, dy, steps, B, C, entering, leaving, angles, biases, D, rates, dx, ddecays, dscales, downs, dD,
+    dB, dC, dB_bias, dC_bias, domega, ddt, chunks, total, length,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
     SPLITS: gl.constexpr, DX: gl.constexpr, INTERLEAVED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -653,8 +643,8 @@ def gradients_kernel(
             (_standing, (tiles, vectors, pairs, answered, rooms2, (full, told, empty, made, weighed, free, asked),
                          dB, dC, dB_bias, dC_bias, chunk, start, end, total, head, group, split,
                          HEADS, GROUPS, EACH, P, HALF, BLOCK, INTERLEAVED, STAGES)),
-            (_make, (tensors, tiles, vectors, (full, told, empty, made, ready), bases, omega, domega,
-                     ddt, chunk, sequence, first, start, end, total, head, group, part, omega_token,
+            (_make, (tensors, tiles, vectors, (full, told, empty, made, ready), bases, rates, domega,
+                     ddt, chunk, sequence, first, start, end, total, head, group, part,
                      HEADS, GROUPS, EACH, P, HALF, BLOCK, STAGES)),
         ],
         [4, 4, 4],

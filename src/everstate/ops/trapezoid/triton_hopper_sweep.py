@@ -26,6 +26,7 @@ from everstate.ops.trapezoid.triton_hopper import (
     REGISTERS,
     barriers_of_groups,
     both_at,
+    bring_turns,
     load_state,
     rates_of,
     rows,
@@ -61,13 +62,13 @@ def sweep(
 
 @gluon.jit
 def _feed(
-    tensors, tiles, speeds, vectors, barriers, segments, chunks, length, items,
+    tensors, tiles, rates, vectors, barriers, segments, chunks, length, items,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, P: gl.constexpr, HALF: gl.constexpr, BLOCK: gl.constexpr,
     STAGES: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """One warp: what angles and keys are made of, then what belongs to each head, as soon as there is room."""
     x, steps, B, omega, entered = tensors
-    bases, dts = tiles[0], vectors[2]
+    bases = tiles[0]
     full, empty, brought, read, timed, heard = barriers
     done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -79,13 +80,7 @@ def _feed(
             at, odd = step % STAGES, (step // STAGES & 1) ^ 1
             now = count - 1 - chunk if REVERSE else chunk
             place, row = (first + now) * HEADS + head, ((first + now) * GROUPS + group) * BLOCK
-            mbarrier.wait(heard.index(at), odd)
-            bar = timed.index(at)
-            mbarrier.expect(bar, omega.block_type.nbytes + 2 * steps.block_type.nbytes)
-            tma.async_copy_global_to_shared(omega, [(first + now) * BLOCK, 0], bar, speeds.index(at))
-            for own in gl.static_range(2):
-                numbers = (place + own) * (NUMBERS * BLOCK) + DT * BLOCK
-                tma.async_copy_global_to_shared(steps, [numbers], bar, dts.index(2 * at + own))
+            bring_turns(omega, steps, rates, timed, heard, step, first + now, head, HEADS, BLOCK, NUMBERS, DT)
             mbarrier.wait(read.index(at), odd)
             bar = brought.index(at)
             mbarrier.expect(bar, 2 * B.block_type.nbytes)
@@ -105,7 +100,7 @@ def _bring_heads(
 ):  # fmt: skip
     """Inputs and numbers of both heads, and the states that enter, where these are asked for."""
     _, us, hs = tiles
-    sums, weighted, _ = vectors
+    sums, weighted = vectors
     states: gl.constexpr = 0 if entered is None else 2 * entered.block_type.nbytes
     mbarrier.expect(bar, 2 * x.block_type.nbytes + (2 if REVERSE else 4) * steps.block_type.nbytes + states)
     for own in gl.static_range(2):
@@ -245,7 +240,7 @@ def _walk(
 ):  # fmt: skip
     """Four warps: the state (p, n) of one head along a segment, in two halves."""
     _, us, hs = tiles
-    sums, weighted, _ = vectors
+    sums, weighted = vectors
     full, empty, made, taken = barriers
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -309,7 +304,7 @@ def sweep_kernel(
     met, met2 = room_for_columns(1, HALF), room_for_columns(1, HALF)
     walking, making, feeding, angling = barriers_of_groups(STAGES, ROOMS)
     fence_async_shared()
-    tiles, vectors = (bases, us, hs), (sums, weighted, dts)
+    tiles, vectors = (bases, us, hs), (sums, weighted)
     gl.warp_specialize(
         [
             (_walk, (tiles, keys, vectors, walking, out, boundaries, entering, ends, kept, turned,
@@ -317,7 +312,7 @@ def sweep_kernel(
             (_walk, (tiles, keys, vectors, walking, out, boundaries, entering, ends, kept, turned,
                      met2, segments, items, 1, HEADS, P, HALF, BLOCK, STAGES, ROOMS, REVERSE)),
             (_make, (bases, trig, keys, making, bias, segments, items, HEADS, HALF, BLOCK, ROOMS)),
-            (_feed, ((x, steps, B, omega, entered), tiles, speeds, vectors, feeding, segments, chunks,
+            (_feed, ((x, steps, B, omega, entered), tiles, (speeds, dts), vectors, feeding, segments, chunks,
                      length, items, HEADS, GROUPS, P, HALF, BLOCK, STAGES, REVERSE)),
             (_angle, (speeds, dts, phases, trig, angling, segments, items, 0, HEADS, HALF, BLOCK, REVERSE)),
             (_angle, (speeds, dts, phases, trig, angling, segments, items, 1, HEADS, HALF, BLOCK, REVERSE)),
