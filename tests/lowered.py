@@ -150,13 +150,19 @@ def sums(name: str, variant: str) -> None:
 
 
 def operands() -> None:
-    """In bfloat16: of the trapezoid at a size that its kernels for Hopper GPUs take, of SSD at one for all GPUs."""
+    """In bfloat16: of the trapezoid at a size that its kernels for Hopper GPUs take, with and without what it need not
+    be given, of SSD at one for all GPUs."""
     cpu, dtype = torch.device("cpu"), torch.bfloat16
-    trapezoid = arguments(draw_trapezoid(cpu, 1, 70, 2, 64, 1, 64, dtype=dtype))
+    trapezoid = draw_trapezoid(cpu, 1, 70, 2, 64, 1, 64, dtype=dtype)
     ssd = draw_ssd(cpu, 1, 70, 2, 32, 1, 16, dtype=dtype)
-    for name, given in (("trapezoid_scan", trapezoid), ("ssd_scan", ssd)):
+    calls = (
+        ("trapezoid_scan", arguments(trapezoid), ""),
+        ("trapezoid_scan", arguments(trapezoid._replace(fixed={})), "_bare"),
+        ("ssd_scan", ssd, ""),
+    )  # fmt: skip
+    for name, given, suffix in calls:
         for kernel, variants in lowered(name, given, "make_ptx").items():
-            print(kernel, "constants" if any(map(multiplies_constants, variants)) else "no constants")
+            print(f"{kernel}{suffix}", "constants" if any(map(multiplies_constants, variants)) else "no constants")
 
 
 def registers() -> None:
