@@ -7,8 +7,9 @@ Forward: `triton_prepare` makes numbers per token and the phases with which chun
 along time and makes cosines, sines, keys and queries where it uses them (`triton_keys`). It keeps the phases for
 backward, and for a Hopper GPU the states that enter segments. Backward: two sweeps along time write the state that
 enters each chunk and the gradient of that which leaves it; and from both states, what all later chunks say of the
-angles. Then every chunk is independent (`triton_backward`). Nothing of a head and token is written to memory that can
-be made again. All is summed in a fixed order: the same call gives the same bits.
+angles. Then every chunk is independent (`triton_backward`). Of a head and token only a few numbers are written to
+memory that could be made again: no cosines, keys or queries. All is summed in a fixed order: the same call gives the
+same bits.
 """
 
 import math
