@@ -1,4 +1,4 @@
-"""What Triton makes of kernels for a Hopper GPU, found without one.
+"""What Triton makes of kernels for GPUs, most for Hopper's, found without one.
 
 In a process of its own, because the interpreter and the compiler exclude each other.
 
@@ -15,8 +15,11 @@ that nothing wrote; `python -m tests.lowered cache` names such kernels among all
 `python -m tests.lowered memory` says of each kernel of `trapezoid_scan` and `attention` how many bytes of shared memory
 it takes on a GPU that has no more than 99 KiB for a program.
 
-`python -m tests.lowered compiles 100` names the kernels of `trapezoid_scan` and `ssd_scan` for a GPU of compute
-capability 10.0, and fails with what Triton cannot compile.
+`python -m tests.lowered compiles 90` names the kernels of `trapezoid_scan` and `ssd_scan` for a GPU of compute
+capability 9.0, and fails with what Triton cannot compile.
+
+`python -m tests.lowered laws` names the kernels of all ops at the sizes of the laws, and fails with what Triton's
+language does not allow: the interpreter runs a kernel as Python, where a name may hold first one tile, then another.
 """
 
 from __future__ import annotations
@@ -39,9 +42,12 @@ from triton.runtime.jit import JITFunction
 
 from everstate.core import kernels
 from everstate.core.kernels import interpreting
+from everstate.core.state import tensors
 from everstate.ops import OPS, triton_launch, use
 from everstate.ops.example import EXAMPLES, Draw, Example
 from everstate.ops.trapezoid.limits import SHARED_MEMORY
+from tests.laws.test_ops import BACKENDS, KERNELS, accepting, gradients, token
+from tests.laws.test_ops import draw as draw_law
 from tests.machine_code import adds_to_nothing, disassembled
 from tests.ops.test_attention_triton import draw as draw_attention
 from tests.ops.test_ssd_triton import draw as draw_ssd
@@ -80,12 +86,18 @@ class Code(str):
 
 @contextmanager
 def lowering(stage: str, capability: int) -> Iterator[dict[str, list[Code]]]:
-    """Inside the block kernels are lowered up to a stage instead of launched: name of each -> what becomes of it, of
-    machine code as text."""
+    """Inside the block kernels are lowered up to a stage instead of launched, each variant once: name of each -> what
+    becomes of it, of machine code as text."""
     found: dict[str, list[Code]] = {}
-    given, launch = CUDABackend.__dict__[stage], JITFunction.run
+    given, launch, make = CUDABackend.__dict__[stage], JITFunction.run, JITFunction._do_compile
     lower = getattr(given, "__func__", given)
-    latest = ""
+    latest, begun = "", set[tuple[int, str]]()
+
+    def make_once(kernel: Any, key: str, *args: Any) -> Any:
+        if (id(kernel), key) in begun:
+            raise Lowered
+        begun.add((id(kernel), key))
+        return make(kernel, key, *args)
 
     def lower_and_stop(*args: Any) -> None:
         made = lower(*args)
@@ -104,7 +116,7 @@ def lowering(stage: str, capability: int) -> Iterator[dict[str, list[Code]]]:
         raise AssertionError(f"{latest} came from a cache")
 
     setattr(CUDABackend, stage, staticmethod(lower_and_stop) if isinstance(given, staticmethod) else lower_and_stop)
-    JITFunction.run = launch_nothing
+    JITFunction.run, JITFunction._do_compile = launch_nothing, make_once
     triton.runtime.driver.set_active(Driver(capability))
     known, triton_launch._KNOWN = triton_launch._KNOWN, False  # nothing is compiled that could be known
     try:
@@ -112,17 +124,21 @@ def lowering(stage: str, capability: int) -> Iterator[dict[str, list[Code]]]:
             yield found
     finally:
         setattr(CUDABackend, stage, given)
-        JITFunction.run, triton_launch._KNOWN = launch, known
+        JITFunction.run, JITFunction._do_compile, triton_launch._KNOWN = launch, make, known
 
 
 def lowered(name: str, given: dict[str, Any], stage: str, capability: int = 90) -> dict[str, list[Code]]:
-    """The kernels of an op, forward and backward, each in all its variants."""
+    """The kernels of an op, forward and backward, each in all its variants: given gradients of outputs, or of states
+    too."""
     leaf = lambda v: v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
     given = {k: each(leaf, v) for k, v in given.items()}
     with lowering(stage, capability) as found, use("triton"):
-        y, _ = OPS[name](**given)
+        y, *state = OPS[name](**given)
         parts = [t for v in given.values() for t in (v if isinstance(v, tuple) else [v]) if isinstance(t, Tensor)]
-        torch.autograd.grad(y.sum(), [t for t in parts if t.requires_grad], allow_unused=True)
+        wanted = [t for t in parts if t.requires_grad]
+        for received in ((y,), (y, *tensors(state))):
+            total = sum(t.sum() for t in received if t.requires_grad)
+            torch.autograd.grad(total, wanted, allow_unused=True, retain_graph=True)
     return found
 
 
@@ -205,19 +221,33 @@ def memory() -> None:
 
 
 def compiles(capability: str) -> None:
-    """In bfloat16, of the heads of published models."""
+    """In bfloat16, of the heads of published models, of one rank and of four."""
     kernels._ask_capability = lambda device: divmod(int(capability), 10)
     cpu, dtype = torch.device("cpu"), torch.bfloat16
     trapezoid = arguments(draw_trapezoid(cpu, 1, 70, 2, 64, 1, 128, dtype=dtype))
+    ranks = arguments(draw_trapezoid(cpu, 1, 70, 2, 64, 1, 128, 4, 64, dtype=dtype))
     ssd = draw_ssd(cpu, 1, 70, 2, 64, 1, 128, dtype=dtype)
-    for name, given in (("trapezoid_scan", trapezoid), ("ssd_scan", ssd)):
+    for name, given in (("trapezoid_scan", trapezoid), ("trapezoid_scan", ranks), ("ssd_scan", ssd)):
         for kernel in lowered(name, given, "make_llir", int(capability)):
             print(kernel, "compiles")
 
 
+def laws() -> None:
+    """What the laws draw of all ops, forward, backward and, where an op has a step, of one token; then the ops."""
+    served = [(name, variant) for name, variant, backend in BACKENDS if backend == KERNELS]
+    with lowering("make_ttir", 90) as found, use(KERNELS):
+        for case in served:
+            example = draw_law(*case, 2, LENGTH, backend=KERNELS)
+            gradients(case[0], KERNELS, example)
+            if example.step is not None and KERNELS in accepting(example.step, example, token(example)):
+                example.step(**token(example), **example.fixed, state=example.state)
+    for name in (*found, *dict(served)):
+        print(name, "compiles")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "sums": sums, "operands": operands, "registers": registers, "cache": cache, "memory": memory,
-    "compiles": compiles,
+    "compiles": compiles, "laws": laws,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What Triton and the assembler may get wrong in kernels, looked for in what becomes of them for a Hopper GPU."""
+"""What Triton and the assembler may get wrong in kernels, looked for in what becomes of them for GPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from everstate.ops import OPS
 from everstate.ops.attention import limits as attention
+from everstate.ops.example import EXAMPLES
 from everstate.ops.trapezoid import limits as trapezoid
 
 pytest.importorskip("triton")
@@ -46,6 +48,14 @@ def test_the_trapezoid_and_attention_run_with_little_shared_memory(tmp_path: Pat
         assert max(size for name, size in sizes.items() if name.startswith(op)) <= most[op] <= 99 * 1024
 
 
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    """With gradients of final states and without, of one rank and of four: the imitation runs what Triton refuses."""
+    found = verdicts(tmp_path, "compiles", "90")
+    ranks_alone = {"ranks_kernel", "turn_gradients_kernel"}
+    assert {"scan_kernel", "sweep_kernel", "gradients_kernel", "angle_gradients_kernel"} | ranks_alone <= found.keys()
+    assert set(found.values()) == {"compiles"}
+
+
 def test_kernels_compile_for_a_gpu_that_has_memory_for_products(tmp_path: Path) -> None:
     """On 10.0 products are kept there, and Triton 3.6 neither loads ahead nor sums all of them as elsewhere."""
     found = verdicts(tmp_path, "compiles", "100")
@@ -66,3 +76,11 @@ def test_no_sum_reads_what_nothing_wrote(tmp_path: Path) -> None:
     found = verdicts(tmp_path, "registers")
     assert {"keys_kernel_80", "keys_kernel_96"} <= found.keys()
     assert set(found.values()) == {"written"}
+
+
+def test_kernels_of_all_laws_compile(tmp_path: Path) -> None:
+    """The interpreter runs what Triton refuses, as a name that holds one tile and in a loop one of another shape."""
+    found = verdicts(tmp_path, "laws")
+    assert {op for op in EXAMPLES if "triton" in OPS[op].backends()} <= found.keys()
+    assert {"angle_gradients_kernel", "_split_kernel"} <= found.keys()
+    assert set(found.values()) == {"compiles"}

@@ -336,10 +336,10 @@ def angle_gradients_kernel(
         leaving = tl.load(dleaving + home * PAIRS + pairs, mask=pairs < PAIRS, other=0.0)
     total = leaving
     if dended is not None:
-        place = home * (P * WIDTH) + (p[:, None] * WIDTH + pairs[None, :])
+        state = home * (P * WIDTH) + (p[:, None] * WIDTH + pairs[None, :])
         mask = (p < P)[:, None] & (pairs < PAIRS)[None, :]
-        h1, h2 = tl.load(ended + place, mask=mask, other=0.0), tl.load(ended + HALF + place, mask=mask, other=0.0)
-        dh1, dh2 = tl.load(dended + place, mask=mask, other=0.0), tl.load(dended + HALF + place, mask=mask, other=0.0)
+        h1, h2 = tl.load(ended + state, mask=mask, other=0.0), tl.load(ended + HALF + state, mask=mask, other=0.0)
+        dh1, dh2 = tl.load(dended + state, mask=mask, other=0.0), tl.load(dended + HALF + state, mask=mask, other=0.0)
         total += tl.sum(dh2 * h1 - dh1 * h2, 0)
     at, tiles = tl.arange(0, BLOCK), tl.arange(0, TILES)
     entering = turned + (first * HEADS + head) * (TILES * HALF) + (tiles[:, None] * HALF + pairs[None, :])
