@@ -22,6 +22,7 @@ from everstate.bench.report import Row, machine, publishing
 from everstate.bench.shapes import GPU_SHAPES, STEPS, op_of
 from everstate.bench.timing import Gate, Timing, interleave
 from everstate.bench.triton_first_call import first_call
+from everstate.bench.triton_tuning import compiled_together
 from everstate.core.errors import ConfigError
 from everstate.core.op import REFERENCE
 from everstate.core.state import clone, map_state, nbytes, tensors
@@ -64,6 +65,7 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
     facts["left_out"] = left_out
     with (
         publishing("kernels", rows, facts, now, output) as result,
+        compiled_together(),
         Console(stderr=True).status("starting") as status,
     ):
         for name in only or known:
