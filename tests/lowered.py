@@ -40,6 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
+from everstate.bench.examples import lower
 from everstate.core import kernels
 from everstate.core.kernels import interpreting
 from everstate.core.state import tensors
@@ -233,14 +234,16 @@ def compiles(capability: str) -> None:
 
 
 def laws() -> None:
-    """What the laws draw of all ops, forward, backward and, where an op has a step, of one token; then the ops."""
+    """What the laws draw of all ops, in float32 and in bfloat16, forward, backward and, where an op has a step, of one
+    token; then the ops."""
     served = [(name, variant) for name, variant, backend in BACKENDS if backend == KERNELS]
     with lowering("make_ttir", 90) as found, use(KERNELS):
-        for case in served:
-            example = draw_law(*case, 2, LENGTH, backend=KERNELS)
-            gradients(case[0], KERNELS, example)
-            if example.step is not None and KERNELS in accepting(example.step, example, token(example)):
-                example.step(**token(example), **example.fixed, state=example.state)
+        for name, variant in served:
+            drawn = draw_law(name, variant, 2, LENGTH, backend=KERNELS)
+            for example in (drawn, lower(drawn)):
+                gradients(name, KERNELS, example)
+                if example.step is not None and KERNELS in accepting(example.step, example, token(example)):
+                    example.step(**token(example), **example.fixed, state=example.state)
     for name in (*found, *dict(served)):
         print(name, "compiles")
 
