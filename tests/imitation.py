@@ -277,12 +277,10 @@ def _hopper_names() -> dict[str, Any]:
         expect=lambda bar, size: bar.meet(1, size), arrive=lambda bar, count: bar.meet(count, 0),
         MBarrierLayout=lambda: "barrier",
     )  # fmt: skip
-    copies = SimpleNamespace(
-        async_copy_global_to_shared=lambda *copy: _copy_in(*copy),  # as it is then: a test may make some late
-        async_copy_shared_to_global=_copy_out, store_wait=lambda pending: None,
-    )  # fmt: skip
     return {
         "gl": _language(), "gluon": SimpleNamespace(jit=_jit, constexpr_function=lambda function: function),
         "fence_async_shared": lambda: None,
-        "warpgroup_mma": _multiply, "warpgroup_mma_wait": _wait, "mbarrier": barrier, "tma": copies,
+        "warpgroup_mma": _multiply, "warpgroup_mma_wait": _wait, "mbarrier": barrier,
+        "load_tile": lambda *copy: _copy_in(*copy),  # as it is then: a test may make some late
+        "store_tile": _copy_out, "tma": SimpleNamespace(store_wait=lambda pending: None),
     }  # fmt: skip

@@ -14,7 +14,7 @@ import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from jaxtyping import Float
 from torch import Tensor
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from everstate.ops.triton_launch import Form, Tiles
 from everstate.ops.triton_segments import CHUNK
@@ -34,6 +34,9 @@ SQUARE, ROW, COLUMN = (
 )
 """How four warps hold a matrix with a column for each entry of a chunk; a number for each row; and for each column."""
 
+# Triton 3.8 gave the copies of the copy engine other names.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 WIDEN = gl.constexpr("""{
     .reg .b32 low, high;

@@ -30,8 +30,10 @@ from everstate.ops.triton_hopper import (
     STATES,
     barriers_of,
     in_parts,
+    load_tile,
     place_of,
     rows_of,
+    store_tile,
     vectors_of,
 )
 from everstate.ops.triton_launch import Form, Tiles, launch
@@ -107,20 +109,20 @@ def _move(
     k, q = keys
     full, empty, ready, _ = barriers
     mbarrier.expect(ready, 2 * B.block_type.nbytes)
-    tma.async_copy_global_to_shared(B, [row, start, group * N], ready, k)
-    tma.async_copy_global_to_shared(C, [row, start, group * N], ready, q)
+    load_tile(B, [row, start, group * N], ready, k)
+    load_tile(C, [row, start, group * N], ready, q)
     for i in range(EACH):
         at = i % STAGES
         mbarrier.wait(empty.index(at), (i // STAGES & 1) ^ 1)
         bar = full.index(at)
         mbarrier.expect(bar, 2 * x.block_type.nbytes + 2 * entering.block_type.nbytes + 2 * decays.block_type.nbytes)
         place = chunk * HEADS + head + i
-        tma.async_copy_global_to_shared(decays, [place * BLOCK], bar, css.index(at))
-        tma.async_copy_global_to_shared(scales, [place * BLOCK], bar, ss.index(at))
-        tma.async_copy_global_to_shared(leaving, [place * P, 0], bar, dhs.index(at))
-        tma.async_copy_global_to_shared(x, [row, start, (head + i) * P], bar, us.index(at))
-        tma.async_copy_global_to_shared(dy, [row, start, (head + i) * P], bar, dus.index(at))
-        tma.async_copy_global_to_shared(entering, [place * P, 0], bar, hs.index(at))
+        load_tile(decays, [place * BLOCK], bar, css.index(at))
+        load_tile(scales, [place * BLOCK], bar, ss.index(at))
+        load_tile(leaving, [place * P, 0], bar, dhs.index(at))
+        load_tile(x, [row, start, (head + i) * P], bar, us.index(at))
+        load_tile(dy, [row, start, (head + i) * P], bar, dus.index(at))
+        load_tile(entering, [place * P, 0], bar, hs.index(at))
 
 
 @gluon.jit
@@ -169,7 +171,7 @@ def _inputs(
         tma.store_wait(0)
         out.reshape([BLOCK, P]).store(dadded.to(k.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(dx, [sequence, start, (head + step) * P], out)
+        store_tile(dx, [sequence, start, (head + step) * P], out)
     tma.store_wait(0)
 
 
@@ -331,13 +333,13 @@ def _feed(
         mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
         bar = full.index(at)
         mbarrier.expect(bar, 2 * x.block_type.nbytes + 2 * B.block_type.nbytes + 4 * decays.block_type.nbytes)
-        tma.async_copy_global_to_shared(B, [sequence, start, group * N], bar, ks.index(at))
-        tma.async_copy_global_to_shared(C, [sequence, start, group * N], bar, qs.index(at))
+        load_tile(B, [sequence, start, group * N], bar, ks.index(at))
+        load_tile(C, [sequence, start, group * N], bar, qs.index(at))
         for own in gl.static_range(2):
             place = ((first + step) * HEADS + head + own) * BLOCK
-            tma.async_copy_global_to_shared(decays, [place], bar, css.index(2 * at + own))
-            tma.async_copy_global_to_shared(scales, [place], bar, ss.index(2 * at + own))
-            tma.async_copy_global_to_shared(x, [sequence, start, (head + own) * P], bar, us.index(2 * at + own))
+            load_tile(decays, [place], bar, css.index(2 * at + own))
+            load_tile(scales, [place], bar, ss.index(2 * at + own))
+            load_tile(x, [sequence, start, (head + own) * P], bar, us.index(2 * at + own))
         start += BLOCK
 
 
@@ -408,7 +410,7 @@ def _walk(
         tma.store_wait(0)
         out.reshape([BLOCK, P]).permute((1, 0)).store(answers.to(out.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(y, [sequence, start + step * BLOCK, head * P], out)
+        store_tile(y, [sequence, start + step * BLOCK, head * P], out)
         h = warpgroup_mma_wait(0, (h,))
         mbarrier.arrive(empty.index(at), count=1)
     tma.store_wait(0)
@@ -481,14 +483,12 @@ def _feed_sweep(
         mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
         bar = full.index(at)
         mbarrier.expect(bar, 2 * x.block_type.nbytes + B.block_type.nbytes + 4 * decays.block_type.nbytes)
-        tma.async_copy_global_to_shared(B, [sequence, start + own * BLOCK, group * N], bar, ks.index(at))
+        load_tile(B, [sequence, start + own * BLOCK, group * N], bar, ks.index(at))
         for which in gl.static_range(2):
             place = ((first + own) * HEADS + head + which) * BLOCK
-            tma.async_copy_global_to_shared(decays, [place], bar, css.index(2 * at + which))
-            tma.async_copy_global_to_shared(scales, [place], bar, ss.index(2 * at + which))
-            tma.async_copy_global_to_shared(
-                x, [sequence, start + own * BLOCK, (head + which) * P], bar, us.index(2 * at + which)
-            )
+            load_tile(decays, [place], bar, css.index(2 * at + which))
+            load_tile(scales, [place], bar, ss.index(2 * at + which))
+            load_tile(x, [sequence, start + own * BLOCK, (head + which) * P], bar, us.index(2 * at + which))
 
 
 @gluon.jit
@@ -520,7 +520,7 @@ def _sweep(
             tma.store_wait(1)
             outs.index(step % 2).store(h.to(us.dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(boundaries, [((first + own) * HEADS + head) * P, 0], outs.index(step % 2))
+            store_tile(boundaries, [((first + own) * HEADS + head) * P, 0], outs.index(step % 2))
         mbarrier.wait(full.index(at), step // STAGES & 1)
         cs = css.index(mine).load(token)
         last = gl.sum(gl.where(j == BLOCK - 1, cs, 0.0), 0)

@@ -31,7 +31,18 @@ from everstate.ops.trapezoid import triton_prepare
 from everstate.ops.trapezoid.triton_hopper_angles import RADIANS, layout_of_walk, trig_by_walking
 from everstate.ops.trapezoid.triton_prepare import VECTORS
 from everstate.ops.trapezoid.triton_tables import pieces
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, place_of, rows_of, vectors_of, widened
+from everstate.ops.triton_hopper import (
+    COLUMN,
+    ROW,
+    SQUARE,
+    barriers_of,
+    load_tile,
+    place_of,
+    rows_of,
+    store_tile,
+    vectors_of,
+    widened,
+)
 from everstate.ops.triton_launch import Form, Tiles, cdiv, launch
 from everstate.ops.triton_segments import CHUNK
 
@@ -290,7 +301,7 @@ def _bring(B, sources, slot, phase, sequence, token, group, brought, read, HALF:
     for half in gl.static_range(2):
         column = group * (4 * HALF) + half * (2 * HALF)
         out = sources.index(2 * slot + half)
-        tma.async_copy_global_to_shared(B, [sequence, token, column], brought.index(slot), out)
+        load_tile(B, [sequence, token, column], brought.index(slot), out)
 
 
 @gluon.jit
@@ -303,10 +314,10 @@ def bring_turns(
     at = step % 2
     mbarrier.wait(heard.index(at), step // 2 & 1 ^ 1)
     mbarrier.expect(timed.index(at), omega.block_type.nbytes + 2 * numbers.block_type.nbytes)
-    tma.async_copy_global_to_shared(omega, [chunk * BLOCK, 0], timed.index(at), speeds.index(at))
+    load_tile(omega, [chunk * BLOCK, 0], timed.index(at), speeds.index(at))
     for own in gl.static_range(2):
         place = ((chunk * HEADS + head + own) * COUNT + DT) * BLOCK
-        tma.async_copy_global_to_shared(numbers, [place], timed.index(at), dts.index(2 * at + own))
+        load_tile(numbers, [place], timed.index(at), dts.index(2 * at + own))
 
 
 @gluon.jit
@@ -336,10 +347,10 @@ def _feed(
             mbarrier.expect(bar, 2 * x.block_type.nbytes + 2 * (READS - LEAST) * numbers.block_type.nbytes)
             for own in gl.static_range(2):
                 place = ((first + chunk) * HEADS + head + own) * (VECTORS * BLOCK)
-                tma.async_copy_global_to_shared(x, [sequence, token, (head + own) * P], bar, us.index(2 * at + own))
+                load_tile(x, [sequence, token, (head + own) * P], bar, us.index(2 * at + own))
                 for number in gl.static_range(LEAST, READS):
                     out = vectors.index((2 * at + own) * READS + number)
-                    tma.async_copy_global_to_shared(numbers, [place + number * BLOCK], bar, out)
+                    load_tile(numbers, [place + number * BLOCK], bar, out)
         done += count
 
 
@@ -397,7 +408,7 @@ def _write(y, place, answers, out):
     """Outputs `[p, i]`."""
     out.reshape([out.shape[1], out.shape[2]]).permute((1, 0)).store(answers)
     fence_async_shared()
-    tma.async_copy_shared_to_global(y, place, out)
+    store_tile(y, place, out)
 
 
 @gluon.jit

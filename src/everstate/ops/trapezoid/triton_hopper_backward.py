@@ -24,7 +24,6 @@ from torch import Tensor
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -63,6 +62,7 @@ from everstate.ops.triton_hopper import (
     halves_of,
     in_parts,
     inner,
+    load_tile,
     tiles_of,
     trace,
     widened,
@@ -143,10 +143,10 @@ def _ask(tensors, tiles, bar, at, place, sequence, start, head, P: gl.constexpr)
     x, dy, _, _, _, entering, leaving, _, _ = tensors
     us, dus, _, hs, dhs = tiles
     mbarrier.expect(bar, 2 * x.block_type.nbytes + 2 * entering.block_type.nbytes)
-    tma.async_copy_global_to_shared(x, [sequence, start, head * P], bar, us.index(at))
-    tma.async_copy_global_to_shared(dy, [sequence, start, head * P], bar, dus.index(at))
-    tma.async_copy_global_to_shared(entering, [0, place * P, 0], bar, _room_for_halves(hs, at, entering))
-    tma.async_copy_global_to_shared(leaving, [0, place * P, 0], bar, _room_for_halves(dhs, at, leaving))
+    load_tile(x, [sequence, start, head * P], bar, us.index(at))
+    load_tile(dy, [sequence, start, head * P], bar, dus.index(at))
+    load_tile(entering, [0, place * P, 0], bar, _room_for_halves(hs, at, entering))
+    load_tile(leaving, [0, place * P, 0], bar, _room_for_halves(dhs, at, leaving))
 
 
 @gluon.jit
@@ -164,10 +164,10 @@ def _ask_numbers(tensors, vectors, bar, at, place, head, HALF: gl.constexpr, BLO
     line = numbers._reinterpret(gl.float32, [numbers.shape[0] // SCALE, SCALE * BLOCK], VECTOR)
     given: gl.constexpr = 0 if biases is None else biases.block_type.nbytes
     mbarrier.expect(bar, steps.block_type.nbytes + angles.block_type.nbytes + given)
-    tma.async_copy_global_to_shared(steps, [place * (NUMBERS * BLOCK)], bar, line.index(at))
-    tma.async_copy_global_to_shared(angles, [place * (2 * HALF)], bar, turns.index(at))
+    load_tile(steps, [place * (NUMBERS * BLOCK)], bar, line.index(at))
+    load_tile(angles, [place * (2 * HALF)], bar, turns.index(at))
     if biases is not None:
-        tma.async_copy_global_to_shared(biases, [0, head * (4 * HALF)], bar, bs.index(at))
+        load_tile(biases, [0, head * (4 * HALF)], bar, bs.index(at))
 
 
 @gluon.jit
@@ -276,8 +276,8 @@ def _make(
     row = (chunk * GROUPS + group) * BLOCK
     mbarrier.expect(ready.index(0), 4 * B.block_type.nbytes)
     for own in gl.static_range(2):
-        tma.async_copy_global_to_shared(B, [row, own * 2 * HALF], ready.index(0), bases.index(own))
-        tma.async_copy_global_to_shared(C, [row, own * 2 * HALF], ready.index(0), bases.index(2 + own))
+        load_tile(B, [row, own * 2 * HALF], ready.index(0), bases.index(own))
+        load_tile(C, [row, own * 2 * HALF], ready.index(0), bases.index(2 + own))
     for step in gl.static_range(STAGES if EACH > 1 else 1):
         _ask_numbers(tensors, vectors, told.index(step), step, chunk * HEADS + head + step, head + step, HALF, BLOCK)
         _ask(tensors, tiles, full.index(step), step, chunk * HEADS + head + step, sequence, first, head + step, P)

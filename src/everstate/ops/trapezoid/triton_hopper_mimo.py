@@ -29,7 +29,17 @@ from everstate.ops.trapezoid.triton_hopper_mimo_make import (
     rooms_for,
     vectors_for,
 )
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, place_of, rows_of, tiles_of, widened
+from everstate.ops.triton_hopper import (
+    COLUMN,
+    ROW,
+    SQUARE,
+    barriers_of,
+    place_of,
+    rows_of,
+    store_tile,
+    tiles_of,
+    widened,
+)
 from everstate.ops.triton_launch import Tiles, launch
 
 if TYPE_CHECKING:
@@ -149,7 +159,7 @@ def _walk(
         tma.store_wait(0)
         out.reshape([ENTRIES, P]).permute((1, 0)).store(answers.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(y, [sequence, start * RANKS + step * ENTRIES, head * P], out)
+        store_tile(y, [sequence, start * RANKS + step * ENTRIES, head * P], out)
         h1, h2 = warpgroup_mma_wait(0, (h1, h2))
         mbarrier.arrive(taken.index(room), count=1)
     tma.store_wait(0)

@@ -17,7 +17,6 @@ from torch import Tensor
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -48,7 +47,7 @@ from everstate.ops.trapezoid.triton_hopper_sums import (
 )
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, inner, rows_of, tiles_of, trace
+from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, inner, load_tile, rows_of, tiles_of, trace
 from everstate.ops.triton_launch import launch
 
 if TYPE_CHECKING:
@@ -101,10 +100,10 @@ def _ask(tensors, tiles, bar, at, place, sequence, start, head, P: gl.constexpr,
     dy, entering, leaving = tensors
     dus, hs, dhs = tiles
     mbarrier.expect(bar, dy.block_type.nbytes + 4 * entering.block_type.nbytes)
-    tma.async_copy_global_to_shared(dy, [sequence, start, head * P], bar, dus.index(at))
+    load_tile(dy, [sequence, start, head * P], bar, dus.index(at))
     for half in gl.static_range(2):
-        tma.async_copy_global_to_shared(leaving, [place * P, half * HALF], bar, dhs.index(2 * at + half))
-        tma.async_copy_global_to_shared(entering, [place * P, half * HALF], bar, hs.index(2 * at + half))
+        load_tile(leaving, [place * P, half * HALF], bar, dhs.index(2 * at + half))
+        load_tile(entering, [place * P, half * HALF], bar, hs.index(2 * at + half))
 
 
 @gluon.jit

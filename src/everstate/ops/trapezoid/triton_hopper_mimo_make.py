@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from everstate.ops.trapezoid.triton_hopper_angles import RADIANS, reduced, summed, trig_of
 from everstate.ops.trapezoid.triton_keys import DT, NUMBERS, OWN
-from everstate.ops.triton_hopper import VECTOR, barriers_of, place_of, widened
+from everstate.ops.triton_hopper import VECTOR, barriers_of, load_tile, place_of, widened
 
 ENTRIES = gl.constexpr(64)
 """Entries of a chunk."""
@@ -189,8 +189,8 @@ def _bring(source, out, at, row, bar):
     """The halves of the columns of a chunk of B or C."""
     HALF: gl.constexpr = source.block_type.shape[1]
     mbarrier.expect(bar, 2 * source.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, [row, 0], bar, out.index(at))
-    tma.async_copy_global_to_shared(source, [row, HALF], bar, out.index(at + 1))
+    load_tile(source, [row, 0], bar, out.index(at))
+    load_tile(source, [row, HALF], bar, out.index(at + 1))
 
 
 @gluon.jit
@@ -211,7 +211,7 @@ def _bring_one(sources, out, row, brought, which, KINDS: gl.constexpr):
 @gluon.jit
 def _bring_inputs(x, out, place, bar):
     mbarrier.expect(bar, x.block_type.nbytes)
-    tma.async_copy_global_to_shared(x, place, bar, out)
+    load_tile(x, place, bar, out)
 
 
 @gluon.jit
@@ -220,9 +220,9 @@ def _bring_upstream(upstream, us, room, at, tile, bar):
     dy, entered, states = upstream
     HALF: gl.constexpr = entered.block_type.shape[1]
     mbarrier.expect(bar, dy.block_type.nbytes + 2 * entered.block_type.nbytes)
-    tma.async_copy_global_to_shared(dy, at, bar, us.index(room))
-    tma.async_copy_global_to_shared(entered, [tile, 0], bar, states.index(2 * room))
-    tma.async_copy_global_to_shared(entered, [tile, HALF], bar, states.index(2 * room + 1))
+    load_tile(dy, at, bar, us.index(room))
+    load_tile(entered, [tile, 0], bar, states.index(2 * room))
+    load_tile(entered, [tile, HALF], bar, states.index(2 * room + 1))
 
 
 @gluon.jit

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from everstate.ops.trapezoid.triton_hopper import grow, halves_at, load_state
 from everstate.ops.trapezoid.triton_hopper_mimo import inputs_of, sizes_of
 from everstate.ops.trapezoid.triton_hopper_mimo_make import ENTRIES, ROOMS, make, rooms_for, vectors_for
-from everstate.ops.triton_hopper import barriers_of, place_of, rows_of, tiles_of, widened
+from everstate.ops.triton_hopper import barriers_of, place_of, rows_of, store_tile, tiles_of, widened
 from everstate.ops.triton_launch import launch
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def _walk(
         out.index(2 * OWN).store(h1.to(dtype))
         out.index(2 * OWN + 1).store(h2.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(boundaries, [place * P, 0], out.index(2 * OWN))
-        tma.async_copy_shared_to_global(boundaries, [place * P, HALF], out.index(2 * OWN + 1))
+        store_tile(boundaries, [place * P, 0], out.index(2 * OWN))
+        store_tile(boundaries, [place * P, HALF], out.index(2 * OWN + 1))
         mbarrier.wait(made.index(room), turn // ROOMS & 1)
         u = us.index(room).reshape([ENTRIES, P]).permute((1, 0)).load(inputs)
         weight = (takes if REVERSE else gives).index(room).load(gl.SliceLayout(0, inputs))

@@ -37,7 +37,7 @@ from everstate.ops.trapezoid.triton_hopper import (
 from everstate.ops.trapezoid.triton_hopper_angles import layout_of_walk, trig_by_walking
 from everstate.ops.trapezoid.triton_hopper_sums import by_warp, columns_of, halves, room_for_columns
 from everstate.ops.trapezoid.triton_keys import DT, NUMBERS
-from everstate.ops.triton_hopper import place_of, tiles_of, vectors_of, widened
+from everstate.ops.triton_hopper import load_tile, place_of, store_tile, tiles_of, vectors_of, widened
 from everstate.ops.triton_launch import launch
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _feed(
             bar = brought.index(at)
             mbarrier.expect(bar, 2 * B.block_type.nbytes)
             for part in gl.static_range(2):
-                tma.async_copy_global_to_shared(B, [row, part * 2 * HALF], bar, bases.index(2 * at + part))
+                load_tile(B, [row, part * 2 * HALF], bar, bases.index(2 * at + part))
             mbarrier.wait(empty.index(at), odd)
             token = start + now * BLOCK
             _bring_heads(x, steps, entered, tiles, vectors, full.index(at), at, place, sequence, token, head,
@@ -105,12 +105,12 @@ def _bring_heads(
     mbarrier.expect(bar, 2 * x.block_type.nbytes + (2 if REVERSE else 4) * steps.block_type.nbytes + states)
     for own in gl.static_range(2):
         numbers = (place + own) * (NUMBERS * BLOCK)
-        tma.async_copy_global_to_shared(steps, [numbers], bar, sums.index(2 * at + own))
+        load_tile(steps, [numbers], bar, sums.index(2 * at + own))
         if not REVERSE:
-            tma.async_copy_global_to_shared(steps, [numbers + BLOCK], bar, weighted.index(2 * at + own))
-        tma.async_copy_global_to_shared(x, [sequence, token, (head + own) * P], bar, us.index(2 * at + own))
+            load_tile(steps, [numbers + BLOCK], bar, weighted.index(2 * at + own))
+        load_tile(x, [sequence, token, (head + own) * P], bar, us.index(2 * at + own))
         if entered is not None:
-            tma.async_copy_global_to_shared(entered, [(place + own) * P, 0], bar, hs.index(2 * at + own))
+            load_tile(entered, [(place + own) * P, 0], bar, hs.index(2 * at + own))
 
 
 @gluon.jit
@@ -215,8 +215,8 @@ def _write(boundaries, row, h1, h2, out, out2):
     out.store(h1.to(out.dtype))
     out2.store(h2.to(out.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(boundaries, [row, 0], out)
-    tma.async_copy_shared_to_global(boundaries, [row, h1.shape[1]], out2)
+    store_tile(boundaries, [row, 0], out)
+    store_tile(boundaries, [row, h1.shape[1]], out2)
 
 
 @gluon.jit
