@@ -49,7 +49,7 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.view(*shape))
 
-    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
+    def recast(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
         return Shared(self.data.view(dtype).view(*shape))
 
     def slice(self, start: int, length: int) -> Shared:
@@ -282,5 +282,5 @@ def _hopper_names() -> dict[str, Any]:
         "fence_async_shared": lambda: None,
         "warpgroup_mma": _multiply, "warpgroup_mma_wait": _wait, "mbarrier": barrier,
         "load_tile": lambda *copy: _copy_in(*copy),  # as it is then: a test may make some late
-        "store_tile": _copy_out, "tma": SimpleNamespace(store_wait=lambda pending: None),
+        "store_tile": _copy_out, "recast": Shared.recast, "tma": SimpleNamespace(store_wait=lambda pending: None),
     }  # fmt: skip

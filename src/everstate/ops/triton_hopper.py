@@ -34,9 +34,10 @@ SQUARE, ROW, COLUMN = (
 )
 """How four warps hold a matrix with a column for each entry of a chunk; a number for each row; and for each column."""
 
-# Triton 3.8 gave the copies of the copy engine other names.
+# Triton 3.8 gave the copies of the copy engine other names, 3.9 the same memory seen as other tiles.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+recast = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 WIDEN = gl.constexpr("""{
     .reg .b32 low, high;

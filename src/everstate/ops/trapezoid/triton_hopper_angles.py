@@ -11,7 +11,7 @@ import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from everstate.ops.triton_hopper import in_parts
+from everstate.ops.triton_hopper import in_parts, recast
 
 COSINE = gl.constexpr("cos.approx.f32 $0, $1;")
 SINE = gl.constexpr("sin.approx.f32 $0, $1;")
@@ -77,9 +77,9 @@ def trig_by_walking(now, rates, dts, trig, at, OWN: gl.constexpr, HALF: gl.const
     one: gl.constexpr = layout_of_walk(HALF)
     TOKENS: gl.constexpr = 256 // HALF
     PARTS: gl.constexpr = BLOCK // TOKENS
-    trig = trig._reinterpret(trig.dtype, [2 * PARTS, TOKENS, 2 * HALF], trig.layout)
-    rates = rates._reinterpret(rates.dtype, [2 * PARTS, TOKENS, HALF], rates.layout)
-    dts = dts._reinterpret(dts.dtype, [4 * PARTS, TOKENS], dts.layout)
+    trig = recast(trig, trig.dtype, [2 * PARTS, TOKENS, 2 * HALF], trig.layout)
+    rates = recast(rates, rates.dtype, [2 * PARTS, TOKENS, HALF], rates.layout)
+    dts = recast(dts, dts.dtype, [4 * PARTS, TOKENS], dts.layout)
     for part in range(PARTS):
         dt = dts.index((at * 2 + OWN) * PARTS + part).load(gl.SliceLayout(1, one))
         turns = dt[:, None] * rates.index(at * PARTS + part).load(one)

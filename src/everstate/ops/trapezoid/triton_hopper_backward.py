@@ -63,6 +63,7 @@ from everstate.ops.triton_hopper import (
     in_parts,
     inner,
     load_tile,
+    recast,
     tiles_of,
     trace,
     widened,
@@ -153,7 +154,7 @@ def _ask(tensors, tiles, bar, at, place, sequence, start, head, P: gl.constexpr)
 def _room_for_halves(tiles, at, tensor):
     """Two tiles of a stack as the copy engine fills them with both halves of a state."""
     both: gl.constexpr = [tiles.shape[0] // 2, 2, tiles.shape[1], tiles.shape[2]]
-    return tiles._reinterpret(tiles.dtype, both, tensor.layout).index(at)
+    return recast(tiles, tiles.dtype, both, tensor.layout).index(at)
 
 
 @gluon.jit
@@ -161,7 +162,7 @@ def _ask_numbers(tensors, vectors, bar, at, place, head, HALF: gl.constexpr, BLO
     """Numbers per token of a head, those of its angles, and its biases."""
     steps, angles, biases = tensors[2], tensors[7], tensors[8]
     numbers, turns, _, _, bs = vectors
-    line = numbers._reinterpret(gl.float32, [numbers.shape[0] // SCALE, SCALE * BLOCK], VECTOR)
+    line = recast(numbers, gl.float32, [numbers.shape[0] // SCALE, SCALE * BLOCK], VECTOR)
     given: gl.constexpr = 0 if biases is None else biases.block_type.nbytes
     mbarrier.expect(bar, steps.block_type.nbytes + angles.block_type.nbytes + given)
     load_tile(steps, [place * (NUMBERS * BLOCK)], bar, line.index(at))
@@ -178,11 +179,11 @@ def _turn(bases, biases, cs, ss, keys, at, HALF: gl.constexpr, half: gl.constexp
     """
     dtype: gl.constexpr = bases.dtype
     side: gl.constexpr = gl.SliceLayout(0, half)
-    bases = bases._reinterpret(dtype, [8, 32, 2 * HALF], bases.layout)
-    cs = cs._reinterpret(cs.dtype, [2 * STAGES, 32, HALF], cs.layout)
-    ss = ss._reinterpret(ss.dtype, [2 * STAGES, 32, HALF], ss.layout)
-    turning = keys[0]._reinterpret(dtype, [4 * STAGES, 32, 2 * HALF], keys[0].layout)
-    standing = keys[1]._reinterpret(dtype, [4 * STAGES, 32, 2 * HALF], keys[1].layout)
+    bases = recast(bases, dtype, [8, 32, 2 * HALF], bases.layout)
+    cs = recast(cs, cs.dtype, [2 * STAGES, 32, HALF], cs.layout)
+    ss = recast(ss, ss.dtype, [2 * STAGES, 32, HALF], ss.layout)
+    turning = recast(keys[0], dtype, [4 * STAGES, 32, 2 * HALF], keys[0].layout)
+    standing = recast(keys[1], dtype, [4 * STAGES, 32, 2 * HALF], keys[1].layout)
     for piece in range(4):
         kind, part = piece // 2, piece % 2
         room = (kind * STAGES + at) * 2 + part
@@ -190,8 +191,8 @@ def _turn(bases, biases, cs, ss, keys, at, HALF: gl.constexpr, half: gl.constexp
         a, b = halves(widened(bases.index(4 * kind + part).load(half)), HALF, half)
         still = bases.index(4 * kind + 2 + part).load(half)
         if biases is not None:
-            fine = biases._reinterpret(gl.float32, [8 * STAGES, HALF], VECTOR)
-            wide = biases._reinterpret(gl.float32, [4 * STAGES, 2 * HALF], VECTOR)
+            fine = recast(biases, gl.float32, [8 * STAGES, HALF], VECTOR)
+            wide = recast(biases, gl.float32, [4 * STAGES, 2 * HALF], VECTOR)
             mine = 2 * at + kind
             a += fine.index(4 * mine).load(side)[None, :]
             b += fine.index(4 * mine + 1).load(side)[None, :]
@@ -219,7 +220,7 @@ def _make_next(
     at = step % STAGES
     mbarrier.wait(told.index(at), step // STAGES & 1)
     dt = numbers.index(SCALE * at + DT).load(gl.SliceLayout(1, narrow))
-    phases = turns._reinterpret(gl.int32, [2 * STAGES, HALF], VECTOR).index(2 * at).load(gl.SliceLayout(0, narrow))
+    phases = recast(turns, gl.int32, [2 * STAGES, HALF], VECTOR).index(2 * at).load(gl.SliceLayout(0, narrow))
     trig_by_products(cs.index(at), ss.index(at), dt, rate, phases, total)
     _turn(bases, None if biases is None else bs, cs, ss, keys, at, HALF, half, STAGES)
     fence_async_shared()
@@ -253,7 +254,7 @@ def _leave_angles(dphi, cs, ss, dtype: gl.constexpr):
 @gluon.jit
 def _part(tile, dtype: gl.constexpr):
     """Room for cosines or sines as room for a part of gradients of angles."""
-    return tile._reinterpret(dtype, tile.shape, tile.layout)
+    return recast(tile, dtype, tile.shape, tile.layout)
 
 
 @gluon.jit
@@ -271,7 +272,7 @@ def _make(
     top: gl.constexpr = gl.SliceLayout(0, narrow)
     numbers, turns, cs, ss, _ = vectors
     keys, B, C, biases = tiles[2], tensors[3], tensors[4], tensors[8]
-    later = turns._reinterpret(gl.float32, [2 * STAGES, HALF], VECTOR)
+    later = recast(turns, gl.float32, [2 * STAGES, HALF], VECTOR)
     dtype: gl.constexpr = B.dtype
     row = (chunk * GROUPS + group) * BLOCK
     mbarrier.expect(ready.index(0), 4 * B.block_type.nbytes)
@@ -325,7 +326,7 @@ def _weights(numbers, at, BLOCK: gl.constexpr):
 @gluon.jit
 def _last(numbers, at, BLOCK: gl.constexpr):
     """The sum of the log decays of a chunk."""
-    each = numbers._reinterpret(gl.float32, [numbers.shape[0] * BLOCK, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    each = recast(numbers, gl.float32, [numbers.shape[0] * BLOCK, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     return gl.sum(each.index((SCALE * at + SUM) * BLOCK + BLOCK - 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 

@@ -47,7 +47,18 @@ from everstate.ops.trapezoid.triton_hopper_sums import (
 )
 from everstate.ops.trapezoid.triton_keys import NUMBERS
 from everstate.ops.trapezoid.triton_values import InputGradients, KeyGradients
-from everstate.ops.triton_hopper import COLUMN, ROW, SQUARE, barriers_of, inner, load_tile, rows_of, tiles_of, trace
+from everstate.ops.triton_hopper import (
+    COLUMN,
+    ROW,
+    SQUARE,
+    barriers_of,
+    inner,
+    load_tile,
+    recast,
+    rows_of,
+    tiles_of,
+    trace,
+)
 from everstate.ops.triton_launch import launch
 
 if TYPE_CHECKING:
@@ -286,7 +297,7 @@ def _meeting(rooms, at, RANKS: gl.constexpr, HALF: gl.constexpr):
     """Sums of both halves of the columns, `[half, warp, rank, column]`, in a room of keys that all have read."""
     EACH: gl.constexpr = 8 // RANKS
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    return rooms._reinterpret(gl.float32, [2 * EACH, 2, 4, RANKS, HALF], plain).index(EACH * at)
+    return recast(rooms, gl.float32, [2 * EACH, 2, 4, RANKS, HALF], plain).index(EACH * at)
 
 
 @gluon.jit

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from everstate.ops.trapezoid.triton_hopper_angles import RADIANS, reduced, summed, trig_of
 from everstate.ops.trapezoid.triton_keys import DT, NUMBERS, OWN
-from everstate.ops.triton_hopper import VECTOR, barriers_of, load_tile, place_of, widened
+from everstate.ops.triton_hopper import VECTOR, barriers_of, load_tile, place_of, recast, widened
 
 ENTRIES = gl.constexpr(64)
 """Entries of a chunk."""
@@ -142,9 +142,9 @@ def turn(bases, keys, angles, bias, source, target, at, RANKS: gl.constexpr, HAL
     """
     by_token: gl.constexpr = gl.SliceLayout(1, KEYS)
     PARTS: gl.constexpr = ENTRIES // PART
-    parts = bases._reinterpret(bases.dtype, [bases.shape[0] * PARTS, PART, HALF], bases.layout)
-    out = keys._reinterpret(keys.dtype, [keys.shape[0] * PARTS, PART, HALF], keys.layout)
-    pairs = angles._reinterpret(angles.dtype, [4 * PARTS, PART // RANKS, HALF], angles.layout)
+    parts = recast(bases, bases.dtype, [bases.shape[0] * PARTS, PART, HALF], bases.layout)
+    out = recast(keys, keys.dtype, [keys.shape[0] * PARTS, PART, HALF], keys.layout)
+    pairs = recast(angles, angles.dtype, [4 * PARTS, PART // RANKS, HALF], angles.layout)
     for part in range(PARTS):
         a = _by_rank(parts.index(source * PARTS + part), RANKS, KEYS) + bias[0][None, :, :]
         b = _by_rank(parts.index((source + 1) * PARTS + part), RANKS, KEYS) + bias[1][None, :, :]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 
-from everstate.ops.triton_hopper import ROW
+from everstate.ops.triton_hopper import ROW, recast
 
 SWAP_ROWS = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 4, 0x1f, 0xffffffff;")
 SWAP_PAIRS = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 8, 0x1f, 0xffffffff;")
@@ -95,7 +95,7 @@ def leave_square(room, t):
     """Leave the sums of each warp."""
     first, second = halves(t, 32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
     both = gl.join(by_warp(first), by_warp(second)).permute((0, 2, 1)).reshape([4, 64])
-    room._reinterpret(gl.float32, [1, 4, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).index(0).store(both)
+    recast(room, gl.float32, [1, 4, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).index(0).store(both)
 
 
 @gluon.jit
