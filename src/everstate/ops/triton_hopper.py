@@ -34,7 +34,7 @@ SQUARE, ROW, COLUMN = (
 )
 """How four warps hold a matrix with a column for each entry of a chunk; a number for each row; and for each column."""
 
-# Triton 3.8 gave the copies of the copy engine other names, 3.9 the same memory seen as other tiles.
+# Names that changed: of the copies of the copy engine with Triton 3.8, of memory seen as other tiles with 3.9.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 recast = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
