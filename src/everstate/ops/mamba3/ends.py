@@ -91,4 +91,5 @@ def leave(
 
 def heavy_tail(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """`1 + x` for x >= 0 and `1 / (1 - x)` below: positive, smooth, and slower to vanish than softplus."""
-    return x.clamp(min=0) + 1 / (1 + relu(-x))
+    below = relu(-x)
+    return x + below + 1 / (1 + below)  # not x.clamp(min=0), whose slope at 0 depends on the version of PyTorch
