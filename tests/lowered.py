@@ -212,7 +212,7 @@ def memory() -> None:
         calls.append(("attention", {**timed, "state": state}))
     most: dict[str, int] = {}
     for op, given in calls:
-        for kernel, variants in lowered(op, given, "make_ptx", 89).items():
+        for kernel, variants in lowered(op, given, "make_llir", 89).items():
             name = f"{op}.{kernel}"
             most[name] = max(most.get(name, 0), *(code.shared for code in variants))
     for name, size in most.items():
