@@ -26,6 +26,7 @@ from everstate.core.packing import Packing
 from everstate.ops.attention.cache import AttentionState, append, append_packed, check_memory
 from everstate.ops.attention.triton_step import capped, ring_of, softened
 from everstate.ops.triton_common import LOG2E, dot
+from everstate.ops.triton_launch import launch
 from everstate.ops.triton_rows import dense
 
 
@@ -58,9 +59,10 @@ def _attend(
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     plan, tile = call.plan("forward")
-    _forward_kernel[(len(plan) * call.heads,)](
-        *call.inputs, plan, y, lse, *call.settings, *call.strides, **call.sizes, **tile
-    )
+    launch(
+        _forward_kernel, (len(plan) * call.heads,),
+        *call.inputs, plan, y, lse, *call.settings, *call.strides, **call.sizes, **tile,
+    )  # fmt: skip
     return y, lse
 
 
@@ -82,16 +84,19 @@ def _backward(
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     dy = dy.contiguous()
     delta = torch.empty_like(lse)
-    _delta_kernel[(triton.cdiv(lse.numel(), 32),)](
-        dy, y, delta, lse.numel(), P=call.headdim, BLOCK_P=triton.next_power_of_2(call.headdim), BLOCK=32, num_warps=4
-    )
+    launch(
+        _delta_kernel, (triton.cdiv(lse.numel(), 32),),
+        dy, y, delta, lse.numel(), P=call.headdim, BLOCK_P=triton.next_power_of_2(call.headdim), BLOCK=32, num_warps=4,
+    )  # fmt: skip
     upstream = dy, lse, delta
     plan, tile = call.plan("queries")
-    _query_kernel[(len(plan) * call.heads,)](
-        *call.inputs, plan, *upstream, dq, *call.settings, *call.strides, **call.sizes, **tile
-    )
+    launch(
+        _query_kernel, (len(plan) * call.heads,),
+        *call.inputs, plan, *upstream, dq, *call.settings, *call.strides, **call.sizes, **tile,
+    )  # fmt: skip
     plan, tile = call.plan("keys")
-    _key_kernel[(len(plan) * call.groups,)](
+    launch(
+        _key_kernel, (len(plan) * call.groups,),
         *call.inputs, plan, *upstream, dk, dv, *call.settings, *call.strides, *_strides(dk), *_strides(dv), 0, 0,
         OF_RING=False, **call.sizes, **tile,
     )  # fmt: skip
@@ -100,7 +105,8 @@ def _backward(
     dring = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (ring_k, ring_v)]
     if call.reach and len(q):
         plan, tile = call.plan_of_ring()
-        _key_kernel[(len(plan) * call.groups,)](
+        launch(
+            _key_kernel, (len(plan) * call.groups,),
             *call.inputs, plan, *upstream, *dring, *call.settings, *call.strides,
             *dring[0].stride()[1:3], *dring[1].stride()[1:3], dring[0].stride(0), dring[1].stride(0),
             OF_RING=True, **call.sizes, **tile,

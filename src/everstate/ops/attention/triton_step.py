@@ -21,6 +21,7 @@ from everstate.core.kernels import kernel_op, processors
 from everstate.core.state import Slots
 from everstate.ops.attention.cache import AttentionState, Pages, capacity_of
 from everstate.ops.triton_common import LOG2E, dot
+from everstate.ops.triton_launch import launch
 from everstate.ops.triton_rows import dense, follow_last, launch_options, slot_of
 
 PROGRAMS = 4
@@ -63,7 +64,8 @@ def _step(
     splits = _splits(batch * blocks, reach, q.device)
     sums = q.new_empty(batch, heads, splits, headdim, dtype=torch.float32)
     weights = q.new_empty(batch, heads, splits, 2, dtype=torch.float32)
-    _split_kernel[(batch * blocks * splits,)](
+    launch(
+        _split_kernel, (batch * blocks * splits,),
         q, k, v, ring_k, ring_v, pos, slots, None if pages is None else pages.contiguous(), sums, weights,
         splits, capacity, reach, scale, softcap, len(ring_k),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *ring_k.stride()[:3], *ring_v.stride()[:3],
@@ -73,7 +75,8 @@ def _step(
     )  # fmt: skip
     width = triton.next_power_of_2(splits)
     part = min(triton.next_power_of_2(headdim), max(8192 // width, 16))
-    _join_kernel[(batch * heads, triton.cdiv(headdim, part))](
+    launch(
+        _join_kernel, (batch * heads, triton.cdiv(headdim, part)),
         sums, weights, y, pos, slots, splits,
         HEADS=heads, P=headdim, BLOCK_SPLITS=width, BLOCK_P=part, num_warps=4, **launch_options(q.device),
     )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.ops.activations import Activation
 from everstate.ops.triton_common import dot
+from everstate.ops.triton_launch import launch
 from everstate.ops.triton_rows import dense, follow_last, launch_options
 
 FEW = 32
@@ -60,13 +61,15 @@ def _few(
     x, weights, indices, w_in, w_out = (dense(t) for t in (x, weights, indices, w_in, w_out))
     hidden = x.new_empty(tokens * top_k, d_hidden, dtype=torch.float32)
     block_k, rows = _gemv_tile(width, tokens * top_k, d_hidden, x.device)
-    _few_up_kernel[(tokens * top_k, triton.cdiv(d_hidden, rows))](
+    launch(
+        _few_up_kernel, (tokens * top_k, triton.cdiv(d_hidden, rows)),
         x, indices, w_in, hidden, x.stride(0), indices.stride(0), *w_in.stride()[:2],
         TOP_K=top_k, D=width, F=d_hidden, ACTIVATION=activation, GATED=gated, BLOCK_N=rows, BLOCK_K=block_k,
         num_warps=4, **launch_options(x.device),
     )  # fmt: skip
     block_k, rows = _gemv_tile(d_hidden, tokens, width, x.device)
-    _few_down_kernel[(tokens, triton.cdiv(width, rows))](
+    launch(
+        _few_down_kernel, (tokens, triton.cdiv(width, rows)),
         hidden, weights, indices, w_out, y, weights.stride(0), indices.stride(0), *w_out.stride()[:2],
         TOP_K=top_k, D=width, F=d_hidden, BLOCK_N=rows, BLOCK_K=block_k, num_warps=4, **launch_options(x.device),
     )  # fmt: skip
@@ -179,7 +182,8 @@ class _Call:
         hidden = self.x.new_empty(self.rows, d_hidden)
         tile = self._tile(d_hidden, width, 2 if gated else 1)
         grid = (self.tiles * triton.cdiv(d_hidden, tile["BLOCK_N"]),)
-        _up_kernel[grid](
+        launch(
+            _up_kernel, grid,
             self.x, self.w_in, order, starts, logits, hidden, self.x.stride(0), *self.w_in.stride()[:2],
             D=width, F=d_hidden, ACTIVATION=activation, GATED=gated, **self.shared, **tile,
         )  # fmt: skip
@@ -198,7 +202,8 @@ class _Call:
         out = a.new_empty(self.rows, columns)
         tile = self._tile(columns, summed, 1)
         grid = (self.tiles * triton.cdiv(columns, tile["BLOCK_N"]),)
-        _product_kernel[grid](
+        launch(
+            _product_kernel, grid,
             a, b, order, starts, out, a.stride(0), b.stride(0), b_k, b_n,
             K=summed, N=columns, GATHER=gather, SCATTER=scatter, **self.shared, **tile,
         )  # fmt: skip
@@ -212,7 +217,8 @@ class _Call:
         dlogits = torch.empty_like(logits)
         dweights = self.weights.new_empty(self.weights.shape, dtype=torch.float32)
         block = min(triton.next_power_of_2(d_hidden), 1024)
-        _slope_kernel[(self.rows,)](
+        launch(
+            _slope_kernel, (self.rows,),
             dhidden, logits, self.weights, order, dlogits, shared, dweights, self.weights.stride(0),
             TOP_K=self.top_k, F=d_hidden, ACTIVATION=activation, GATED=gated, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -227,7 +233,8 @@ class _Call:
         side = 32 if self.float32 else 128
         block = [min(max(triton.next_power_of_2(n), 32 if self.float32 else 16), side) for n in (rows, columns)]
         grid = (triton.cdiv(columns, block[1]) * triton.cdiv(rows, block[0]), self.experts)
-        _weight_kernel[grid](
+        launch(
+            _weight_kernel, grid,
             left, right, order, starts, out, left.stride(0), right.stride(0),
             ROWS=rows, COLUMNS=columns, LEFT=gathered_left, TOP_K=self.top_k, PRECISION=self.shared["PRECISION"],
             BLOCK_M=block[0], BLOCK_N=block[1], BLOCK_K=32 if self.float32 else 64,
@@ -240,7 +247,8 @@ class _Call:
         tokens, width = self.x.shape
         out = self.x.new_empty(tokens, width)
         block = min(triton.next_power_of_2(width), 1024)
-        _sum_kernel[(tokens, triton.cdiv(width, block))](
+        launch(
+            _sum_kernel, (tokens, triton.cdiv(width, block)),
             parts, weights, out, 0 if weights is None else weights.stride(0),
             TOP_K=self.top_k, D=width, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -278,9 +286,10 @@ def _sort(indices: Int[Tensor, "t k"], experts: int) -> tuple[Int[Tensor, " rows
         return order.to(torch.int32), torch.searchsorted(ranked, bounds, out_int32=True)
     order = torch.empty(rows, dtype=torch.int32, device=chosen.device)
     programs = triton.cdiv(rows, 32)
-    _rank_kernel[(programs + triton.cdiv(experts + 1, 32),)](
-        chosen, order, starts, rows, programs, EXPERTS=experts, BLOCK=32, WIDE=256, num_warps=4
-    )
+    launch(
+        _rank_kernel, (programs + triton.cdiv(experts + 1, 32),),
+        chosen, order, starts, rows, programs, EXPERTS=experts, BLOCK=32, WIDE=256, num_warps=4,
+    )  # fmt: skip
     return order, starts
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from everstate.core.kernels import counters, kernel_op
 from everstate.ops.experts.route import Score
+from everstate.ops.triton_launch import launch
 from everstate.ops.triton_rows import dense_rows, launch_options, start_next, wait_for_last
 
 NONE: tl.constexpr = tl.constexpr(-float("inf"))
@@ -52,7 +53,8 @@ def _router(
     weights, indices = _results(x, top_k)
     logits = weights.new_empty(len(x), count)
     parts = triton.cdiv(count, EXPERTS)
-    _router_kernel[(len(x) * parts,)](
+    launch(
+        _router_kernel, (len(x) * parts,),
         x, weight, bias, logits, weights, indices, counters(x.device, len(x)), x.stride(0), eps, scale,
         PARTS=parts, COUNT=count, WIDTH=width, TOP_K=top_k, SCORE=score, NORMALISE=normalise,
         GROUPS=ngroups, KEPT=topk_groups, BLOCK_E=EXPERTS, BLOCK_D=min(triton.next_power_of_2(width), PIECE),

@@ -15,6 +15,7 @@ from everstate.core.state import Slots
 from everstate.ops.linear.limits import FEW
 from everstate.ops.linear.triton_ends import constants, finish, window_of
 from everstate.ops.linear.triton_tiles import run_tiles
+from everstate.ops.triton_launch import launch
 from everstate.ops.triton_rows import dense, dense_rows, launch_options, start_next, wait_for_last
 
 HELD = 4096
@@ -98,11 +99,12 @@ def _run(
     y = x.new_empty(rows, outputs)
     channels, count = (0, 0) if taps is None else taps.shape
     strides = (0, 0, 0) if state is None else state.stride()
-    sizes, launch = _sizes(rows, width, weight)
-    _linear_kernel[(triton.cdiv(outputs, sizes["BLOCK_N"]),)](
+    sizes, options = _sizes(rows, width, weight)
+    launch(
+        _linear_kernel, (triton.cdiv(outputs, sizes["BLOCK_N"]),),
         x, weight, bias, scale, norm, y, taps, conv_bias, state, slots, x.stride(0), *strides, eps, rows, outputs,
         start, channels,
-        K=width, TAPS=count, SILU=activated, **sizes, **launch, **launch_options(x.device),
+        K=width, TAPS=count, SILU=activated, **sizes, **options, **launch_options(x.device),
     )  # fmt: skip
     return y
 

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from everstate.core.kernels import counters, processors, shared_memory
 from everstate.ops.linear.limits import BLOCK_K
 from everstate.ops.linear.triton_ends import constants, finish, window_of
 from everstate.ops.triton_common import INTERPRETED, dot
+from everstate.ops.triton_launch import Tiles, form, launch
 from everstate.ops.triton_rows import launch_options, start_next, wait_for_last
 
 BLOCK_N = 64
@@ -57,7 +57,8 @@ def run_tiles(
     if sizes.splits > 1:
         parts = x.new_empty(blocks * sizes.splits * (sizes.n + 1) * sizes.b, dtype=torch.float32)
         arrived = counters(x.device, blocks)
-    _tiles_kernel[(blocks * sizes.splits,)](
+    launch(
+        _tiles_kernel, (blocks * sizes.splits,),
         _tiles(x, sizes.b, sizes.k), _tiles(weight, sizes.n, sizes.k), weight, bias, scale, norm, y, parts, arrived,
         taps, conv_bias, state, slots, *strides, eps, rows, outputs, start, channels,
         K=width, TAPS=count, SILU=activated, BLOCK_N=sizes.n, BLOCK_K=sizes.k, BLOCK_B=sizes.b, SPLITS=sizes.splits,
@@ -90,11 +91,11 @@ def splits_of(width: int, blocks: int, device: torch.device) -> int:
     return splits
 
 
-def _tiles(t: Float[Tensor, "rows k"], rows: int, columns: int) -> TensorDescriptor:
+def _tiles(t: Float[Tensor, "rows k"], rows: int, columns: int) -> Tiles:
     """What the copy engine wants to know; it starts on multiples of 16 bytes."""
     aligned = t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1
     t = t if aligned else t.clone(memory_format=torch.contiguous_format)
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns])
+    return Tiles(t, t.shape, t.stride(), form(rows, columns))
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.linear_scan import scan_dtypes
 from everstate.ops.triton_common import INTERPRETED
+from everstate.ops.triton_launch import launch
 
 BLOCK = 256 if INTERPRETED.value else 32
 """Channels of a program, which is one warp; the interpreter takes as long for many as for few."""
@@ -70,7 +71,8 @@ def _scan(
     h, final = b.new_empty(b.shape, dtype=torch.float32), torch.empty_like(state)
     decay, added = _Operand(a, a_is_complex), _Operand(b, is_complex)
     entering = call.entering(decay, added, state, reverse=False)
-    _scan_kernel[call.grid](
+    launch(
+        _scan_kernel, call.grid,
         *decay.arguments, *added.arguments, h, *h.stride()[:2], entering, final, call.segments, 1,
         CHANNELS=call.channels, PAIRS=a_is_complex, COMPLEX=is_complex, BLOCK=BLOCK, TILE=TILE, num_warps=1,
     )  # fmt: skip
@@ -96,7 +98,8 @@ def _backward(
     da = [a.new_empty(a.shape)] if needs_a else []
     decay, received = _Operand(a, a_is_complex), _Operand(dh, is_complex)
     leaving = call.entering(decay, received, dfinal.contiguous(), reverse=True)
-    _gradient_kernel[call.grid](
+    launch(
+        _gradient_kernel, call.grid,
         *decay.arguments, *received.arguments, h, *h.stride()[:2],
         *((da[0], *da[0].stride()[:2]) if da else (None, 0, 0)), db, leaving, state, dstate, call.segments, 1,
         CHANNELS=call.channels, PAIRS=a_is_complex, COMPLEX=is_complex, BLOCK=BLOCK, TILE=TILE, num_warps=1,
@@ -204,13 +207,15 @@ class _Call:
         ends = state.new_empty(count, *state.shape[1:])
         kept = state.new_empty(count, self.channels * (1 + decay.is_complex))
         sizes = {"CHANNELS": self.channels, "PAIRS": decay.is_complex, "COMPLEX": self.is_complex, "REVERSE": reverse}
-        _ends_kernel[self.grid](
+        launch(
+            _ends_kernel, self.grid,
             *decay.arguments, *added.arguments, ends, kept, self.segments, 1,
             **sizes, BLOCK=BLOCK, TILE=TILE, num_warps=1,
         )  # fmt: skip
-        _pass_kernel[(len(self.sequences) * triton.cdiv(self.channels, 128),)](
-            ends, kept, state, self.sequences, **sizes, BLOCK=128
-        )
+        launch(
+            _pass_kernel, (len(self.sequences) * triton.cdiv(self.channels, 128),),
+            ends, kept, state, self.sequences, **sizes, BLOCK=128,
+        )  # fmt: skip
         return ends
 
 

@@ -24,6 +24,7 @@ from everstate.ops.trapezoid.triton_step import (
     vectors_of,
 )
 from everstate.ops.triton_common import softplus
+from everstate.ops.triton_launch import launch
 from everstate.ops.triton_rows import dense, launch_options, silu, start_next
 
 OVERLAPPING_ROWS = 8
@@ -62,7 +63,8 @@ def _step(
     alone = slots is not None or batch > OVERLAPPING_ROWS
     options = {"OVERLAP": False} if alone else launch_options(projected.device)
     scratch, tiles = room(batch * heads, headdim, d_state, rank, projected.device)
-    _step_kernel[(scratch.shape[0],)](
+    launch(
+        _step_kernel, (scratch.shape[0],),
         projected, ssm, k, x, angle, slots, delta_t, *(None if t is None else t.contiguous() for t in vectors),
         scratch, out, projected.stride(0), 0 if delta_t is None else delta_t.stride(0),
         *ssm.stride()[:3], *k.stride()[:3], *x.stride()[:2], *angle.stride()[:2], batch * heads, floor, eps,

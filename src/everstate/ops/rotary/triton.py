@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
+from everstate.ops.triton_launch import launch
 from everstate.ops.triton_rows import dense, follow_last, launch_options
 
 TILE = 1024
@@ -94,7 +95,8 @@ def _launch_rotate(
     block = triton.next_power_of_2(pairs)
     rows, tile = prod(shape), max(TILE // block, 1)
     sizes, steps = [1] * (3 - len(shape)) + shape, [[0] * (3 - len(shape)) + each for each in strides]
-    _rotate_kernel[(triton.cdiv(rows, tile),)](
+    launch(
+        _rotate_kernel, (triton.cdiv(rows, tile),),
         x, cos, sin, given, y, dcos, dsin, rows, *sizes[1:], *steps[0], *steps[1], *steps[2], *steps[-1],
         PAIRS=pairs, TURNED=turned, INTERLEAVED=interleaved, INVERSE=inverse, BLOCK_R=tile, BLOCK_P=block,
         num_warps=4,
@@ -136,7 +138,8 @@ def _rotary(x: Tensor, positions: Tensor, theta: float, interleaved: bool, width
     tiles = triton.cdiv(batch * length, tile)
     parts = min(heads, triton.cdiv(4 * processors(x.device), tiles))
     each = triton.cdiv(heads, parts)
-    _rotary_kernel[(tiles, triton.cdiv(heads, each))](
+    launch(
+        _rotary_kernel, (tiles, triton.cdiv(heads, each)),
         x, positions, _frequencies(width, theta, x.device), y, batch * length, length, heads, each,
         *x.stride()[:3], *positions.stride(),
         P=headdim, WIDTH=width, INTERLEAVED=interleaved, INVERSE=inverse, BLOCK_T=tile, BLOCK_P=block,

@@ -8,6 +8,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.triton_common import LOG2E, softplus
+from everstate.ops.triton_launch import launch
 from everstate.ops.triton_rows import (
     EARLY_ROWS,
     dense,
@@ -101,7 +102,8 @@ def _run(
     z, D, dt_bias = (None if t is None else dense(t) for t in (z, D, dt_bias))
     width = triton.next_power_of_2(n)
     tile = tile_of(dim, width, batch, x.device, least=max(512 // width, 1))
-    _step_kernel[(batch * triton.cdiv(dim, tile),)](
+    launch(
+        _step_kernel, (batch * triton.cdiv(dim, tile),),
         x, dt, A, B, C, state, slots, D, z, dt_bias, delta_t, y,
         x.stride(0), dt.stride(0), A.stride(0), B.stride(0), C.stride(0), 0 if z is None else z.stride(0),
         *state.stride()[:2], 0 if delta_t is None else delta_t.stride(0), DIM=dim, N=n, BLOCK_D=tile, BLOCK_N=width,

@@ -15,6 +15,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.state import Slots
 from everstate.ops.trapezoid import TrapezoidState
+from everstate.ops.triton_launch import launch
 from everstate.ops.triton_rows import dense, slot_of, wait_for_last, warps_of
 
 PROGRAMS = 16
@@ -67,7 +68,8 @@ def _step(
     x, omega, B, C = dense(x), dense(omega), dense(B), dense(C)
     parameters = (None if t is None else t.contiguous() for t in (B_bias, C_bias, mimo_x, D))
     scratch, tiles = room(batch * heads, headdim, d_state, rank, x.device)
-    _step_kernel[(scratch.shape[0],)](
+    launch(
+        _step_kernel, (scratch.shape[0],),
         x, dt, A, lam, omega, B, C, ssm, k, x_before, angle, slots, *parameters, scratch, y,
         *x.stride()[:2], *dt.stride(), *A.stride(), *lam.stride(), omega.stride(0), *B.stride()[:3], *C.stride()[:3],
         *ssm.stride()[:3], *k.stride()[:3], *x_before.stride()[:2], *angle.stride()[:2], batch * heads,
