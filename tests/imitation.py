@@ -169,7 +169,7 @@ class Kernel:
         return self.function(*arguments, **named)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int, maxnreg: int, **sizes: int) -> None:
+        def launch(*arguments: Any, num_warps: int, maxnreg: int, enable_fp_fusion: bool, **sizes: int) -> None:
             given = [self.argument(a) for a in arguments]
             with torch.no_grad():
                 for at in range(grid[0]):

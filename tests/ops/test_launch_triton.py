@@ -15,6 +15,7 @@ class Kernel:
     """Counts how often Triton is asked, and what is run without asking it."""
 
     def __init__(self) -> None:
+        self.described: dict[str, Any] = {}
         self.asked: list[tuple[Any, ...]] = []
         self.compiled: list[Any] = []
         self.run: list[tuple[Any, ...]] = []
@@ -25,7 +26,7 @@ class Kernel:
             self.asked.append((grid, args, settings))
             launcher = SimpleNamespace(
                 launch=lambda *given: self.run.append(given), launch_cooperative_grid=False, launch_pdl=True,
-                global_scratch_size=0, profile_scratch_size=0,
+                global_scratch_size=0, profile_scratch_size=0, **self.described,
             )  # fmt: skip
             return SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
 
@@ -64,6 +65,29 @@ def test_triton_is_asked_once(kernel: Kernel) -> None:
     assert [grid for grid, _, _ in kernel.asked] == [(3,)]
     first = ("function", False, True, None, None, "metadata", None, None, None)
     assert kernel.run == [(5, 2, 1, 7, *first, other.data_ptr(), 48, 8)]
+
+
+def test_a_launcher_of_all_kernels_takes_arguments_as_one(kernel: Kernel) -> None:
+    """As Triton has it from 3.7 on."""
+    from everstate.ops.triton_launch import launch
+
+    kernel.described = {"arg_annotations": "annotations", "kernel_signature": "signature"}
+    x = aligned()
+    for _ in range(2):
+        launch(kernel, (3,), x, 32, SIZE=8)
+    first = ("function", False, True, "metadata", None, None, None, None, None, "annotations", "signature")
+    assert kernel.run == [(3, 1, 1, 7, *first, [x.data_ptr(), 32, 8])]
+
+
+def test_a_product_and_a_sum_are_one_instruction(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.9 warns where a launch does not say so, and 3.10 will do it no more."""
+    from everstate.ops import triton_launch
+    from everstate.ops.triton_launch import compile_together, launch
+
+    compile_together(lambda x: launch(kernel, (3,), x, 32, SIZE=8), aligned())
+    monkeypatch.setattr(triton_launch, "_KNOWN", False)
+    launch(kernel, (3,), aligned(), 32, SIZE=8)
+    assert [settings["enable_fp_fusion"] for *_, settings in (*kernel.compiled, *kernel.asked)] == [True] * 3
 
 
 @pytest.mark.parametrize(

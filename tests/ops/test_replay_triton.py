@@ -19,16 +19,21 @@ NUMBERS = 24
 class Adding:
     """A kernel on the CPU: `out[i] = x[i] + n` for 24 numbers, by their addresses."""
 
+    as_one = False
+    """Whether its launcher takes arguments as one, as from Triton 3.7 on."""
+
     def __init__(self) -> None:
         self.params = [SimpleNamespace(name=name, is_constexpr=name.isupper()) for name in ("x", "out", "n", "SIZE")]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def ask(x: Any, out: Any, n: float, *, SIZE: int) -> Any:
+        def ask(x: Any, out: Any, n: float, *, SIZE: int, enable_fp_fusion: bool = True) -> Any:
             triton.knobs.runtime.launch_enter_hook(None)
             described = isinstance(x, Described)
             add((x.base if described else x).data_ptr(), out.data_ptr(), n)
             sizes = {"global_scratch_size": 0, "profile_scratch_size": 0}
             kinds = {"launch_cooperative_grid": False, "launch_pdl": False}
+            if self.as_one:
+                kinds |= {"arg_annotations": (), "kernel_signature": b""}
             run = SimpleNamespace(launch=wrapped(run_described) if described else run_plain, **sizes, **kinds)
             meta = {"swizzle": 3, "elem_size": 4, "elem_type": 0, "block_size": [24], "fp4_padded": False}
             metadata = SimpleNamespace(tensordesc_meta=[meta] if described else None)
@@ -50,15 +55,24 @@ def add(x: int, out: int, n: float) -> None:
         write[i] = read[i] + n
 
 
+def spread(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a launcher was given, with the arguments of the kernel each for itself."""
+    if not Adding.as_one:
+        return given
+    *first, annotations, signature, values = given
+    assert (annotations, signature) == ((), b"")
+    return *first, *values
+
+
 def run_plain(columns: int, rows: int, depth: int, stream: int, *given: Any) -> None:
     assert (columns, rows, depth, stream) == (3, 1, 1, 7)
-    *_, x, out, n, size = given
+    *_, x, out, n, size = spread(given)
     assert size == 8
     add(x, out, n)
 
 
 def run_described(*given: Any) -> None:
-    *_, x, shape, stride, out, n, size = given
+    *_, x, shape, stride, out, n, size = spread(given)
     assert (shape, stride, size) == (NUMBERS, 1, 8)
     add(x, out, n)
 
@@ -67,17 +81,20 @@ def wrapped(launcher: Callable[..., None]) -> Callable[..., None]:
     """As Triton does it: the tensor is described at each launch."""
 
     def inner(*given: Any) -> None:
-        *first, tiles, out, n, size = given
-        launcher(*first, tiles.base.data_ptr(), *tiles.shape, *tiles.strides, out, n, size)
+        *first, tiles, out, n, size = (*given[:-1], *given[-1]) if Adding.as_one else given
+        values = tiles.base.data_ptr(), *tiles.shape, *tiles.strides, out, n, size
+        launcher(*first, *([values] if Adding.as_one else values))
 
     return inner
 
 
-@pytest.fixture(autouse=True)
-def imitation(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[False, True], ids=["Triton 3.6", "Triton 3.7"])
+def imitation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     from everstate.ops import triton_launch, triton_replay
 
-    utils = SimpleNamespace(fill_tma_descriptor=lambda address, *rest: address)
+    monkeypatch.setattr(Adding, "as_one", request.param)
+    describe = "fill_tma_descriptor_tiled" if request.param else "fill_tma_descriptor"
+    utils = SimpleNamespace(**{describe: lambda address, *rest: address})
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7, utils=utils)
     monkeypatch.setattr(triton_launch, "_KNOWN", True)
     monkeypatch.setattr(triton_launch, "driver", SimpleNamespace(active=active))

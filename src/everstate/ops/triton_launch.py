@@ -27,8 +27,11 @@ R = TypeVar("R")
 COMPILERS = 16
 """Threads that compile kernels: all of a call at once, because the largest may come last."""
 
-# How a compiled kernel is run is no interface of Triton: other versions are asked in the ordinary way.
+# How a compiled kernel is run is no interface of Triton: versions not tried are asked in the ordinary way.
 _KNOWN = TRIED and not INTERPRETED.value
+
+_SETTINGS = {"enable_fp_fusion": True}
+"""Of all kernels. From Triton 3.10 on a product and a sum are one instruction only where a launch asks for it."""
 
 
 class Form:
@@ -52,6 +55,7 @@ class Tiles(NamedTuple):
     strides: tuple[int, ...]
     form: Form
     padding: str = "zero"
+    round_f32_to_tf32: bool = False  # Triton asks from 3.7 on
 
     @property
     def checked(self) -> TensorDescriptor | HopperDescriptor:
@@ -63,14 +67,24 @@ class Tiles(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """A compiled kernel: it is run with a grid, a stream, `first`, the arguments, and `constants`."""
+    """A compiled kernel."""
 
     run: Callable[..., None]
     first: tuple[Any, ...]
+    """What `run` takes between the stream and the arguments."""
+    as_one: bool
+    """Whether it takes the arguments as one sequence."""
     constants: tuple[Any, ...]
     kernel: Any
     """Kept, so that no other gets its id."""
     compiled: Any
+
+    def start(self, grid: tuple[int, ...], stream: int, values: list[Any]) -> None:
+        """Launch a grid of three numbers. `values` are the arguments, and after them `constants`."""
+        if self.as_one:
+            self.run(*grid, stream, *self.first, values)
+        else:
+            self.run(*grid, stream, *self.first, *values)
 
 
 class Launcher(Protocol):
@@ -102,7 +116,7 @@ class _Rehearsal:
     """Compiles kernels, and launches none."""
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> None:
-        kernel.warmup(*_in_triton_way(args), grid=grid, **settings)
+        kernel.warmup(*_in_triton_way(args), grid=grid, **_SETTINGS, **settings)
 
 
 class _Compilers(ThreadPoolExecutor):
@@ -205,7 +219,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> N
     elif launches_are_known():
         launch_known(kernel, grid, args, settings)
     else:
-        kernel[grid](*_in_triton_way(args), **settings)
+        kernel[grid](*_in_triton_way(args), **_SETTINGS, **settings)
 
 
 def _in_triton_way(args: tuple[Any, ...]) -> Iterator[Any]:
@@ -242,22 +256,26 @@ def launch_known(
             raise NotCompiled
         known = _ready[made] = _compile(kernel, grid, args, settings)
         return known
-    known.run(grid[0], grid[1] if len(grid) > 1 else 1, 1, stream_of(device), *known.first, *given, *known.constants)
+    given += known.constants
+    known.start((*grid, 1, 1)[:3], stream_of(device), given)
     return known
 
 
 def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> Ready:
     """Launch in Triton's way, and return what the next such launch needs to know."""
-    compiled = kernel[grid](*_in_triton_way(args), **settings)
+    compiled = kernel[grid](*_in_triton_way(args), **_SETTINGS, **settings)
     own, rest = kernel.params[: len(args)], kernel.params[len(args) :]
     assert len(grid) <= 2 and not any(parameter.is_constexpr for parameter in own)
     constants = tuple(settings[parameter.name] for parameter in rest)
     launcher, hooks = compiled.run, (compiled.packed_metadata, None, None, None)
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
+    if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
         # It wants memory of its own, which the launcher gets for it.
-        return Ready(launcher, (compiled.function, *hooks), constants, kernel, compiled)
-    kinds = launcher.launch_cooperative_grid, launcher.launch_pdl
-    return Ready(launcher.launch, (compiled.function, *kinds, None, None, *hooks), constants, kernel, compiled)
+        return Ready(launcher, (compiled.function, *hooks), False, constants, kernel, compiled)
+    kinds, scratch = (launcher.launch_cooperative_grid, launcher.launch_pdl), (None, None)
+    as_one = hasattr(launcher, "arg_annotations")  # from Triton 3.7 on, where one function launches all kernels
+    described = (launcher.arg_annotations, launcher.kernel_signature) if as_one else ()
+    first = (compiled.function, *kinds, *((*hooks, *scratch, *described) if as_one else (*scratch, *hooks)))
+    return Ready(launcher.launch, first, as_one, constants, kernel, compiled)
 
 
 def current_device() -> int:

@@ -205,7 +205,7 @@ class _Tile:
         if found is None:
             if len(self._known) >= ADDRESSES:
                 self._known.clear()
-            found = self._known[address] = driver.active.utils.fill_tma_descriptor(address, *self._rest)
+            found = self._known[address] = _describe(address, *self._rest)
         return found
 
 
@@ -213,11 +213,10 @@ class _Launch:
     """A launch whose arguments are all there but addresses."""
 
     def __init__(self, ready: Ready, grid: tuple[int, ...]) -> None:
-        self.run, self.first, self.grid = ready.run, ready.first, (*grid, 1, 1)[:3]
+        self.ready, self.grid = ready, (*grid, 1, 1)[:3]
         self.given: list[Any] = []
         self.pointers: list[tuple[int, int, int]] = []
         self.tiles: list[_Tile] = []
-        self.ready = ready
 
     def do(self, held: list[Any], addresses: list[int], stream: int) -> None:
         given = self.given.copy()
@@ -225,7 +224,7 @@ class _Launch:
             given[at] = addresses[source] + offset
         for tile in self.tiles:
             given[tile.at] = tile.described(addresses[tile.source] + tile.offset)
-        self.run(*self.grid, stream, *self.first, *given)
+        self.ready.start(self.grid, stream, given)
 
 
 class Replay:
@@ -310,7 +309,7 @@ class _Recorder(TorchDispatchMode):
                 step.given.append(value)
         step.given += ready.constants
         if step.tiles:
-            step.run = _bare(ready.run)
+            step.ready = ready._replace(run=_bare(ready.run))
         self._steps.append(step)
 
     def finish(self, result: Any) -> Replay | None:
@@ -436,6 +435,13 @@ def _kind_of(dtype: int) -> int:
 
     kind: int = TMA_DTYPE_DEVICE_TO_HOST[dtype]
     return kind
+
+
+def _describe(address: int, *rest: Any) -> Any:
+    """What the copy engine wants to know of the tensor at an address."""
+    utils = driver.active.utils
+    describe = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor  # until Triton 3.6
+    return describe(address, *rest)
 
 
 def _bare(run: Any) -> Callable[..., None]:
