@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import everstate
 from everstate.cli.cost import size
@@ -88,6 +89,16 @@ def test_doctor_names_a_backend_for_every_op(folder: Path) -> None:
     assert "torch" in text
     for name in EXAMPLES:
         assert name in text
+
+
+def test_doctor_warns_of_a_triton_that_has_not_been_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from everstate.ops import triton_common
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for tried in (True, False):
+        monkeypatch.setattr(triton_common, "TRIED", tried)
+        assert ("has not been tried" in ok(folder, "doctor")) is not tried
 
 
 @pytest.mark.parametrize(

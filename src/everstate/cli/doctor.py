@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
     from rich.table import Table
 
 PACKAGES = ("everstate", "torch", "triton", "numpy", "tokenizers", "safetensors", "transformers")
@@ -27,6 +29,7 @@ def doctor(
     console.print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     for device in _devices():
         console.print(_ops_table(device, verbose))
+    _warn_of_an_untried_triton(console)
 
 
 def _version(name: str) -> str:
@@ -70,3 +73,18 @@ def _ops_table(device: torch.device, verbose: bool) -> Table:
                 if verbose or backend == chosen:
                     table.add_row(name, variant, backend, "serves it" if backend == chosen else verdict)
     return table
+
+
+def _warn_of_an_untried_triton(console: Console) -> None:
+    """A GPU does its work with such a version too, but slower."""
+    import torch
+
+    if not torch.cuda.is_available() or not find_spec("triton"):
+        return
+    from everstate.ops.triton_common import TRIED, VERSIONS
+
+    if not TRIED:
+        console.print(
+            f"Triton {_version('triton')} has not been tried: the kernels that are made for Hopper GPUs do not serve, "
+            f"those for all GPUs do, and each launch takes longer. Tried are {', '.join(VERSIONS)}."
+        )

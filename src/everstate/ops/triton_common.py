@@ -5,8 +5,9 @@ import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
-TRIED = triton.__version__.rpartition(".")[0] in ("3.6", "3.7", "3.8", "3.9")
-"""Whether this is a version of Triton whose experimental and inner parts have been tried; others do without them."""
+VERSIONS = "3.6", "3.7", "3.8", "3.9"
+"""Those of Triton whose experimental and inner parts have been tried; others do without them."""
+TRIED = triton.__version__.rpartition(".")[0] in VERSIONS
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 """exp(x) = exp2(x * LOG2E), and exp2 is one instruction."""
 
