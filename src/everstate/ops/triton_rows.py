@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.kernels import overlaps, processors
+from everstate.ops.triton_launch import cdiv, power_of_2
 
 WAVES = 8
 """Programs per multiprocessor below which a tile is halved: enough loads in flight to keep the memory busy."""
@@ -30,8 +31,8 @@ def tile_of(size: int, width: int, programs: int, device: torch.device, numbers:
 
     `programs` is how many there are of one tile each.
     """
-    tile = min(triton.next_power_of_2(size), max(numbers // width, 1))
-    while tile > least and programs * triton.cdiv(size, tile) < WAVES * processors(device):
+    tile = min(power_of_2(size), max(numbers // width, 1))
+    while tile > least and programs * cdiv(size, tile) < WAVES * processors(device):
         tile //= 2
     return tile
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from everstate.core.kernels import kernel_op
-from everstate.ops.triton_launch import launch
+from everstate.ops.triton_launch import launch, power_of_2
 from everstate.ops.triton_rows import dense, follow_last, launch_options
 
 BLOCK = 8192
@@ -21,7 +21,7 @@ def argmax(x: Float[Tensor, "b v"]) -> Int[Tensor, " b"]:
 @kernel_op("argmax")
 def _argmax(x: Tensor) -> Tensor:
     x, found = dense(x), x.new_empty(len(x), dtype=torch.int64)
-    block = min(triton.next_power_of_2(x.shape[1]), BLOCK)
+    block = min(power_of_2(x.shape[1]), BLOCK)
     launch(
         _argmax_kernel, (len(x),),
         x, found, x.stride(0), SIZE=x.shape[1], BLOCK=block, num_warps=min(max(block // 512, 1), 16),

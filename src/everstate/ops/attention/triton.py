@@ -26,7 +26,7 @@ from everstate.core.packing import Packing
 from everstate.ops.attention.cache import AttentionState, append, append_packed, check_memory
 from everstate.ops.attention.triton_step import capped, ring_of, softened
 from everstate.ops.triton_common import LOG2E, dot
-from everstate.ops.triton_launch import launch
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense
 
 
@@ -85,8 +85,8 @@ def _backward(
     dy = dy.contiguous()
     delta = torch.empty_like(lse)
     launch(
-        _delta_kernel, (triton.cdiv(lse.numel(), 32),),
-        dy, y, delta, lse.numel(), P=call.headdim, BLOCK_P=triton.next_power_of_2(call.headdim), BLOCK=32, num_warps=4,
+        _delta_kernel, (cdiv(lse.numel(), 32),),
+        dy, y, delta, lse.numel(), P=call.headdim, BLOCK_P=power_of_2(call.headdim), BLOCK=32, num_warps=4,
     )  # fmt: skip
     upstream = dy, lse, delta
     plan, tile = call.plan("queries")
@@ -156,7 +156,7 @@ class _Call:
         self.inputs = (*rows, *ring, pos)
         self.settings = capacity, self.reach, scale, softcap, window
         self.strides = [n for t in rows for n in _strides(t)] + [n for t in ring for n in t.stride()[:3]]
-        self.block_p = max(triton.next_power_of_2(self.headdim), 32 if self.float32 else 16)
+        self.block_p = max(power_of_2(self.headdim), 32 if self.float32 else 16)
         self.sizes: dict[str, Any] = {
             "HEADS": self.heads, "GROUPS": self.groups, "P": self.headdim, "BLOCK_P": self.block_p,
             "FORGETS": window is None or capacity < window, "PRECISION": "tf32x3" if self.float32 else "tf32",

@@ -21,7 +21,7 @@ from everstate.core.kernels import kernel_op, processors
 from everstate.core.state import Slots
 from everstate.ops.attention.cache import AttentionState, Pages, capacity_of
 from everstate.ops.triton_common import LOG2E, dot
-from everstate.ops.triton_launch import launch
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, follow_last, launch_options, slot_of
 
 PROGRAMS = 4
@@ -59,7 +59,7 @@ def _step(
         return y
     q, k, v = dense(q), dense(k), dense(v)
     sizes = _tiles(q, heads // groups, headdim, pages is not None)
-    blocks = groups * triton.cdiv(heads // groups, sizes["BLOCK_M"])
+    blocks = groups * cdiv(heads // groups, sizes["BLOCK_M"])
     reach = capacity if window is None else min(capacity, window)
     splits = _splits(batch * blocks, reach, q.device)
     sums = q.new_empty(batch, heads, splits, headdim, dtype=torch.float32)
@@ -73,10 +73,10 @@ def _step(
         FORGETS=window is None or capacity < window, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         **sizes, **launch_options(q.device),
     )  # fmt: skip
-    width = triton.next_power_of_2(splits)
-    part = min(triton.next_power_of_2(headdim), max(8192 // width, 16))
+    width = power_of_2(splits)
+    part = min(power_of_2(headdim), max(8192 // width, 16))
     launch(
-        _join_kernel, (batch * heads, triton.cdiv(headdim, part)),
+        _join_kernel, (batch * heads, cdiv(headdim, part)),
         sums, weights, y, pos, slots, splits,
         HEADS=heads, P=headdim, BLOCK_SPLITS=width, BLOCK_P=part, num_warps=4, **launch_options(q.device),
     )  # fmt: skip
@@ -98,15 +98,15 @@ def _tiles(q: Tensor, per_group: int, headdim: int, paged: bool) -> dict[str, in
     """
     # A side of a float32 product is 32 or more: see the traps in docs/learn/kernels.md.
     wide, least = q.dtype == torch.float32, 32 if q.dtype == torch.float32 else 16
-    block_p = max(triton.next_power_of_2(headdim), least)
+    block_p = max(power_of_2(headdim), least)
     block_s = max(min(8192 // block_p // (2 if wide else 1), 128), 32)
-    block_m = min(max(triton.next_power_of_2(per_group), least), 64)
+    block_m = min(max(power_of_2(per_group), least), 64)
     return {"BLOCK_M": block_m, "BLOCK_S": block_s, "BLOCK_P": block_p, "num_warps": 4, "num_stages": 3 if paged else 2}
 
 
 def _splits(programs: int, reach: int, device: torch.device) -> int:
     """Into how many parts each row's ring is cut, of which a query sees at most `reach` tokens."""
-    return max(min(PROGRAMS * processors(device) // programs, triton.cdiv(reach, SHORTEST)), 1)
+    return max(min(PROGRAMS * processors(device) // programs, cdiv(reach, SHORTEST)), 1)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
-from everstate.ops.triton_launch import launch
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, silu, slot_of
 
 CHANNELS = 128
@@ -36,9 +36,9 @@ def _step(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     batch, channels = x.shape
     launch(
-        _step_kernel, (batch, triton.cdiv(channels, CHANNELS)),
+        _step_kernel, (batch, cdiv(channels, CHANNELS)),
         x, weight, bias, state, slots, y, x.stride(0), *state.stride(), channels,
-        K=weight.shape[1], SILU=activated, BLOCK_D=CHANNELS, BLOCK_K=triton.next_power_of_2(weight.shape[1]),
+        K=weight.shape[1], SILU=activated, BLOCK_D=CHANNELS, BLOCK_K=power_of_2(weight.shape[1]),
         num_warps=4,
     )  # fmt: skip
     return y

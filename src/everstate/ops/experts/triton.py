@@ -20,7 +20,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.ops.activations import Activation
 from everstate.ops.triton_common import dot
-from everstate.ops.triton_launch import launch
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, follow_last, launch_options
 
 FEW = 32
@@ -62,14 +62,14 @@ def _few(
     hidden = x.new_empty(tokens * top_k, d_hidden, dtype=torch.float32)
     block_k, rows = _gemv_tile(width, tokens * top_k, d_hidden, x.device)
     launch(
-        _few_up_kernel, (tokens * top_k, triton.cdiv(d_hidden, rows)),
+        _few_up_kernel, (tokens * top_k, cdiv(d_hidden, rows)),
         x, indices, w_in, hidden, x.stride(0), indices.stride(0), *w_in.stride()[:2],
         TOP_K=top_k, D=width, F=d_hidden, ACTIVATION=activation, GATED=gated, BLOCK_N=rows, BLOCK_K=block_k,
         num_warps=4, **launch_options(x.device),
     )  # fmt: skip
     block_k, rows = _gemv_tile(d_hidden, tokens, width, x.device)
     launch(
-        _few_down_kernel, (tokens, triton.cdiv(width, rows)),
+        _few_down_kernel, (tokens, cdiv(width, rows)),
         hidden, weights, indices, w_out, y, weights.stride(0), indices.stride(0), *w_out.stride()[:2],
         TOP_K=top_k, D=width, F=d_hidden, BLOCK_N=rows, BLOCK_K=block_k, num_warps=4, **launch_options(x.device),
     )  # fmt: skip
@@ -83,9 +83,9 @@ def _(x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, 
 
 def _gemv_tile(summed: int, pairs: int, rows: int, device: torch.device) -> tuple[int, int]:
     """How many columns and rows of a matrix a program reads at once, fewer rows to fill the GPU."""
-    block_k = min(triton.next_power_of_2(summed), 1024)
+    block_k = min(power_of_2(summed), 1024)
     block_n = max(GEMV // block_k, 1)
-    while block_n > 1 and pairs * triton.cdiv(rows, block_n) < 4 * processors(device):
+    while block_n > 1 and pairs * cdiv(rows, block_n) < 4 * processors(device):
         block_n //= 2
     return block_k, block_n
 
@@ -169,10 +169,10 @@ class _Call:
         self.float32 = x.dtype == torch.float32
         # About as many rows as an expert has, or the tensor cores multiply nothing.
         least, most = (32, 64) if self.float32 else (16, 128)
-        self.block_m = min(max(triton.next_power_of_2(self.rows // self.experts), least), most)
-        self.tiles = triton.cdiv(self.rows, self.block_m) + self.experts
+        self.block_m = min(max(power_of_2(self.rows // self.experts), least), most)
+        self.tiles = cdiv(self.rows, self.block_m) + self.experts
         self.shared: dict[str, Any] = {
-            "EXPERTS": self.experts, "BLOCK_E": triton.next_power_of_2(self.experts), "TOP_K": self.top_k,
+            "EXPERTS": self.experts, "BLOCK_E": power_of_2(self.experts), "TOP_K": self.top_k,
             "BLOCK_M": self.block_m, "PRECISION": "tf32x3" if self.float32 else "tf32",
         }  # fmt: skip
 
@@ -181,7 +181,7 @@ class _Call:
         width, d_hidden = self.x.shape[1], self.w_out.shape[2]
         hidden = self.x.new_empty(self.rows, d_hidden)
         tile = self._tile(d_hidden, width, 2 if gated else 1)
-        grid = (self.tiles * triton.cdiv(d_hidden, tile["BLOCK_N"]),)
+        grid = (self.tiles * cdiv(d_hidden, tile["BLOCK_N"]),)
         launch(
             _up_kernel, grid,
             self.x, self.w_in, order, starts, logits, hidden, self.x.stride(0), *self.w_in.stride()[:2],
@@ -201,7 +201,7 @@ class _Call:
         columns = b.shape[1] * b.shape[2] // summed
         out = a.new_empty(self.rows, columns)
         tile = self._tile(columns, summed, 1)
-        grid = (self.tiles * triton.cdiv(columns, tile["BLOCK_N"]),)
+        grid = (self.tiles * cdiv(columns, tile["BLOCK_N"]),)
         launch(
             _product_kernel, grid,
             a, b, order, starts, out, a.stride(0), b.stride(0), b_k, b_n,
@@ -216,7 +216,7 @@ class _Call:
         d_hidden, shared = dhidden.shape[1], torch.empty_like(dhidden)
         dlogits = torch.empty_like(logits)
         dweights = self.weights.new_empty(self.weights.shape, dtype=torch.float32)
-        block = min(triton.next_power_of_2(d_hidden), 1024)
+        block = min(power_of_2(d_hidden), 1024)
         launch(
             _slope_kernel, (self.rows,),
             dhidden, logits, self.weights, order, dlogits, shared, dweights, self.weights.stride(0),
@@ -231,8 +231,8 @@ class _Call:
         out = like.new_empty(like.shape)
         rows, columns = like.shape[1:]
         side = 32 if self.float32 else 128
-        block = [min(max(triton.next_power_of_2(n), 32 if self.float32 else 16), side) for n in (rows, columns)]
-        grid = (triton.cdiv(columns, block[1]) * triton.cdiv(rows, block[0]), self.experts)
+        block = [min(max(power_of_2(n), 32 if self.float32 else 16), side) for n in (rows, columns)]
+        grid = (cdiv(columns, block[1]) * cdiv(rows, block[0]), self.experts)
         launch(
             _weight_kernel, grid,
             left, right, order, starts, out, left.stride(0), right.stride(0),
@@ -246,9 +246,9 @@ class _Call:
         """The sum of the parts of each token, best expert first."""
         tokens, width = self.x.shape
         out = self.x.new_empty(tokens, width)
-        block = min(triton.next_power_of_2(width), 1024)
+        block = min(power_of_2(width), 1024)
         launch(
-            _sum_kernel, (tokens, triton.cdiv(width, block)),
+            _sum_kernel, (tokens, cdiv(width, block)),
             parts, weights, out, 0 if weights is None else weights.stride(0),
             TOP_K=self.top_k, D=width, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -257,7 +257,7 @@ class _Call:
     def _tile(self, columns: int, summed: int, products: int) -> dict[str, int]:
         """Columns of a tile of so many products at once, numbers summed in one go, warps and stages."""
         least = 32 if self.float32 else 16
-        fill = lambda size, most: min(max(triton.next_power_of_2(size), least), most)
+        fill = lambda size, most: min(max(power_of_2(size), least), most)
         if self.float32:
             return {"BLOCK_N": fill(columns, 32), "BLOCK_K": fill(summed, 32), "num_warps": 4, "num_stages": 2}
         if self.block_m <= 32:
@@ -285,9 +285,9 @@ def _sort(indices: Int[Tensor, "t k"], experts: int) -> tuple[Int[Tensor, " rows
         bounds = torch.arange(experts + 1, dtype=ranked.dtype, device=chosen.device)
         return order.to(torch.int32), torch.searchsorted(ranked, bounds, out_int32=True)
     order = torch.empty(rows, dtype=torch.int32, device=chosen.device)
-    programs = triton.cdiv(rows, 32)
+    programs = cdiv(rows, 32)
     launch(
-        _rank_kernel, (programs + triton.cdiv(experts + 1, 32),),
+        _rank_kernel, (programs + cdiv(experts + 1, 32),),
         chosen, order, starts, rows, programs, EXPERTS=experts, BLOCK=32, WIDE=256, num_warps=4,
     )  # fmt: skip
     return order, starts

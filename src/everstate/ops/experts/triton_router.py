@@ -12,7 +12,7 @@ from torch import Tensor
 
 from everstate.core.kernels import counters, kernel_op
 from everstate.ops.experts.route import Score
-from everstate.ops.triton_launch import launch
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense_rows, launch_options, start_next, wait_for_last
 
 NONE: tl.constexpr = tl.constexpr(-float("inf"))
@@ -52,13 +52,13 @@ def _router(
     count, width = weight.shape
     weights, indices = _results(x, top_k)
     logits = weights.new_empty(len(x), count)
-    parts = triton.cdiv(count, EXPERTS)
+    parts = cdiv(count, EXPERTS)
     launch(
         _router_kernel, (len(x) * parts,),
         x, weight, bias, logits, weights, indices, counters(x.device, len(x)), x.stride(0), eps, scale,
         PARTS=parts, COUNT=count, WIDTH=width, TOP_K=top_k, SCORE=score, NORMALISE=normalise,
-        GROUPS=ngroups, KEPT=topk_groups, BLOCK_E=EXPERTS, BLOCK_D=min(triton.next_power_of_2(width), PIECE),
-        BLOCK=triton.next_power_of_2(count), BLOCK_K=triton.next_power_of_2(top_k), num_warps=4,
+        GROUPS=ngroups, KEPT=topk_groups, BLOCK_E=EXPERTS, BLOCK_D=min(power_of_2(width), PIECE),
+        BLOCK=power_of_2(count), BLOCK_K=power_of_2(top_k), num_warps=4,
         **launch_options(x.device),
     )  # fmt: skip
     return weights, indices

@@ -15,7 +15,7 @@ from everstate.core.state import Slots
 from everstate.ops.linear.limits import FEW
 from everstate.ops.linear.triton_ends import constants, finish, window_of
 from everstate.ops.linear.triton_tiles import run_tiles
-from everstate.ops.triton_launch import launch
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, dense_rows, launch_options, start_next, wait_for_last
 
 HELD = 4096
@@ -101,7 +101,7 @@ def _run(
     strides = (0, 0, 0) if state is None else state.stride()
     sizes, options = _sizes(rows, width, weight)
     launch(
-        _linear_kernel, (triton.cdiv(outputs, sizes["BLOCK_N"]),),
+        _linear_kernel, (cdiv(outputs, sizes["BLOCK_N"]),),
         x, weight, bias, scale, norm, y, taps, conv_bias, state, slots, x.stride(0), *strides, eps, rows, outputs,
         start, channels,
         K=width, TAPS=count, SILU=activated, **sizes, **options, **launch_options(x.device),
@@ -121,17 +121,17 @@ def _sizes(rows: int, width: int, weight: Tensor) -> tuple[dict[str, int], dict[
         piece = _piece(row, 2048 // n)
     else:
         piece = _piece(row, HELD)
-        warps = max(min(triton.next_power_of_2(row + 1) // 2048, piece // 512, 8), 1)
-        n = triton.next_power_of_2(triton.cdiv(HELD * warps, row))
-    pieces, ahead = triton.cdiv(row, piece), max(MOST * warps // (n * piece), 1)
+        warps = max(min(power_of_2(row + 1) // 2048, piece // 512, 8), 1)
+        n = power_of_2(cdiv(HELD * warps, row))
+    pieces, ahead = cdiv(row, piece), max(MOST * warps // (n * piece), 1)
     tile = {"BLOCK_N": n, "BLOCK_K": piece // size, "AHEAD": min(pieces, ahead), "LINES": n if size == 1 else 1}
-    return {**tile, "ROWS": rows, "BLOCK_B": triton.next_power_of_2(rows)}, {"num_warps": warps}
+    return {**tile, "ROWS": rows, "BLOCK_B": power_of_2(rows)}, {"num_warps": warps}
 
 
 def _piece(row: int, most: int) -> int:
     """Bytes in which a row is read: from 512 to `most`, the longest that fill it up by no more than an eighth."""
-    piece = min(triton.next_power_of_2(row), most)
-    while piece > 512 and 8 * triton.cdiv(row, piece) * piece > 9 * row:
+    piece = min(power_of_2(row), most)
+    while piece > 512 and 8 * cdiv(row, piece) * piece > 9 * row:
         piece //= 2
     return piece
 

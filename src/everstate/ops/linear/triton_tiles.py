@@ -18,7 +18,7 @@ from everstate.core.kernels import counters, processors, shared_memory
 from everstate.ops.linear.limits import BLOCK_K
 from everstate.ops.linear.triton_ends import constants, finish, window_of
 from everstate.ops.triton_common import INTERPRETED, dot
-from everstate.ops.triton_launch import Tiles, form, launch
+from everstate.ops.triton_launch import Tiles, cdiv, form, launch, power_of_2
 from everstate.ops.triton_rows import launch_options, start_next, wait_for_last
 
 BLOCK_N = 64
@@ -52,7 +52,7 @@ def run_tiles(
     channels, count = (0, 0) if taps is None else taps.shape
     strides = (0, 0, 0) if state is None else state.stride()
     sizes = _sizes(rows, weight, norm is not None)
-    blocks = triton.cdiv(outputs, sizes.n)
+    blocks = cdiv(outputs, sizes.n)
     parts = arrived = None
     if sizes.splits > 1:
         parts = x.new_empty(blocks * sizes.splits * (sizes.n + 1) * sizes.b, dtype=torch.float32)
@@ -70,8 +70,8 @@ def run_tiles(
 
 def _sizes(rows: int, weight: Tensor, normed: bool) -> Sizes:
     """What was fastest: longer tiles where each costs a step through registers, for a norm or to widen its weights."""
-    (outputs, width), block = weight.shape, max(triton.next_power_of_2(rows), 16)
-    splits = splits_of(width, triton.cdiv(outputs, BLOCK_N), weight.device)
+    (outputs, width), block = weight.shape, max(power_of_2(rows), 16)
+    splits = splits_of(width, cdiv(outputs, BLOCK_N), weight.device)
     can_be_longer = width // splits % (2 * BLOCK_K) == 0
     narrow = weight.element_size() == 1 and splits == 1 and block == 16 and can_be_longer
     longer = narrow or (normed and block <= HELD_ROWS and can_be_longer)

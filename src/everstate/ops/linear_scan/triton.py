@@ -24,7 +24,7 @@ from everstate.core.kernels import kernel_op, processors
 from everstate.core.packing import Packing
 from everstate.ops.linear_scan import scan_dtypes
 from everstate.ops.triton_common import INTERPRETED
-from everstate.ops.triton_launch import launch
+from everstate.ops.triton_launch import cdiv, launch
 
 BLOCK = 256 if INTERPRETED.value else 32
 """Channels of a program, which is one warp; the interpreter takes as long for many as for few."""
@@ -149,7 +149,7 @@ def _cut(batch: int, ends: tuple[int, ...], pieces: int, device: torch.device) -
     sequences: list[tuple[int, int]] = []
     for row in range(batch):
         for start, end in pairwise(ends):
-            each = triton.cdiv(max(triton.cdiv(end - start, pieces), LEAST), TILE) * TILE
+            each = cdiv(max(cdiv(end - start, pieces), LEAST), TILE) * TILE
             cuts = range(start, end, each)
             sequences.append((len(segments), len(cuts)))
             for at in cuts:
@@ -192,7 +192,7 @@ class _Call:
         batch, self.length = like.shape[:2]
         self.is_complex = is_complex
         self.channels = like[0, 0].numel() // (1 + is_complex)
-        self.blocks = triton.cdiv(self.channels, BLOCK)
+        self.blocks = cdiv(self.channels, BLOCK)
         bounds = tuple(ends) or (0, self.length)
         wanted = PROGRAMS * processors(like.device)
         pieces = max(wanted // (batch * (len(bounds) - 1) * self.blocks), 1)
@@ -213,7 +213,7 @@ class _Call:
             **sizes, BLOCK=BLOCK, TILE=TILE, num_warps=1,
         )  # fmt: skip
         launch(
-            _pass_kernel, (len(self.sequences) * triton.cdiv(self.channels, 128),),
+            _pass_kernel, (len(self.sequences) * cdiv(self.channels, 128),),
             ends, kept, state, self.sequences, **sizes, BLOCK=128,
         )  # fmt: skip
         return ends

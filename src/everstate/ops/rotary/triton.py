@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
-from everstate.ops.triton_launch import launch
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, follow_last, launch_options
 
 TILE = 1024
@@ -92,11 +92,11 @@ def _launch_rotate(
         given = rest[0] if rest else None
         shape, strides = _merged(x.shape[:-1], [t.stride()[:-1] for t in read])
     pairs, turned = x.shape[-1] // 2, cos.shape[-1]
-    block = triton.next_power_of_2(pairs)
+    block = power_of_2(pairs)
     rows, tile = prod(shape), max(TILE // block, 1)
     sizes, steps = [1] * (3 - len(shape)) + shape, [[0] * (3 - len(shape)) + each for each in strides]
     launch(
-        _rotate_kernel, (triton.cdiv(rows, tile),),
+        _rotate_kernel, (cdiv(rows, tile),),
         x, cos, sin, given, y, dcos, dsin, rows, *sizes[1:], *steps[0], *steps[1], *steps[2], *steps[-1],
         PAIRS=pairs, TURNED=turned, INTERLEAVED=interleaved, INVERSE=inverse, BLOCK_R=tile, BLOCK_P=block,
         num_warps=4,
@@ -133,17 +133,17 @@ def rotary(
 def _rotary(x: Tensor, positions: Tensor, theta: float, interleaved: bool, width: int, inverse: bool) -> Tensor:
     y, x = torch.empty_like(x, memory_format=torch.contiguous_format), dense(x)
     batch, length, heads, headdim = x.shape
-    block = triton.next_power_of_2(max(width // 2, 1))
-    tile = min(max(TILE // block, 1), triton.next_power_of_2(batch * length))
-    tiles = triton.cdiv(batch * length, tile)
-    parts = min(heads, triton.cdiv(4 * processors(x.device), tiles))
-    each = triton.cdiv(heads, parts)
+    block = power_of_2(max(width // 2, 1))
+    tile = min(max(TILE // block, 1), power_of_2(batch * length))
+    tiles = cdiv(batch * length, tile)
+    parts = min(heads, cdiv(4 * processors(x.device), tiles))
+    each = cdiv(heads, parts)
     launch(
-        _rotary_kernel, (tiles, triton.cdiv(heads, each)),
+        _rotary_kernel, (tiles, cdiv(heads, each)),
         x, positions, _frequencies(width, theta, x.device), y, batch * length, length, heads, each,
         *x.stride()[:3], *positions.stride(),
         P=headdim, WIDTH=width, INTERLEAVED=interleaved, INVERSE=inverse, BLOCK_T=tile, BLOCK_P=block,
-        BLOCK_REST=triton.next_power_of_2(max(headdim - width, 1)), num_warps=4, **launch_options(x.device),
+        BLOCK_REST=power_of_2(max(headdim - width, 1)), num_warps=4, **launch_options(x.device),
     )  # fmt: skip
     return y
 

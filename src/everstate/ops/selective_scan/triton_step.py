@@ -8,7 +8,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.triton_common import LOG2E, softplus
-from everstate.ops.triton_launch import launch
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import (
     EARLY_ROWS,
     dense,
@@ -100,10 +100,10 @@ def _run(
         return y
     x, dt, A, B, C = dense(x), dense(dt), dense(A), dense(B), dense(C)
     z, D, dt_bias = (None if t is None else dense(t) for t in (z, D, dt_bias))
-    width = triton.next_power_of_2(n)
+    width = power_of_2(n)
     tile = tile_of(dim, width, batch, x.device, least=max(512 // width, 1))
     launch(
-        _step_kernel, (batch * triton.cdiv(dim, tile),),
+        _step_kernel, (batch * cdiv(dim, tile),),
         x, dt, A, B, C, state, slots, D, z, dt_bias, delta_t, y,
         x.stride(0), dt.stride(0), A.stride(0), B.stride(0), C.stride(0), 0 if z is None else z.stride(0),
         *state.stride()[:2], 0 if delta_t is None else delta_t.stride(0), DIM=dim, N=n, BLOCK_D=tile, BLOCK_N=width,

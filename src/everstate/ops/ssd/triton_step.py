@@ -10,7 +10,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.triton_common import softplus
-from everstate.ops.triton_launch import launch
+from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import (
     EARLY_ROWS,
     dense,
@@ -99,10 +99,10 @@ def _run(
     if batch == 0:
         return y
     x, B, C, z = dense(x), dense(B), dense(C), None if z is None else dense(z)
-    width = triton.next_power_of_2(d_state)
+    width = power_of_2(d_state)
     tile = tile_of(headdim, width, batch * heads, x.device)
     launch(
-        _step_kernel, (batch * heads * triton.cdiv(headdim, tile),),
+        _step_kernel, (batch * heads * cdiv(headdim, tile),),
         x, a, s, B, C, state, slots, D, y, dt_bias, z, delta_t, lowest, highest,
         *x.stride()[:2], *(a.stride() if a.ndim == 2 else (0, a.stride(0))), *s.stride(), *B.stride()[:2],
         *C.stride()[:2], *state.stride()[:3], *_strides_of_skip(D), *((0, 0) if z is None else z.stride()[:2]),

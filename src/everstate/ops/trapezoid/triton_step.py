@@ -15,7 +15,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.state import Slots
 from everstate.ops.trapezoid import TrapezoidState
-from everstate.ops.triton_launch import launch
+from everstate.ops.triton_launch import launch, power_of_2
 from everstate.ops.triton_rows import dense, slot_of, wait_for_last, warps_of
 
 PROGRAMS = 16
@@ -94,7 +94,7 @@ def room(items: int, headdim: int, d_state: int, rank: int, device: torch.device
     Many programs of few warps keep the memory busy: on an H200 8, 4 and 2 warps took 118, 85 and 82 us for 64 x 64
     heads of 64 x 128 in float32. Where there are too few heads for that, each gets eight warps, to be done sooner.
     """
-    width, whole = triton.next_power_of_2(d_state), triton.next_power_of_2(headdim)
+    width, whole = power_of_2(d_state), power_of_2(headdim)
     numbers = 8192 if items <= FEW * processors(device) else 2048
     tile = min(whole, max(numbers // width, 1))
     sizes = {"BLOCK_P": tile, "WHOLE_P": whole, "BLOCK_N": width, "num_warps": warps_of(tile * width)}
