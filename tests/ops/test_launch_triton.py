@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from threading import get_ident
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+import everstate.ops
 
 
 class Kernel:
@@ -88,6 +92,13 @@ def test_a_product_and_a_sum_are_one_instruction(kernel: Kernel, monkeypatch: py
     monkeypatch.setattr(triton_launch, "_KNOWN", False)
     launch(kernel, (3,), aligned(), 32, SIZE=8)
     assert [settings["enable_fp_fusion"] for *_, settings in (*kernel.compiled, *kernel.asked)] == [True] * 3
+
+
+def test_nobody_else_launches_kernels() -> None:
+    """`KERNEL[grid](...)` would leave it to Triton's version whether a product and a sum are one instruction."""
+    directly = re.compile(r"kernel\[.+\]\(")
+    files = [file for file in Path(everstate.ops.__file__).parent.rglob("*.py") if file.name != "triton_launch.py"]
+    assert [file for file in files if directly.search(file.read_text())] == []
 
 
 @pytest.mark.parametrize(
