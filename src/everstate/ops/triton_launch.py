@@ -120,8 +120,8 @@ class _Rehearsal:
 
 
 class _Compilers(ThreadPoolExecutor):
-    """Threads that make kernels ready to be launched: what launches each is C, for the compiler of the system, which
-    Triton would ask at the first launch, one after the other."""
+    """Threads that make kernels ready to be launched: until Triton 3.6 what launches each is C, for the compiler of the
+    system, which it would ask at the first launch, one after the other."""
 
     def __init__(self) -> None:
         # A thread begins with the first GPU.
