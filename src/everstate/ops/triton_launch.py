@@ -30,9 +30,6 @@ COMPILERS = 16
 # How a compiled kernel is run is no interface of Triton: versions not tried are asked in the ordinary way.
 _KNOWN = TRIED and not INTERPRETED.value
 
-_SETTINGS = {"enable_fp_fusion": True}
-"""Of all kernels. From Triton 3.10 on a product and a sum are one instruction only where a launch asks for it."""
-
 
 class Form:
     """How tiles look: their sides, and for kernels in Gluon how they lie in shared memory."""
@@ -116,7 +113,7 @@ class _Rehearsal:
     """Compiles kernels, and launches none."""
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> None:
-        kernel.warmup(*_in_triton_way(args), grid=grid, **_SETTINGS, **settings)
+        _in_tritons_way(kernel.warmup, args, {"grid": grid, **settings})
 
 
 class _Compilers(ThreadPoolExecutor):
@@ -219,12 +216,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> N
     elif launches_are_known():
         launch_known(kernel, grid, args, settings)
     else:
-        kernel[grid](*_in_triton_way(args), **_SETTINGS, **settings)
+        _in_tritons_way(kernel[grid], args, settings)
 
 
-def _in_triton_way(args: tuple[Any, ...]) -> Iterator[Any]:
-    """Arguments as Triton takes them."""
-    return (a.checked if type(a) is Tiles else a for a in args)
+def _in_tritons_way(call: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+    """Call a function of Triton with arguments as it takes them."""
+    given = (a.checked if type(a) is Tiles else a for a in args)
+    # From Triton 3.10 on a product and a sum are one instruction only where a launch asks for it.
+    return call(*given, enable_fp_fusion=True, **settings)
 
 
 def launch_known(
@@ -263,7 +262,7 @@ def launch_known(
 
 def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> Ready:
     """Launch in Triton's way, and return what the next such launch needs to know."""
-    compiled = kernel[grid](*_in_triton_way(args), **_SETTINGS, **settings)
+    compiled = _in_tritons_way(kernel[grid], args, settings)
     own, rest = kernel.params[: len(args)], kernel.params[len(args) :]
     assert len(grid) <= 2 and not any(parameter.is_constexpr for parameter in own)
     constants = tuple(settings[parameter.name] for parameter in rest)
@@ -273,9 +272,8 @@ def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings
         return Ready(launcher, (compiled.function, *hooks), False, constants, kernel, compiled)
     kinds, scratch = (launcher.launch_cooperative_grid, launcher.launch_pdl), (None, None)
     as_one = hasattr(launcher, "arg_annotations")  # from Triton 3.7 on, where one function launches all kernels
-    described = (launcher.arg_annotations, launcher.kernel_signature) if as_one else ()
-    first = (compiled.function, *kinds, *((*hooks, *scratch, *described) if as_one else (*scratch, *hooks)))
-    return Ready(launcher.launch, first, as_one, constants, kernel, compiled)
+    last = (*hooks, *scratch, launcher.arg_annotations, launcher.kernel_signature) if as_one else (*scratch, *hooks)
+    return Ready(launcher.launch, (compiled.function, *kinds, *last), as_one, constants, kernel, compiled)
 
 
 def current_device() -> int:
