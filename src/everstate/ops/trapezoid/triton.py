@@ -36,11 +36,13 @@ from everstate.ops.trapezoid.triton_prepare import (
     VECTORS,
     angle_gradients_kernel,
     arrange_kernel,
+    bias_gradients_kernel,
     chunks_kernel,
     enter_gradients_kernel,
     enter_halves_gradients_kernel,
     enter_halves_kernel,
     enter_kernel,
+    halves_kernel,
     leave_gradients_kernel,
     leave_kernel,
     numbers_kernel,
@@ -71,9 +73,10 @@ from everstate.ops.triton_segments import (
     settings_for,
     splits_of,
 )
+from everstate.ops.triton_sums import total
 
-BLOCK_H = 16
-"""Heads whose numbers per token one program makes."""
+HEADS_AT_ONCE, HEADS_IN_TURN = 32, 16
+"""Heads whose numbers per token one program makes, and heads that one program takes one after the other."""
 
 TILE_P = 64
 """Rows of the state that one program of a sweep holds."""
@@ -238,12 +241,6 @@ def _hopper(call: "Call", bounds: Sequence[int]) -> ModuleType | None:
     return None
 
 
-def _apart(sums: Float[Tensor, "h *n"], parts: int) -> Float[Tensor, "h *n"]:
-    """From the sums over the heads of a part up to each to what each has added."""
-    each = sums.unflatten(0, (parts, -1))
-    return torch.cat([each[:, :1], each.diff(dim=1)], 1).flatten(0, 1)
-
-
 class Call:
     """The arguments as the kernels want them, and the launches that forward and backward share."""
 
@@ -369,7 +366,13 @@ class Call:
         """`t` with its columns in parts."""
         t = dense(t)
         out = t.new_empty(*t.shape[:-1], self.width, dtype=dtype)
-        self._arrange(t, out, t.stride()[:3], t.shape[1:3], back=False)
+        if self.single and t.is_contiguous():
+            rows = math.prod(t.shape[:-1])
+            launch(
+                halves_kernel, (cdiv(rows, 32),), t, out, rows, HALF=self.pairs, INTERLEAVED=self.interleaved, BLOCK=32
+            )
+        else:
+            self._arrange(t, out, t.stride()[:3], t.shape[1:3], back=False)
         return out
 
     def _returned(self, t: Float[Tensor, "*rows w"]) -> Float[Tensor, "*rows n"]:
@@ -395,24 +398,24 @@ class Call:
         count, dt = len(self.plan.chunks), self.dt
         steps = self.x.new_empty(count, self.heads, NUMBERS.value, self.tokens, dtype=torch.float32)
         launch(
-            steps_kernel, (count, cdiv(self.heads, BLOCK_H)),
+            steps_kernel, (count, cdiv(self.heads, HEADS_AT_ONCE)),
             dt, self.A, self.lam, steps, self.plan.chunks, self.homes.chunks,
             *dt.stride(), *self.A.stride(), *self.lam.stride(),
-            HEADS=self.heads, TOKENS=self.tokens, BLOCK_H=BLOCK_H,
+            HEADS=self.heads, TOKENS=self.tokens, BLOCK_H=HEADS_AT_ONCE,
         )  # fmt: skip
         return steps
 
     @cached_property
     def numbers(self) -> Float[Tensor, "chunks h 7 t"]:
         """What the kernels for Hopper want instead to find outputs of one rank."""
-        count, (B, C), block = len(self.plan.chunks), self.sources, 16
+        count, (B, C) = len(self.plan.chunks), self.sources
         numbers = self.x.new_empty(count, self.heads, VECTORS.value, self.tokens, dtype=torch.float32)
         launch(
-            numbers_kernel, (count, self.groups * cdiv(self.heads // self.groups, block)),
+            numbers_kernel, (count, self.groups * cdiv(self.heads // self.groups, HEADS_AT_ONCE)),
             self.dt, self.A, self.lam, B, C, *self.biases, self.D, numbers,
             self.plan.chunks, self.homes.chunks, *self.dt.stride(), *self.A.stride(), *self.lam.stride(),
             B.stride(0), C.stride(0), HEADS=self.heads, GROUPS=self.groups, TOKENS=self.tokens,
-            N=self.d_state, BLOCK_H=block,
+            N=self.d_state, BLOCK_H=HEADS_AT_ONCE,
         )  # fmt: skip
         return numbers
 
@@ -433,9 +436,9 @@ class Call:
         phases = self.empty_phases()
         pairs = power_of_2(self.pairs)
         launch(
-            turns_kernel, (count, cdiv(self.heads, BLOCK_H)),
+            turns_kernel, (count, cdiv(self.heads, HEADS_IN_TURN)),
             self.steps, self.omega, phases, self.plan.chunks, self.omega.stride(0),
-            HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_PAIRS=pairs, BLOCK_H=BLOCK_H,
+            HEADS=self.heads, TOKENS=self.tokens, PAIRS=self.pairs, BLOCK_PAIRS=pairs, BLOCK_H=HEADS_IN_TURN,
         )  # fmt: skip
         launch(
             phases_kernel, (len(self.homes.sequences) * self.heads,),
@@ -622,12 +625,12 @@ class Call:
         ddt, dA, dlam = self._step_gradients(inputs, keys.dt, enter.owed)
         dmimo_x = None
         if inputs.mimo_x is not None and enter.mimo_x is not None:
-            dmimo_x = inputs.mimo_x.sum(0) + enter.mimo_x.sum(0)
+            dmimo_x = total(inputs.mimo_x, torch.float32) + enter.mimo_x.sum(0)
         return [
             inputs.x.view(self.given.x.shape), ddt, dA, dlam, keys.omega.view(self.given.omega.shape), keys.B, keys.C,
             enter.ssm, enter.k, enter.x, dstart,
             dB_bias, keys.C_bias,
-            dmimo_x, None if inputs.D is None else inputs.D.sum(0),
+            dmimo_x, None if inputs.D is None else total(inputs.D, torch.float32),
         ]  # fmt: skip
 
     def _chunk_gradients(
@@ -641,12 +644,22 @@ class Call:
         assert backward is not None
         splits, own = self._splits(), [into] if self.single else []
         inputs, keys = backward.gradients(self, dy, entering, leaving, later, splits, *own)
-        dB, dC = joined(keys.B), joined(keys.C)
-        dB_bias, dC_bias = (
-            None if given is None or t is None else self._returned(_apart(t.sum(0), self.groups * splits)).squeeze(2)
-            for t, given in ((keys.B_bias, self.given.B_bias), (keys.C_bias, self.given.C_bias))
-        )
-        return inputs, KeyGradients(dB, dC, dB_bias, dC_bias, joined(keys.omega), keys.dt)
+        biases = self._bias_gradients(keys.B_bias, keys.C_bias, parts=self.groups * splits)
+        return inputs, KeyGradients(joined(keys.B), joined(keys.C), *biases, joined(keys.omega), keys.dt)
+
+    def _bias_gradients(
+        self, dB_bias: Tensor | None, dC_bias: Tensor | None, *, parts: int | None = None
+    ) -> tuple[Float[Tensor, "h r n"] | None, Float[Tensor, "h r n"] | None]:
+        """Of those that are given, from what chunks say: of each head, or of the heads of one of `parts` up to it."""
+        rows, empty = self.heads * self.rank, lambda t: None if t is None else t.new_empty(t.shape, dtype=torch.float32)
+        out = empty(self.given.B_bias), empty(self.given.C_bias)
+        if dB_bias is not None or dC_bias is not None:
+            launch(
+                bias_gradients_kernel, (2 * rows, cdiv(self.width, 16)),
+                dB_bias, dC_bias, *out, len(self.plan.chunks), rows, BEFORE=0 if parts is None else self.rank,
+                PART=rows // (parts or 1), **self.order, WIDTH=self.width, BLOCK=128, COLUMNS=16,
+            )  # fmt: skip
+        return out
 
     def _input_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> InputGradients:
         count, steps = len(self.plan.chunks), self.steps
@@ -685,8 +698,7 @@ class Call:
             )  # fmt: skip
         turns = self.turn_gradients(dangles, later, self.ranks)
         dB, dC = (self._returned(joined(t)) for t in (dB, dC))
-        dB_bias, dC_bias = (None if t is None else self._returned(t.sum(0)).squeeze(2) for t in (dB_bias, dC_bias))
-        return KeyGradients(dB, dC, dB_bias, dC_bias, *turns)
+        return KeyGradients(dB, dC, *self._bias_gradients(dB_bias, dC_bias), *turns)
 
     def turn_gradients(
         self, dangles: Float[Tensor, "chunks h e s"], later: Float[Tensor, "chunks h s"], ranks: int
@@ -768,10 +780,10 @@ class Call:
         count, given = len(self.plan.chunks), self.given
         ddt, dA, dlam = (self.steps.new_empty(given.dt.shape) for _ in range(3))
         launch(
-            steps_gradients_kernel, (count, cdiv(self.heads, BLOCK_H)),
+            steps_gradients_kernel, (count, cdiv(self.heads, HEADS_AT_ONCE)),
             self.dt, self.A, self.lam, inputs.decays, inputs.scales, inputs.owns, dsteps, owed,
             ddt, dA, dlam, self.plan.chunks, self.homes.chunks,
             *self.dt.stride(), *self.A.stride(), *self.lam.stride(),
-            HEADS=self.heads, TOKENS=self.tokens, BLOCK_H=BLOCK_H,
+            HEADS=self.heads, TOKENS=self.tokens, BLOCK_H=HEADS_AT_ONCE,
         )  # fmt: skip
         return ddt, dA, dlam

@@ -262,6 +262,52 @@ def arrange_kernel(
 
 
 @triton.jit
+def halves_kernel(source, out, rows, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """What `arrange_kernel` makes, for rank 1 and half of the columns, of rows that lie one after the other."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _put_in_parts(source, 4 * HALF, row < rows, out, row, row < rows, HALF, INTERLEAVED)
+
+
+@triton.jit
+def bias_gradients_kernel(
+    dB, dC, B_out, C_out, count, rows, BEFORE: tl.constexpr, PART: tl.constexpr, N: tl.constexpr,
+    PAIRS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program per row and some of its columns, of either: sums over the chunks, as the caller has the columns.
+
+    With BEFORE, a row holds the sum of all in its PART up to it, of which the last before it is BEFORE rows away.
+    """
+    row, at = tl.program_id(0) % rows, tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    place = row * WIDTH + at
+    column, exists = source_of(at, N, PAIRS, HALF, INTERLEAVED)
+    if tl.program_id(0) < rows:
+        if B_out is not None:
+            summed = _sum_over_chunks(dB, place, row, count, rows, at < WIDTH, BEFORE, PART, WIDTH, BLOCK)
+            tl.store(B_out + row * N + column, summed, mask=exists & (at < WIDTH))
+    elif C_out is not None:
+        summed = _sum_over_chunks(dC, place, row, count, rows, at < WIDTH, BEFORE, PART, WIDTH, BLOCK)
+        tl.store(C_out + row * N + column, summed, mask=exists & (at < WIDTH))
+
+
+@triton.jit
+def _sum_over_chunks(
+    parts, place, row, count, rows, inside, BEFORE: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    summed = tl.zeros((BLOCK, place.shape[0]), tl.float32)
+    for first in range(0, count, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)
+        source = parts + chunk.to(tl.int64)[:, None] * (rows * WIDTH) + place[None, :]
+        mask = (chunk < count)[:, None] & inside[None, :]
+        own = tl.load(source, mask=mask, other=0.0)
+        if BEFORE > 0:
+            own -= tl.load(source - BEFORE * WIDTH, mask=mask & (row % PART >= BEFORE), other=0.0)
+        summed += own
+    return tl.sum(summed, 0)
+
+
+@triton.jit
 def phases_kernel(
     phases, angle, ends, spans,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK: tl.constexpr,
