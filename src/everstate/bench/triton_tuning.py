@@ -6,16 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 from everstate.core.env import cpu_threads
+from everstate.core.kernels import has_triton
 
 
 @contextmanager
 def compiled_together() -> Iterator[None]:
     """Inside the block, where Triton is installed, a kernel to be tuned is compiled for all settings on all cores."""
-    if find_spec("triton") is None:
+    if not has_triton():
         yield
         return
     from triton import AsyncCompileMode

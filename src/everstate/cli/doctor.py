@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -79,7 +78,9 @@ def _warn_of_an_untried_triton(console: Console) -> None:
     """A GPU does its work with such a version too, but slower."""
     import torch
 
-    if not torch.cuda.is_available() or not find_spec("triton"):
+    from everstate.core.kernels import has_triton
+
+    if not torch.cuda.is_available() or not has_triton():
         return
     from everstate.ops.triton_common import TRIED, VERSIONS
 

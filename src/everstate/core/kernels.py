@@ -160,7 +160,7 @@ def refusal(*inputs: Tensor | None, pairs: bool = False) -> str | None:
 # What a compiler cannot look into, and need not: the answers never change.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _installed() -> bool:
-    return _find_triton()
+    return has_triton()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -176,7 +176,8 @@ def shared_memory(device: torch.device) -> int:
 
 
 @cache
-def _find_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the package triton is installed."""
     return find_spec("triton") is not None
 
 

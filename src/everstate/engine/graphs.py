@@ -12,14 +12,11 @@ from torch import Tensor
 
 from everstate.core.kernels import overlapping
 from everstate.core.state import clone
+from everstate.engine.compiling import asks_host_nothing, first_compiled
 from everstate.engine.sampler import Filters, choose, greedy
-from everstate.mixers import Mixer, State
-from everstate.mixers.moe import MoE
+from everstate.mixers import State
 from everstate.models import LM
-from everstate.ops import experts
 
-OURS = "everstate.mixers."
-"""Where mixers are whose `step_` asks the host nothing; a test on a GPU compares each with itself uncaptured."""
 SHORTEST = 16
 """Tokens from which a capture, which takes about as long as some steps, is worth it."""
 
@@ -29,19 +26,7 @@ def worth_capturing(model: LM, max_tokens: int) -> bool:
 
     A capture that fails would leave the device in disorder, so that none is tried which might.
     """
-    if model.device.type != "cuda" or max_tokens < SHORTEST:
-        return False
-    mixers = (part for part in model.modules() if isinstance(part, Mixer))
-    return all(type(mixer).__module__.startswith(OURS) and not _counts_on_host(mixer) for mixer in mixers)
-
-
-def _counts_on_host(mixer: Mixer) -> bool:
-    """Whether it is a mixture of experts that PyTorch serves, which asks how many tokens each expert has."""
-    if not isinstance(mixer, MoE):
-        return False
-    x = mixer.in_proj.weight[0, :1]
-    chosen = torch.zeros(1, mixer.config.top_k, dtype=torch.int64, device=x.device)
-    return experts.serving(x, chosen.float(), chosen, mixer.in_proj.weight, mixer.out_proj.weight) != "triton"
+    return model.device.type == "cuda" and max_tokens >= SHORTEST and asks_host_nothing(model)
 
 
 class DecodeGraph:
@@ -98,8 +83,15 @@ class DecodeGraph:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            first_compiled(self.model, len(self.chosen), lambda: self._try(clone(state)))
             scratch = clone(state)
             for _ in range(2):
                 self._choose()
                 self._read(scratch)
         torch.cuda.current_stream().wait_stream(stream)
+
+    def _try(self, state: State) -> None:
+        """Use all kernels of a step, which may write anything: what is read is not what is chosen."""
+        self.chosen.zero_()
+        self._read(state)
+        self._choose()

@@ -13,6 +13,7 @@ from torch import Tensor
 from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
 from everstate.core.state import batch_size, gather, scatter_
+from everstate.engine.compiling import first_compiled
 from everstate.engine.graphs import DecodeGraph, worth_capturing
 from everstate.engine.sampler import Filters, Sampling, choose, greedy, most_kept, uniforms
 from everstate.mixers import State
@@ -63,10 +64,16 @@ def _read(model: LM, blocks: dict[int, list[int]], state: State) -> Float[Tensor
         numbers.fromlist(block)
     tokens = torch.frombuffer(numbers, dtype=torch.int64).unsqueeze(0).to(model.device)
     packing = Packing.of_lengths([len(block) for block in blocks.values()])
-    # A single sequence needs no packing, and then nothing is laid out anew.
-    hidden, after = model.hidden(tokens, gather(state, slots), packing if len(packing) > 1 else None)
+    ends, before = packing.ends(model.device), gather(state, slots)
+
+    def read() -> tuple[Tensor, State]:
+        # A single sequence needs no packing, and then nothing is laid out anew.
+        hidden, after = model.hidden(tokens, before, packing if len(packing) > 1 else None)
+        return model.logits(hidden[0, ends]), after
+
+    logits, after = first_compiled(model, "prompt", read)
     scatter_(state, slots, after)
-    return model.logits(hidden[0, packing.ends(model.device)])
+    return logits
 
 
 @torch.no_grad()
