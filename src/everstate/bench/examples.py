@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from everstate.bench.peer_ops import Run, is_number
 from everstate.core.packing import Packing
-from everstate.core.state import map_state, tensors
+from everstate.core.state import map_state, named_tensors
 from everstate.ops.example import Example
 
 LOW = ("x", "B", "C", "z", "projected", "q", "k", "v", "w_in", "w_out")
@@ -73,8 +74,33 @@ def calls(function: Run, example: Example) -> tuple[Call, Call]:
     return forward, both
 
 
+def outcome(run: Run, example: Example, *, outputs: int | None = None) -> list[Tensor]:
+    """The first `outputs` that the op returns, or all, and what their random gradients say of all arguments.
+
+    The random numbers depend on nothing but the shapes.
+    """
+    leaves, returned = differentiable(example), run(example)[:outputs]
+    generator = torch.Generator(device=returned[0].device).manual_seed(0)
+    # In the precision that all can hold: every form begins with the same numbers.
+    draw = partial(torch.randn, generator=generator, device=returned[0].device, dtype=torch.bfloat16)
+    upstream = [draw(output.shape).to(output.dtype) for output in returned]
+    return [*returned, *torch.autograd.grad(returned, leaves, upstream, materialize_grads=True)]
+
+
+def exactly(example: Example) -> Example:
+    """The example in float64."""
+    wide = lambda given: {name: widen(value) for name, value in given.items()}
+    state = None if example.state is None else map_state(widen, example.state)
+    return example._replace(timed=wide(example.timed), fixed=wide(example.fixed), state=state)
+
+
 def differentiable(example: Example) -> list[Tensor]:
     """All tensors of an example that are not indices, made to want gradients."""
-    state = [] if example.state is None else tensors(example.state)
-    given = [*example.timed.values(), *state, *(v for v in example.fixed.values() if isinstance(v, Tensor))]
-    return [tensor.requires_grad_() for tensor in given if is_number(tensor)]
+    return [tensor.requires_grad_() for tensor in arguments(example).values()]
+
+
+def arguments(example: Example) -> dict[str, Tensor]:
+    """Those by name."""
+    state = {} if example.state is None else dict(named_tensors(example.state, "state"))
+    given: dict[str, Any] = {**example.timed, **state, **example.fixed}
+    return {name: value for name, value in given.items() if isinstance(value, Tensor) and is_number(value)}

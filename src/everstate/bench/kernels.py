@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from everstate.bench.examples import Call, calls, cut, differentiable, first, in_precision, lower, widen
+from everstate.bench.examples import Call, calls, cut, exactly, first, in_precision, lower, outcome, widen
 from everstate.bench.peer_ops import Run, peers_of, run_op, step_peer
 from everstate.bench.report import Row, machine, publishing
 from everstate.bench.shapes import GPU_SHAPES, STEPS, op_of
@@ -25,7 +25,7 @@ from everstate.bench.triton_first_call import first_call
 from everstate.bench.triton_tuning import compiled_together
 from everstate.core.errors import ConfigError
 from everstate.core.op import REFERENCE
-from everstate.core.state import clone, map_state, nbytes, tensors
+from everstate.core.state import clone, nbytes, tensors
 from everstate.ops import OPS, AttentionState, use
 from everstate.ops.example import Draw, Example
 
@@ -53,10 +53,7 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
 
     `only` has names of `GPU_SHAPES` and `STEPS`, by default all that have kernels. Raises `ConfigError` for others.
     """
-    known = [*(name for name in GPU_SHAPES if "triton" in OPS[op_of(name)].backends()), *STEPS]
-    if unknown := [name for name in only if name not in known]:
-        allowed = "; ".join(known)
-        raise ConfigError(f"bench ops: {'; '.join(unknown)} is not measured on a GPU; give one or more of: {allowed}")
+    names = chosen("bench ops", [*with_kernels(), *STEPS], only)
     d_inner, total = (QUICK_D_INNER, QUICK_TOKENS) if quick else (D_INNER, TOKENS)
     first_call_s: dict[str, float] = {}
     rows: list[Row] = []
@@ -68,7 +65,7 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
         compiled_together(),
         Console(stderr=True).status("starting") as status,
     ):
-        for name in only or known:
+        for name in names:
             status.update(name)
             if name in STEPS:
                 rows += steps(name, d_inner, STEP_BATCHES[:2] if quick else STEP_BATCHES, device, left_out)
@@ -77,6 +74,19 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
                     first_call_s |= first_calls(name, d_inner, total, device, left_out)
                 rows += scans(name, d_inner, total, device, left_out, status.update)
     return result
+
+
+def with_kernels() -> list[str]:
+    """The scans and what surrounds them that have kernels."""
+    return [name for name in GPU_SHAPES if "triton" in OPS[op_of(name)].backends()]
+
+
+def chosen(command: str, known: list[str], only: Sequence[str]) -> Sequence[str]:
+    """What is measured: all that is known, or `only` some; raises `ConfigError` for others."""
+    if unknown := [name for name in only if name not in known]:
+        allowed = "; ".join(known)
+        raise ConfigError(f"{command}: {'; '.join(unknown)} is not measured on a GPU; give one or more of: {allowed}")
+    return only or known
 
 
 def first_calls(name: str, d_inner: int, total: int, device: str, left_out: list[str]) -> dict[str, float]:
@@ -249,23 +259,10 @@ def differing(what: str, error: float) -> str:
 
 def gate_error(op: str, example: Example) -> float:
     """The largest error of an output or gradient against the torch form in float64, of norms."""
-
-    def outcome(one: Example) -> list[Tensor]:
-        leaves, outputs = differentiable(one), run_op(op, one)
-        generator = torch.Generator(device=outputs[0].device).manual_seed(0)
-        # In the precision that all can hold: both begin with the same numbers.
-        draw = partial(torch.randn, generator=generator, device=outputs[0].device, dtype=torch.bfloat16)
-        upstream = [draw(output.shape).to(output.dtype) for output in outputs]
-        return [*outputs, *torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)]
-
-    exact = Example(
-        timed={name: widen(value) for name, value in example.timed.items()},
-        fixed={name: widen(value) for name, value in example.fixed.items()},
-        state=None if example.state is None else map_state(widen, example.state),
-    )
+    run = partial(run_op, op)
     with use("torch", REFERENCE):
-        expected = outcome(exact)
-    return max(norm_error(got, want) for got, want in zip(outcome(example), expected, strict=True))
+        expected = outcome(run, exactly(example))
+    return max(norm_error(got, want) for got, want in zip(outcome(run, example), expected, strict=True))
 
 
 def norm_error(got: Tensor, expected: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -98,8 +98,9 @@ def _commit() -> str:
 
 
 def publish(
-    benchmark: str, rows: Sequence[Row], facts: dict[str, Any], now: datetime, output: Path | None
-) -> dict[str, Any]:
+    benchmark: str, rows: Sequence[Row], facts: dict[str, Any], now: datetime, output: Path | None,
+    tabulate: Callable[[str, Sequence[Row]], Table] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Print the table, and as the last line the whole result as JSON; write that to `output` too.
 
     `facts["left_out"]`, where there is one, are sentences for the reader, as about a peer that is not there; each
@@ -110,7 +111,7 @@ def publish(
         result["left_out"] = list(dict.fromkeys(facts["left_out"]))
     result |= {"passed": all(row.gate.passed for row in rows), "rows": [row.table() for row in rows]}
     console = Console()
-    console.print(_table(benchmark, rows))
+    console.print((tabulate or _times)(benchmark, rows))
     for sentence in result.get("left_out", []):
         console.print(f"left out: {sentence}", markup=False, highlight=False)
     if output is not None:
@@ -122,8 +123,9 @@ def publish(
 
 @contextmanager
 def publishing(
-    benchmark: str, rows: Sequence[Row], facts: dict[str, Any], now: datetime, output: Path | None
-) -> Iterator[dict[str, Any]]:
+    benchmark: str, rows: Sequence[Row], facts: dict[str, Any], now: datetime, output: Path | None,
+    tabulate: Callable[[str, Sequence[Row]], Table] | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """`publish` what `rows` and `facts` hold in the end, into what is given: also after an error or an interruption.
 
     A benchmark of many minutes then loses nothing that it has measured; `stopped_by` says what ended it.
@@ -136,10 +138,10 @@ def publishing(
         raise
     finally:
         if rows or "stopped_by" not in facts:
-            result |= publish(benchmark, rows, facts, now, output)
+            result |= publish(benchmark, rows, facts, now, output, tabulate)
 
 
-def _table(title: str, rows: Iterable[Row]) -> Table:
+def _times(title: str, rows: Sequence[Row]) -> Table:
     caption = "ms of one call: median, half the distance of the quartiles; nothing is timed before it is found correct"
     table = Table(title=title, caption=caption, box=None, header_style="bold underline")
     table.add_column("what", no_wrap=True)

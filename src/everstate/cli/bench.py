@@ -38,6 +38,21 @@ def ops(
 
 
 @app.command()
+def errors(
+    quick: Annotated[bool, typer.Option(help="Small sizes: seconds instead of minutes.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; repeat.")] = None,
+) -> None:
+    """How far outputs and gradients of ops in bfloat16 are from float64, beside PyTorch forms and peers."""
+    from everstate.bench import errors as measure
+
+    only = tuple(op or ())
+    result = measure.run(quick=quick, output=output, now=datetime.now(UTC), device=device, only=only)
+    raise typer.Exit(0 if result["passed"] else 1)
+
+
+@app.command()
 def decode(
     model: Annotated[str, typer.Option("--model", "-m", help="mamba2-1.3b ..., granite4-h-tiny ...")] = "mamba2-1.3b",
     batch: Annotated[list[int] | None, typer.Option("--batch", "-b", min=1, help="Sequences at once; repeat.")] = None,

@@ -1,0 +1,86 @@
+"""The benchmark of errors: with the forms of a CPU, which are those that it compares with."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from everstate.bench import errors
+from everstate.bench.peer_ops import Run, run_op
+from everstate.bench.report import Row
+from everstate.bench.timing import Gate
+from everstate.core.errors import ConfigError
+from everstate.ops.example import Example
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+SSD = ["output", *(f"gradient of {name}" for name in ("x", "a", "s", "B", "C", "state", "D"))]
+
+
+def ssd(peers: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> tuple[list[Row], list[str]]:
+    monkeypatch.setattr(errors, "peers_of", lambda name, example: peers)
+    title, example = next(errors.cases("ssd_scan", 128, 100, "cpu"))
+    left_out: list[str] = []
+    return list(errors.errors("ssd_scan", title, example, 100, left_out)), left_out
+
+
+def test_what_a_run_publishes(tmp_path: Path) -> None:
+    output = tmp_path / "errors.json"
+    errors.run(quick=True, output=output, now=NOW, device="cpu", only=["ssd_scan"])
+    kept = json.loads(output.read_text())
+    titles = ("ssd_scan", "ssd_scan, 16 times slower decays")
+    assert [row["name"] for row in kept["rows"]] == [f"{title}: {tensor}" for title in titles for tensor in SSD]
+    assert kept["passed"]
+    for row in kept["rows"]:
+        rounded = row["name"].rpartition(" ")[2] in ("output", "x", "B", "C")
+        assert row["everstate"] == row["error"] and (1e-3 if rounded else 0) < row["torch"] < (
+            2e-3 if rounded else 1e-6
+        )
+
+
+def test_decays_are_slower_the_second_time() -> None:
+    (_, once), (_, slower) = errors.cases("ssd_scan", 128, 8, "cpu")
+    assert torch.equal(16 * slower.timed["a"], once.timed["a"]) and torch.equal(slower.timed["x"], once.timed["x"])
+    assert [title for title, _ in errors.cases("rotary", 128, 8, "cpu")] == ["rotary"]
+
+
+def test_peers_are_compared_where_numbers_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(example: Example) -> list[Tensor]:
+        return [1.01 * run_op("ssd_scan", example)[0].float()]
+
+    rows, left_out = ssd({"peer": off, "peer without D": off}, monkeypatch)
+    compared = {row.name.partition(": ")[2]: row.figures["peer"] for row in rows if "peer" in row.figures}
+    assert list(compared) == ["output", "gradient of x", "gradient of B", "gradient of C"]
+    assert compared["output"] == pytest.approx(0.01, rel=0.05) and not left_out
+
+
+def test_what_a_peer_computes_otherwise_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(example: Example) -> list[Tensor]:
+        raise RuntimeError("not on this machine")
+
+    rows, left_out = ssd({"twice": lambda one: [2 * run_op("ssd_scan", one)[0]], "fails": fails}, monkeypatch)
+    assert all(row.figures.keys() == {"everstate", "torch"} for row in rows)
+    assert left_out[0] == "ssd_scan of fails: not on this machine"
+    assert left_out[1] == "ssd_scan, output of twice: its outputs differ from ours by 1e+00, of norms"
+
+
+def test_an_op_without_kernels_is_not_measured() -> None:
+    with pytest.raises(ConfigError, match="bench errors: ssd_step_ is not measured on a GPU; give one or more of: ssd"):
+        errors.run(quick=True, output=None, now=NOW, device="cpu", only=["ssd_step_"])
+
+
+def test_the_table_says_each_op_once() -> None:
+    gate = Gate(0.0, 1.0)
+    first = Row("op: output", 1, gate, None, figures={"everstate": 2.164e-3, "torch": 1.66e-3, "peer": 2.1e-3})
+    second = Row("op: gradient of dt", 1, gate, None, figures={"everstate": 1e-3, "torch": 3e-7})
+    console = Console(width=60, record=True, file=StringIO())
+    console.print(errors.table("errors", [first, second]))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["what", "everstate", "torch", "peer"] in lines and ["op"] in lines
+    assert ["output", "2.16", "1.66", "2.1"] in lines and ["gradient", "of", "dt", "1", "0.0003"] in lines
