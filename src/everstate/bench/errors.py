@@ -1,5 +1,8 @@
 """`everstate bench errors`: how far outputs and gradients of an op are from float64, beside the PyTorch form and peers.
 
+The PyTorch form computes in float32. Under autocast, as models are trained that have no kernels, its products are
+bfloat16, as those of kernels are.
+
 Activations are bfloat16, as in training. Errors are norms of differences, relative to the norm of what is right; that
 of rounding normal numbers once to bfloat16 is 1.66e-3. How far a scan looks back decides which of its products are
 large, so scans are measured with decays as published, and with slower ones.
@@ -29,7 +32,7 @@ from everstate.bench.kernels import (
     norm_error,
     with_kernels,
 )
-from everstate.bench.peer_ops import peers_of, run_op
+from everstate.bench.peer_ops import Run, peers_of, run_op
 from everstate.bench.report import Row, machine, publishing
 from everstate.bench.shapes import GPU_SHAPES, op_of
 from everstate.bench.timing import Gate
@@ -44,7 +47,7 @@ DECAYS = {"ssd_scan": "a", "trapezoid_scan": "A", "selective_scan": "A"}
 """Arguments to which the logarithms of decays are proportional."""
 SLOWER = 16
 """By which they are divided, the second time."""
-FORM = "torch"
+FORM, FORM_IN_BFLOAT16 = "torch", "torch, autocast"
 
 
 def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -84,52 +87,65 @@ def cases(name: str, d_inner: int, tokens: int, device: str) -> Iterator[tuple[s
 def errors(name: str, title: str, example: Example, tokens: int, left_out: list[str]) -> Iterator[Row]:
     """A row for the output and one for each gradient. Peers, which are given other numbers in float32, are in those of
     tensors in bfloat16; one that computes less is not there."""
-    find, ours = partial(outcome, outputs=1), partial(run_op, op_of(name))
-    with use("torch", REFERENCE):
-        expected, form = find(ours, exactly(example)), find(ours, example)
-    found = {OURS: find(ours, example), FORM: form}
-    for peer, run in peers_of(name, example).items():
-        if "without" in peer:
-            continue
-        try:
-            found[peer] = find(run, example)
-        except Exception as error:
-            left_out.append(f"{title} of {peer}: {first_line(error)}")
+    expected, found = outcomes(name, title, example, left_out)
     for place, tensor in enumerate(["output", *(f"gradient of {each}" for each in arguments(example))]):
+        rounded = found[FORM][place].dtype == torch.bfloat16
         figures: dict[str, float] = {}
         for who, tensors in found.items():
-            figures |= _error(f"{title}, {tensor}", who, tensors[place], expected[place], form[place].dtype, left_out)
+            got, right = tensors[place], expected[place]
+            if who in (OURS, FORM, FORM_IN_BFLOAT16):
+                figures[who] = norm_error(got, right)
+            elif rounded and got.numel() == right.numel():
+                error = norm_error(got.reshape(right.shape), right)
+                if error <= PEERS_ALLOWED:
+                    figures[who] = error
+                else:
+                    left_out.append(differing(f"{title}, {tensor} of {who}", error))
         yield Row(f"{title}: {tensor}", tokens, Gate(figures[OURS], ALLOWED[torch.bfloat16]), None, figures=figures)
 
 
-def _error(
-    what: str, who: str, got: Tensor, expected: Tensor, dtype: torch.dtype, left_out: list[str]
-) -> dict[str, float]:  # fmt: skip
-    """Of one tensor, under the name of who gave it; nothing for what a peer computes otherwise."""
-    if who in (OURS, FORM):
-        return {who: norm_error(got, expected)}
-    if dtype != torch.bfloat16 or got.numel() != expected.numel():
-        return {}
-    error = norm_error(got.reshape(expected.shape), expected)
-    if error > PEERS_ALLOWED:
-        left_out.append(differing(f"{what} of {who}", error))
-        return {}
-    return {who: error}
+def outcomes(
+    name: str, title: str, example: Example, left_out: list[str]
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """The output and the gradients of all arguments, in float64 and as each candidate finds them."""
+    find, op = partial(outcome, outputs=1), partial(run_op, op_of(name))
+    found = {OURS: find(op, example)}
+    with use("torch", REFERENCE):
+        expected = find(op, exactly(example))
+        found[FORM] = find(op, example)
+        found[FORM_IN_BFLOAT16] = find(partial(under_autocast, op), example)
+    for peer, run in peers_of(name, example).items():
+        if "without" not in peer:
+            try:
+                found[peer] = find(run, example)
+            except Exception as error:
+                left_out.append(f"{title} of {peer}: {first_line(error)}")
+    return expected, found
+
+
+def under_autocast(run: Run, example: Example) -> list[Tensor]:
+    """The forward pass, as a training step has it; the backward pass then is in the same precision."""
+    device = next(iter(example.timed.values())).device
+    with torch.autocast(device.type, torch.bfloat16):
+        return run(example)
 
 
 def table(title: str, rows: Sequence[Row]) -> Table:
     """Each op, and under it a line for each tensor."""
-    names = list(dict.fromkeys(name for row in rows for name in row.figures))
     caption = "norm of the difference from float64, relative, in thousandths"
-    table = Table("what", title=title, caption=caption, box=None, header_style="bold underline")
-    for name in names:
-        table.add_column(name, justify="right")
+    table = Table(title=title, caption=caption, box=None, header_style="bold underline")
+    table.add_column("what", min_width=24, overflow="fold")
+    forms = (OURS, FORM, FORM_IN_BFLOAT16)
+    for name in forms:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("peer", justify="right")
     last = None
     for row in rows:
         op, _, tensor = row.name.partition(": ")
         if op != last:
             table.add_row(f"[bold]{op}[/]")
         last = op
-        figures = (f"{1000 * row.figures[name]:.3g}" if name in row.figures else "" for name in names)
-        table.add_row(f"  {tensor}", *figures)
+        peers = (f"{name} {1000 * error:.2f}" for name, error in row.figures.items() if name not in forms)
+        own = (f"{1000 * row.figures[name]:.2f}" for name in forms)
+        table.add_row(f"  {tensor.replace('gradient of ', 'd')}", *own, ", ".join(peers))
     return table
