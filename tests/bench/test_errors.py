@@ -30,7 +30,8 @@ def ssd(peers: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> tuple[list[Ro
     return list(errors.errors("ssd_scan", title, example, 100, left_out)), left_out
 
 
-def test_what_a_run_publishes(tmp_path: Path) -> None:
+def test_what_a_run_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "peers_of", lambda name, example: {})  # they may be there, and tune for minutes
     output = tmp_path / "errors.json"
     errors.run(quick=True, output=output, now=NOW, device="cpu", only=["ssd_scan"])
     kept = json.loads(output.read_text())
