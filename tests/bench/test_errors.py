@@ -86,3 +86,14 @@ def test_the_table_says_each_op_once() -> None:
     lines = [line.split() for line in console.export_text().splitlines()]
     assert ["what", "everstate", "torch", "torch,", "autocast", "peer"] in lines and lines.count(["op"]) == 1
     assert ["output", "2.16", "1.66", "0.00", "peer", "2.10"] in lines and ["ddt", "2.16", "1.66", "0.00"] in lines
+
+
+@pytest.mark.gpu
+def test_kernels_of_scans_err_no_more_than_products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 1.2 times what the PyTorch form does under autocast. In the interpreter numbers are cut, not rounded."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    monkeypatch.setattr(errors, "peers_of", lambda name, example: {})
+    scans = ["ssd_scan", "trapezoid_scan", "trapezoid_scan, 4 ranks", "selective_scan", "linear_scan"]
+    result = errors.run(quick=False, output=None, now=NOW, device="cuda", only=scans)
+    assert [row for row in result["rows"] if row["everstate"] > 1.2 * row["torch, autocast"] + 1e-5] == []
