@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from everstate.core.state import tensors
 from everstate.engine import Sampling, compiling
@@ -36,6 +36,10 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return results
 
 
+class Theirs(nn.RMSNorm):
+    """A norm that is not of the library."""
+
+
 def model(layout: str = "mamba2", **mixers: Any) -> LM:
     return LM(ModelConfig(d_model=32, vocab_size=50, layout=layout, mixers=mixers))
 
@@ -56,8 +60,28 @@ def test_not_where_values_decide(together: list[int], monkeypatch: pytest.Monkey
 
 
 def test_a_cpu_compiles_nothing(together: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+    monkeypatch.setattr(LM, "device", torch.device("cpu"))
     assert first_compiled(model(), "prompt", lambda: 1) == 1 and together == []
+
+
+def test_not_where_somebody_looks_on(together: list[int]) -> None:
+    """Who collects what parts of a model are given must not get what no kernel has written."""
+    watched, normed = model(), model()
+    watched.layers[0].mixer.register_forward_pre_hook(lambda module, args: None)
+    normed.norm = Theirs(32)
+    assert [first_compiled(each, "prompt", lambda: 1) for each in (watched, normed)] == [1, 1]
+    assert together == []
+
+
+def test_a_first_use_that_fails_was_none(together: list[int]) -> None:
+    one = model()
+
+    def fails() -> int:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        first_compiled(one, "prompt", fails)
+    assert first_compiled(one, "prompt", lambda: 1) == 1 and together == [1]
 
 
 def test_a_model_that_is_gone_is_forgotten(together: list[int]) -> None:
@@ -95,7 +119,10 @@ def test_what_is_written_is_the_same(layout: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(triton_launch, "_rehearse", watched)
     triton_replay.forget()
     compiling._used.clear()
-    huge = [torch.full((size,), 2**62, device="cuda") for size in [2**26, *[2**16] * 256]]
-    del huge
+    # Each stream has memory of its own, and PyTorch hands out 32 in turn.
+    for stream in (torch.cuda.current_stream(), *(torch.cuda.Stream() for _ in range(32))):
+        with torch.cuda.stream(stream):
+            huge = [torch.full((size,), 2**62, device="cuda") for size in [2**22, *[2**16] * 64]]
+            del huge
     assert all(torch.equal(got, want) for got, want in zip(written(lm), expected, strict=True))
     assert rehearsed.count("everstate.engine.runner") == rehearsed.count("everstate.engine.graphs") == 1

@@ -171,6 +171,18 @@ def test_what_is_captured_is_only_called(kernel: Kernel, monkeypatch: pytest.Mon
     assert len(kernel.asked) == 1 and not kernel.compiled
 
 
+def test_where_launches_go_the_ordinary_way_functions_are_only_called(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Triton that has not been tried may compile in threads in another way, and who watches launches sees them."""
+    from everstate.ops import triton_launch
+    from everstate.ops.triton_launch import compile_together, launch
+
+    monkeypatch.setattr(triton_launch, "launches_are_known", lambda: False)
+    compile_together(lambda x: launch(kernel, (3,), x, 32, SIZE=8), aligned())
+    assert len(kernel.asked) == 1 and not kernel.compiled
+
+
 def test_an_interruption_leaves_nothing_behind(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it waits for its threads Triton would stay in the mode in which it compiles in threads."""
     from triton.runtime import _async_compile

@@ -1,11 +1,12 @@
-"""`everstate bench errors`: how far outputs and gradients of an op are from float64, beside the PyTorch form and peers.
+"""`everstate bench errors`: how far the output of an op and its gradients are from float64, beside the PyTorch form and
+peers. Of scans and what surrounds them; what final states are and say is not in it.
 
-The PyTorch form computes in float32. Under autocast, as models are trained that have no kernels, its products are
-bfloat16, as those of kernels are.
+The PyTorch form computes in float32, but for experts and the loss. Under autocast, as models are trained that have no
+kernels, its products are bfloat16, as those of kernels are.
 
 Activations are bfloat16, as in training. Errors are norms of differences, relative to the norm of what is right; that
 of rounding normal numbers once to bfloat16 is 1.66e-3. How far a scan looks back decides which of its products are
-large, so scans are measured with decays as published, and with slower ones.
+large, so those of models are measured with decays as published, and with slower ones.
 """
 
 from __future__ import annotations
@@ -22,16 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from everstate.bench.examples import arguments, cut, exactly, lower, outcome
-from everstate.bench.kernels import (
-    ALLOWED,
-    OURS,
-    PEERS_ALLOWED,
-    chosen,
-    differing,
-    first_line,
-    norm_error,
-    with_kernels,
-)
+from everstate.bench.kernels import ALLOWED, OURS, PEERS_ALLOWED, chosen, first_line, norm_error, with_kernels
 from everstate.bench.peer_ops import Run, peers_of, run_op
 from everstate.bench.report import Row, machine, publishing
 from everstate.bench.shapes import GPU_SHAPES, op_of
@@ -48,6 +40,7 @@ DECAYS = {"ssd_scan": "a", "trapezoid_scan": "A", "selective_scan": "A"}
 SLOWER = 16
 """By which they are divided, the second time."""
 FORM, FORM_IN_BFLOAT16 = "torch", "torch, autocast"
+NO_PEERS = (OURS, FORM, FORM_IN_BFLOAT16)
 
 
 def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -93,14 +86,14 @@ def errors(name: str, title: str, example: Example, tokens: int, left_out: list[
         figures: dict[str, float] = {}
         for who, tensors in found.items():
             got, right = tensors[place], expected[place]
-            if who in (OURS, FORM, FORM_IN_BFLOAT16):
+            if who in NO_PEERS:
                 figures[who] = norm_error(got, right)
             elif rounded and got.numel() == right.numel():
                 error = norm_error(got.reshape(right.shape), right)
                 if error <= PEERS_ALLOWED:
                     figures[who] = error
                 else:
-                    left_out.append(differing(f"{title}, {tensor} of {who}", error))
+                    left_out.append(f"{title}, {tensor} of {who}: {error:.0e} from float64, which is something else")
         yield Row(f"{title}: {tensor}", tokens, Gate(figures[OURS], ALLOWED[torch.bfloat16]), None, figures=figures)
 
 
@@ -124,7 +117,7 @@ def outcomes(
 
 
 def under_autocast(run: Run, example: Example) -> list[Tensor]:
-    """The forward pass, as a training step has it; the backward pass then is in the same precision."""
+    """The forward pass, as a training step has it. Backward, operations of PyTorch are in the same precision."""
     device = next(iter(example.timed.values())).device
     with torch.autocast(device.type, torch.bfloat16):
         return run(example)
@@ -135,8 +128,7 @@ def table(title: str, rows: Sequence[Row]) -> Table:
     caption = "norm of the difference from float64, relative, in thousandths"
     table = Table(title=title, caption=caption, box=None, header_style="bold underline")
     table.add_column("what", min_width=24, overflow="fold")
-    forms = (OURS, FORM, FORM_IN_BFLOAT16)
-    for name in forms:
+    for name in NO_PEERS:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("peer", justify="right")
     last = None
@@ -145,7 +137,8 @@ def table(title: str, rows: Sequence[Row]) -> Table:
         if op != last:
             table.add_row(f"[bold]{op}[/]")
         last = op
-        peers = (f"{name} {1000 * error:.2f}" for name, error in row.figures.items() if name not in forms)
-        own = (f"{1000 * row.figures[name]:.2f}" for name in forms)
-        table.add_row(f"  {tensor.replace('gradient of ', 'd')}", *own, ", ".join(peers))
+        peers = (f"{name} {1000 * error:.2f}" for name, error in row.figures.items() if name not in NO_PEERS)
+        own = (f"{1000 * row.figures[name]:.2f}" for name in NO_PEERS)
+        style = None if row.gate.passed else "red"
+        table.add_row(f"  {tensor.replace('gradient of ', 'd')}", *own, ", ".join(peers), style=style)
     return table

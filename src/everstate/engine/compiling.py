@@ -11,6 +11,7 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from everstate.core.kernels import has_triton
 from everstate.mixers import Mixer
@@ -42,16 +43,25 @@ def _counts_on_host(mixer: Mixer) -> bool:
     return experts.serving(x, chosen.float(), chosen, mixer.in_proj.weight, mixer.out_proj.weight) != "triton"
 
 
-def first_compiled(model: LM, use: Hashable, function: Callable[[], R]) -> R:
-    """`function()`, which runs the model. For the first such `use` of it on a GPU, its kernels are compiled together.
+def first_compiled(model: LM, kind: Hashable, function: Callable[[], R]) -> R:
+    """`function()`, which runs the model. The first time of each `kind` on a GPU, its kernels are compiled together.
 
-    It may then be called up to three times, once with kernels that do not run, so that whatever they write holds
-    anything: it must not matter what it has changed, and nothing may be looked up by what a kernel has written.
+    Then `everstate.ops.triton_launch.compile_together` says what it may do.
     """
     known = _used.setdefault(model, set())
-    if use in known or model.device.type != "cuda" or not has_triton() or not asks_host_nothing(model):
+    if kind in known or model.device.type != "cuda" or not has_triton():
         return function()
-    known.add(use)
+    if not asks_host_nothing(model) or not all(map(_is_ours, model.modules())):
+        return function()
     from everstate.ops.triton_launch import compile_together
 
-    return compile_together(function)
+    result = compile_together(function)
+    known.add(kind)
+    return result
+
+
+def _is_ours(part: nn.Module) -> bool:
+    """Whether nobody else sees what a part of a model is given, which may be what no kernel has written."""
+    return type(part).__module__.partition(".")[0] in ("everstate", "torch") and not (
+        part._forward_hooks or part._forward_pre_hooks
+    )

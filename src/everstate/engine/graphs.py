@@ -91,7 +91,7 @@ class DecodeGraph:
         torch.cuda.current_stream().wait_stream(stream)
 
     def _try(self, state: State) -> None:
-        """Use all kernels of a step, which may write anything: what is read is not what is chosen."""
+        """Use all kernels of a step. It reads token 0, because what kernels that do not run have chosen is none."""
         self.chosen.zero_()
         self._read(state)
         self._choose()

@@ -71,7 +71,7 @@ def _read(model: LM, blocks: dict[int, list[int]], state: State) -> Float[Tensor
         hidden, after = model.hidden(tokens, before, packing if len(packing) > 1 else None)
         return model.logits(hidden[0, ends]), after
 
-    logits, after = first_compiled(model, "prompt", read)
+    logits, after = first_compiled(model, ("prompts", len(packing) > 1), read)
     scatter_(state, slots, after)
     return logits
 

@@ -182,11 +182,12 @@ def watching(watcher: Watcher) -> Iterator[None]:
 def compile_together(function: Callable[..., R], *args: Any) -> R:
     """`function(*args)`, whose kernels are compiled at the same time, where they are not yet.
 
-    What it returns is new memory, and it changes nothing else. It is called until it wants to launch a kernel that is
-    not compiled; then to see which kernels there are, with results that nobody reads; and then once more. Where a graph
-    is captured, which would hold all of this, it is only called.
+    It is called until it wants to launch a kernel that is not compiled; then to see which kernels there are, without
+    running them; and then once more. So it must not matter what it has changed, and nothing may be looked up by what a
+    kernel has written, which may be anything. Where a graph is captured, which would hold all of this, and where
+    launches go the ordinary way, it is only called.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing() or not launches_are_known():
         return function(*args)
     with suppress(NotCompiled), _launching(_Trying()):
         return function(*args)

@@ -73,7 +73,7 @@ from everstate.ops.triton_segments import (
     settings_for,
     splits_of,
 )
-from everstate.ops.triton_sums import total
+from everstate.ops.triton_sums import COLUMNS, ROWS, total
 
 HEADS_AT_ONCE, HEADS_IN_TURN = 32, 16
 """Heads whose numbers per token one program makes, and heads that one program takes one after the other."""
@@ -651,13 +651,14 @@ class Call:
         self, dB_bias: Tensor | None, dC_bias: Tensor | None, *, parts: int | None = None
     ) -> tuple[Float[Tensor, "h r n"] | None, Float[Tensor, "h r n"] | None]:
         """Of those that are given, from what chunks say: of each head, or of the heads of one of `parts` up to it."""
-        rows, empty = self.heads * self.rank, lambda t: None if t is None else t.new_empty(t.shape, dtype=torch.float32)
+        rows = self.heads * self.rank
+        empty = lambda t: None if t is None else t.new_empty(t.shape, dtype=torch.float32)
         out = empty(self.given.B_bias), empty(self.given.C_bias)
         if dB_bias is not None or dC_bias is not None:
             launch(
-                bias_gradients_kernel, (2 * rows, cdiv(self.width, 16)),
+                bias_gradients_kernel, (2 * rows, cdiv(self.width, COLUMNS)),
                 dB_bias, dC_bias, *out, len(self.plan.chunks), rows, BEFORE=0 if parts is None else self.rank,
-                PART=rows // (parts or 1), **self.order, WIDTH=self.width, BLOCK=128, COLUMNS=16,
+                PART=rows // (parts or 1), **self.order, WIDTH=self.width, BLOCK=ROWS, COLUMNS=COLUMNS,
             )  # fmt: skip
         return out
 
@@ -682,7 +683,7 @@ class Call:
 
     def _key_gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor, later: Tensor) -> KeyGradients:
         splits, count, steps = self._splits(), len(self.plan.chunks), self.steps
-        total, shape, half = self.batch * self.length, (*self.given.B.shape[:-1], self.width), self.sizes["HALF"]
+        tokens, shape, half = self.batch * self.length, (*self.given.B.shape[:-1], self.width), self.sizes["HALF"]
         dB, dC = (t.new_empty(splits, *shape, dtype=torch.float32 if splits > 1 else t.dtype) for t in (self.B, self.C))
         dB_bias, dC_bias = (None if t is None else steps.new_empty(count, *t.shape) for t in (self.B_bias, self.C_bias))
         dangles = steps.new_empty(count, self.heads, CHUNK, half)
@@ -693,7 +694,7 @@ class Call:
                 keys_kernel, (count * self.groups * splits,),
                 self.x, self.mimo_x, dy, steps, self.omega, self.phases, self.B, self.C, self.B_bias, self.C_bias,
                 entering, leaving, dB, dC, dB_bias, dC_bias, dangles, self.plan.chunks,
-                *self.x.stride()[:2], *dy.stride()[:3], self.omega.stride(0), total, **self.sizes,
+                *self.x.stride()[:2], *dy.stride()[:3], self.omega.stride(0), tokens, **self.sizes,
                 BLOCK_P=self.block_p, SPLITS=splits, TURN=turn, num_warps=warps, **settings_for(self.x, 2),
             )  # fmt: skip
         turns = self.turn_gradients(dangles, later, self.ranks)
