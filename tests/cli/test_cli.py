@@ -129,6 +129,19 @@ def test_an_error_is_one_readable_line(folder: Path, words: list[str], message: 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate -m model hi", "verify model", "bench ops", "bench errors --quick", "bench decode --quick",
+        "bench prefill --quick", "bench train --quick",
+    ],
+)  # fmt: skip
+def test_a_device_that_is_not_there_is_an_error_before_anything_is_done(folder: Path, command: str) -> None:
+    done = run(folder, *command.split(), "--device", "cuda:99")
+    assert done.returncode == 1 and done.stdout == ""
+    assert "error: device = 'cuda:99', and PyTorch sees" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:
     command = f"{sys.executable} -m everstate.cli generate -m model x -n 2000 | head -c 5"
     done = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, check=False)

@@ -113,7 +113,10 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_mean_over_all_batches(ma
 
 
 def test_a_device_that_is_not_there_is_refused_in_one_line(make_recipe: MakeRecipe) -> None:
-    for name, sentence in (("gpu", "names no device"), ("cuda:99", "PyTorch sees .* GPUs here")):
+    for name, sentence in (
+        ("gpu", "names no device"),
+        ("cuda:99", "train.device = 'cuda:99', and PyTorch sees .* here; give cpu"),
+    ):
         with pytest.raises(ConfigError, match=sentence):
             Run(make_recipe(train={"device": name}), ByteTokenizer(), documents(*TEXTS))
 

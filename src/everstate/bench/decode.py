@@ -69,7 +69,7 @@ def run(
     plan = Plan(kind_of(model), batches, 32 if quick else 128, 512 if quick else 131_072)
     rows: list[Row] = []
     left_out: list[str] = []
-    facts: dict[str, Any] = {"model": model, "quick": quick, "machine": machine(torch.device(device))}
+    facts: dict[str, Any] = {"model": model, "quick": quick, "machine": machine(device)}
     facts["left_out"] = left_out
     with (
         publishing("decode", rows, facts, now, output) as result,

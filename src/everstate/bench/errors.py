@@ -52,7 +52,7 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
     d_inner, tokens = (QUICK_D_INNER, QUICK_TOKENS) if quick else (D_INNER, TOKENS)
     rows: list[Row] = []
     left_out: list[str] = []
-    facts = {"quick": quick, "machine": machine(torch.device(device)), "d_inner": d_inner, "left_out": left_out}
+    facts = {"quick": quick, "machine": machine(device), "d_inner": d_inner, "left_out": left_out}
     with (
         publishing("errors", rows, facts, now, output, table) as result,
         compiled_together(),

@@ -58,7 +58,7 @@ def run(*, quick: bool, output: Path | None, now: datetime, device: str, only: S
     first_call_s: dict[str, float] = {}
     rows: list[Row] = []
     left_out: list[str] = []
-    facts = {"quick": quick, "machine": machine(torch.device(device)), "d_inner": d_inner, "first_call_s": first_call_s}
+    facts = {"quick": quick, "machine": machine(device), "d_inner": d_inner, "first_call_s": first_call_s}
     facts["left_out"] = left_out
     with (
         publishing("kernels", rows, facts, now, output) as result,

@@ -50,7 +50,7 @@ def run(*, gigabytes: float, repeats: int, output: Path | None, now: datetime) -
         for name, dtype in (("as stored (float32)", None), ("to bfloat16", torch.bfloat16)):
             console.print(f"loading {name}, {repeats} times ...")
             rows.append({"name": name, **_measure(folder, dtype, size, repeats)})
-    result = {"benchmark": "load", "date": now.isoformat(timespec="seconds"), **machine(torch.device("cpu"))}
+    result = {"benchmark": "load", "date": now.isoformat(timespec="seconds"), **machine("cpu")}
     result |= {"bytes": size, "repeats": repeats, "goal_speed": GOAL_SPEED, "goal_memory": GOAL_MEMORY, "rows": rows}
     Console().print(_table(rows))
     if output is not None:

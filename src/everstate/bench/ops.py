@@ -86,7 +86,7 @@ def run(*, quick: bool, threads: int | None, output: Path | None, now: datetime,
         rows = []
         for part in (agreements, op_speeds, stacks, decoding):
             rows += list(part(plan, status.update))
-        facts = {"quick": quick, "machine": machine(torch.device(device)), "plan": asdict(plan)}
+        facts = {"quick": quick, "machine": machine(device), "plan": asdict(plan)}
     return publish("ops", rows, facts, now, output)
 
 

@@ -47,7 +47,7 @@ def run(*, models: tuple[str, ...], quick: bool, device: str, output: Path | Non
     configs = {model: config_of(model, quick=quick) for model in models}
     rows: list[Row] = []
     left_out: list[str] = []
-    facts = {"quick": quick, "machine": machine(torch.device(device)), "left_out": left_out}
+    facts = {"quick": quick, "machine": machine(device), "left_out": left_out}
     with (
         publishing("prefill", rows, facts, now, output) as result,
         with_threads(cpu_threads()),

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from everstate.bench.timing import Gate, Timing
+from everstate.core.device import device_named
 
 PACKAGES = ("everstate", "torch", "transformers")
 
@@ -56,8 +57,9 @@ class Row:
         return facts if self.state_bytes is None else {**facts, "state_bytes": self.state_bytes}
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """The hardware and the versions that a figure belongs to."""
+def machine(named: str) -> dict[str, Any]:
+    """The hardware and the versions that a figure belongs to. Raises `ConfigError` for a device that is not there."""
+    device = device_named(named)
     return {
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "cpu": _cpu_name(),

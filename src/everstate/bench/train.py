@@ -93,7 +93,7 @@ def run(
         raise ConfigError(f"bench train: {unknown[0]!r} is not one of {', '.join(MODELS)}")
     rows: list[Row] = []
     left_out: list[str] = []
-    facts = {"quick": quick, "machine": machine(torch.device(device)), "peak_flops": PEAK, "left_out": left_out}
+    facts = {"quick": quick, "machine": machine(device), "peak_flops": PEAK, "left_out": left_out}
     facts["parameters"] = {kind: cost(config_of(kind, quick)).parameters for kind in models}
     with (
         publishing("train", rows, facts, now, output) as result,

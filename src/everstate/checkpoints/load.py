@@ -12,6 +12,7 @@ from everstate.checkpoints.files import read_metadata, read_tensors, write_tenso
 from everstate.checkpoints.hub import fetch, fetch_tokenizer
 from everstate.checkpoints.published import Published, Watch, load_published, open_published, stored_dtype
 from everstate.checkpoints.reader import open_tensors
+from everstate.core.device import device_named
 from everstate.core.errors import CheckpointError, ConfigError, TokenizerError
 from everstate.mixers.base import cast_
 from everstate.models import LM, ModelConfig
@@ -60,9 +61,10 @@ def load(
     dtype: of the weights; None for that in which they are stored.
     watch: told how many bytes of how many were read.
 
-    Raises `CheckpointError` when a file is missing, damaged, or of a model that we do not implement, and
-    `TokenizerError` when there is no tokenizer; `load_model` needs none.
+    Raises `CheckpointError` when a file is missing, damaged, or of a model that we do not implement, `TokenizerError`
+    when there is no tokenizer (`load_model` needs none), and `ConfigError` for a device that is not there.
     """
+    device = device_named(device)
     path = fetch(model, revision=revision)
     if is_own(path):
         text = _own_tokenizer(path) if tokenizer is None else _tokenizer_at(tokenizer)
@@ -81,6 +83,7 @@ def load_model(
     watch: Watch | None = None,
 ) -> LM:
     """`load` without the tokenizer."""
+    device = device_named(device)
     path = fetch(model, revision=revision)
     if is_own(path):
         return _load_own(path, device, dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from everstate.core.device import device_named
 from everstate.core.dtypes import dtype_named
 from everstate.core.errors import ConfigError
 from everstate.core.state import map_state, named_tensors
@@ -34,7 +35,7 @@ class Run:
         self.recipe, self.tokenizer, self.out = recipe, tokenizer, Path(settings.out)
         self.model = LM(
             recipe.model_config_for(tokenizer.vocab_size), seed=settings.seed, dtype=dtype_named(settings.dtype),
-            device=_device_named(settings.device),
+            device=device_named(settings.device, "train.device"),
         )  # fmt: skip
         if not self.model.causal:
             raise ConfigError(
@@ -107,15 +108,3 @@ class Run:
         self.lanes.carry = map_state(lambda t: next(saved).to(t.device), self.lanes.carry)
         self.step, self.tokens, self.summed = values["step"], values["tokens"], values["summed"]
         self.seconds, self.sums = values["seconds"], checkpoint.tensors["sums"].to(self.sums.device)
-
-
-def _device_named(name: str) -> torch.device:
-    """The device of a recipe. Raises `ConfigError` for one that is not there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"train.device = {name!r} names no device; give cpu, cuda or cuda:1") from None
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(f"train.device = {name!r}, and PyTorch sees {count} GPUs here; give cpu, or one of these")
-    return device
