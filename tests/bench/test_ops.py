@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from everstate.bench import ops as bench
-from everstate.bench.peer import Peer, available
+from everstate.bench.peer import Peer, available, name_with_kernels
 from everstate.models import LM, ModelConfig
 from everstate.ops import OPS
 from everstate.ops.norm import lean
@@ -56,9 +57,23 @@ def test_a_wrong_op_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert untimed == ["gated_rms_norm", "gated_rms_norm + backward"]
 
 
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-def test_the_peer_computes_what_we_compute(kind: str) -> None:
+def test_a_peer_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
+
+    def fails(peer: Peer, tokens: Tensor) -> Tensor:
+        raise ValueError("cannot be accessed from Triton\nand more")
+
+    monkeypatch.setattr(Peer, "hidden", fails)
+    left_out: list[str] = []
+    rows = list(bench.stacks(left_out, TINY, lambda what: None))
+    assert [row.name for row in rows] == [f"1 x {kind}" for kind in bench.STACKS for _ in range(2)]
+    assert all(row.gate.passed and row.timing is not None for row in rows)
+    reason = f"of {name_with_kernels()}: cannot be accessed from Triton"
+    assert left_out == [f"1 * ({kind}) {reason}" for kind in ("mamba1", "mamba2")]
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_the_peer_computes_what_we_compute(kind: str, needs_peer: None) -> None:
     assert available(kind)
     model = LM(ModelConfig(d_model=64, vocab_size=50, layout=f"2 * ({kind})"))
     tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))

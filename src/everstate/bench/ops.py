@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
 
-from everstate.bench.peer import PEER_NAME, Peer, available
+from everstate.bench.kernels import first_line
+from everstate.bench.peer import PEER_NAME, Peer, available, name_with_kernels
 from everstate.bench.peer_ops import is_number
 from everstate.bench.report import Row, machine, publish
 from everstate.bench.shapes import SHAPES
@@ -83,10 +84,11 @@ def run(*, quick: bool, threads: int | None, output: Path | None, now: datetime,
     """
     plan = replace(QUICK if quick else FULL, device=device)
     with with_threads(threads or cpu_threads()), Console(stderr=True).status("starting") as status:
-        rows = []
-        for part in (agreements, op_speeds, stacks, decoding):
+        rows: list[Row] = []
+        left_out: list[str] = []
+        for part in (agreements, op_speeds, partial(stacks, left_out), decoding):
             rows += list(part(plan, status.update))
-        facts = {"quick": quick, "machine": machine(device), "plan": asdict(plan)}
+        facts = {"quick": quick, "machine": machine(device), "plan": asdict(plan), "left_out": left_out}
     return publish("ops", rows, facts, now, output)
 
 
@@ -133,7 +135,7 @@ def op_speeds(plan: Plan, say: Say) -> Iterator[Row]:
         yield replace(row, name=f"{op} + backward", timing=both, **_compared(both, forward, "forward"))
 
 
-def stacks(plan: Plan, say: Say) -> Iterator[Row]:
+def stacks(left_out: list[str], plan: Plan, say: Say) -> Iterator[Row]:
     """Layers of one kind on end, without the head, beside the peer, and at two lengths."""
     for kind in (kind for kind in STACKS if kind in MIXERS):
         name = f"{plan.layers} x {kind}"
@@ -142,7 +144,7 @@ def stacks(plan: Plan, say: Say) -> Iterator[Row]:
         config = ModelConfig(d_model=plan.width, vocab_size=plan.vocab_size, layout=layout)
         model = LM(config, device=plan.device)
         tokens = _tokens(plan, plan.vocab_size, plan.long)
-        peer = Peer(model) if available(kind) else None
+        peer = _peer_of(model, tokens[:, :GATE_TOKENS], left_out) if available(kind) else None
         candidates: dict[str, Callable[[], object]] = {"short": partial(_hidden, model, tokens[:, : plan.short])}
         candidates["long"] = partial(_hidden, model, tokens)
         if peer is not None:
@@ -154,6 +156,18 @@ def stacks(plan: Plan, say: Say) -> Iterator[Row]:
         if peer is not None:
             yield Row(f"  {PEER_NAME}", plan.short, gate, theirs)
         yield Row(name, plan.long, gate, long, **_compared(long, short, f"time of {plan.short:,}"))
+
+
+def _peer_of(model: LM, tokens: Int[Tensor, "b l"], left_out: list[str]) -> Peer | None:
+    """The same layers there. One that reads no tokens here, as with mamba_ssm, whose kernels it calls on a CPU too, is
+    left out."""
+    try:
+        peer = Peer(model)
+        peer.hidden(tokens)
+    except Exception as error:
+        left_out.append(f"{model.config.layout} of {name_with_kernels()}: {first_line(error)}")
+        return None
+    return peer
 
 
 @torch.no_grad()
