@@ -40,9 +40,9 @@ def test_what_a_run_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert kept["passed"]
     for row in kept["rows"]:
         rounded = row["name"].rpartition(" ")[2] in ("output", "x", "B", "C")
-        assert row["everstate"] == row["error"] and (1e-3 if rounded else 0) < row["torch"] < (
-            2e-3 if rounded else 1e-6
-        )
+        low, high = (1e-3, 2e-3) if rounded else (0, 1e-6)
+        assert row["everstate"] == row["error"] and low < row["torch"] < high
+        assert row["torch, autocast"] > 1.2 * row["torch"]
 
 
 @pytest.mark.parametrize("name", [*errors.DECAYS, "trapezoid_scan, 4 ranks"])

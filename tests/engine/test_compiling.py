@@ -73,6 +73,15 @@ def test_not_where_somebody_looks_on(together: list[int]) -> None:
     assert together == []
 
 
+def test_a_model_is_looked_through_once(together: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block of a prompt asks; a model that is never rehearsed must not pay for that each time."""
+    looked: list[LM] = []
+    monkeypatch.setattr(compiling, "asks_host_nothing", lambda model: bool(looked.append(model)))
+    one = model()
+    assert [first_compiled(one, "prompt", lambda: 1) for _ in range(3)] == [1, 1, 1]
+    assert len(looked) == 1 and together == []
+
+
 def test_a_first_use_that_fails_was_none(together: list[int]) -> None:
     one = model()
 

@@ -13,8 +13,7 @@ def device_named(name: torch.device | str, setting: str = "device") -> torch.dev
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"{setting} = {name!r} names no device; give cpu, cuda or cuda:1") from None
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         there = "no GPU here; give cpu" if count == 0 else f"{count} here; give cpu, or cuda:0 to cuda:{count - 1}"
         raise ConfigError(f"{setting} = {str(name)!r}, and PyTorch sees {there}")
     return device

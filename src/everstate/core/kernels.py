@@ -150,7 +150,7 @@ def refusal(*inputs: Tensor | None, pairs: bool = False) -> str | None:
         if t is not None and t.dtype not in taken and (t.is_floating_point() or t.is_complex()):
             *most, last = (str(dtype).removeprefix("torch.") for dtype in (*taken, t.dtype))
             return f"takes {', '.join(most[:-1])} and {most[-1]}, not {last}"
-    if not _installed():
+    if not has_triton():
         return "needs the package triton, which comes with PyTorch for GPUs"
     if capability(device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
@@ -159,8 +159,9 @@ def refusal(*inputs: Tensor | None, pairs: bool = False) -> str | None:
 
 # What a compiler cannot look into, and need not: the answers never change.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _installed() -> bool:
-    return has_triton()
+def has_triton() -> bool:
+    """Whether the package triton is installed."""
+    return _find_triton()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -176,8 +177,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 @cache
-def has_triton() -> bool:
-    """Whether the package triton is installed."""
+def _find_triton() -> bool:
     return find_spec("triton") is not None
 
 

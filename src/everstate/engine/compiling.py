@@ -48,16 +48,22 @@ def first_compiled(model: LM, kind: Hashable, function: Callable[[], R]) -> R:
 
     Then `everstate.ops.triton_launch.compile_together` says what it may do.
     """
+    if model.device.type != "cuda":
+        return function()
     known = _used.setdefault(model, set())
-    if kind in known or model.device.type != "cuda" or not has_triton():
-        return function()
-    if not asks_host_nothing(model) or not all(map(_is_ours, model.modules())):
-        return function()
-    from everstate.ops.triton_launch import compile_together
+    if kind not in known and _can_rehearse(model):
+        from everstate.ops.triton_launch import compile_together
 
-    result = compile_together(function)
+        result = compile_together(function)
+    else:
+        result = function()
     known.add(kind)
     return result
+
+
+def _can_rehearse(model: LM) -> bool:
+    """Whether nobody looks at what its kernels have not written."""
+    return has_triton() and asks_host_nothing(model) and all(map(_is_ours, model.modules()))
 
 
 def _is_ours(part: nn.Module) -> bool:

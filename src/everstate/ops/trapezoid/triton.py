@@ -367,10 +367,11 @@ class Call:
         t = dense(t)
         out = t.new_empty(*t.shape[:-1], self.width, dtype=dtype)
         if self.single and t.is_contiguous():
-            rows = math.prod(t.shape[:-1])
+            rows, block = math.prod(t.shape[:-1]), 32
             launch(
-                halves_kernel, (cdiv(rows, 32),), t, out, rows, HALF=self.pairs, INTERLEAVED=self.interleaved, BLOCK=32
-            )
+                halves_kernel, (cdiv(rows, block),),
+                t, out, rows, HALF=self.pairs, INTERLEAVED=self.interleaved, BLOCK=block,
+            )  # fmt: skip
         else:
             self._arrange(t, out, t.stride()[:3], t.shape[1:3], back=False)
         return out
