@@ -76,6 +76,18 @@ def test_bfloat16_errs_no_more_than_the_torch_form(summed: bool, kernel_device: 
         assert error <= allowed * theirs[name] + 1e-4, name
 
 
+def test_the_gradients_of_a_sum_are_rounded_once(kernel_device: torch.device) -> None:
+    kernel = pytest.importorskip("everstate.ops.cross_entropy.triton")
+    inputs = draw(kernel_device, 37, 50, 8, torch.bfloat16)
+    inputs["weight"] = inputs["weight"].to(torch.bfloat16)
+    given = (inputs["x"], inputs["weight"], inputs["bias"], inputs["targets"], None, 16, True)
+    made = dict(zip(("x", "weight", "bias"), kernel._summed(*given)[1:], strict=True))
+    got = outcome("triton", inputs, share=None, chunk_size=16)
+    for name, gradient in made.items():
+        assert got[name].dtype is inputs[name].dtype
+        assert torch.equal(got[name], (gradient * torch.tensor(0.3).to(gradient)).to(got[name].dtype)), name
+
+
 def test_ignored_tokens_have_no_loss_and_no_gradient(kernel_device: torch.device) -> None:
     inputs = draw(kernel_device, 9, 50, 8, torch.float32)
     inputs["targets"][:] = IGNORE

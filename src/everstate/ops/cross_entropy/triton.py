@@ -79,7 +79,7 @@ def _losses_backward(
     softcap: float | None, chunk_size: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x and weight, and of bias where there is one."""
-    grad, products = grad.contiguous(), _Products(x, weight, bias)
+    grad, products = grad.contiguous(), _Products(x, weight, bias, None)
     for now, logits in _Logits(x, weight, bias, chunk_size):
         _launch(logits, targets[now], softcap, given=sums[now], upstream=grad[now], in_place=True)
         products.add_(now, logits)
@@ -112,9 +112,10 @@ def _summed(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, chunk_size: int,
     wanted: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The sum of all losses, and if `wanted` its gradients of x and weight, and of bias where there is one."""
+    """The sum of all losses, and if `wanted` its gradients of x and weight, and of bias where there is one, in float32:
+    they are rounded when it is known by what they are multiplied."""
     losses = x.new_empty(x.shape[0], dtype=torch.float32)
-    products = _Products(x, weight, bias) if wanted else None
+    products = _Products(x, weight, bias, torch.float32) if wanted else None
     for now, logits in _Logits(x, weight, bias, chunk_size):
         _launch(logits, targets[now], softcap, losses=losses[now], in_place=wanted)
         if products is not None:
@@ -127,26 +128,25 @@ def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, chunk_size: int,
     wanted: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return [x.new_empty((), dtype=torch.float32), *(_like(x, weight, bias) if wanted else [])]
+    return [x.new_empty((), dtype=torch.float32), *(_like(x, weight, bias, dtype=torch.float32) if wanted else [])]
 
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [t.dtype for t in inputs[:3] if t is not None]
     ctx.set_materialize_grads(False)  # of the gradients, which are outputs too
 
 
 def _differentiate_sum(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
-    # A float32 tensor of one dimension: a scalar would be rounded to the dtype of what it scales.
-    scale = grads[0].view(1)
-    dx, dweight, *dbias = ((t * scale).to(t.dtype) for t in ctx.saved_tensors)
+    dx, dweight, *dbias = ((t * grads[0]).to(dtype) for t, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
     return dx, dweight, dbias[0] if dbias else None, None, None, None, None
 
 
 _summed.register_autograd(_differentiate_sum, setup_context=_save_sum)
 
 
-def _like(*inputs: Tensor | None) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs if t is not None]
+def _like(*inputs: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor]:
+    return [torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) for t in inputs if t is not None]
 
 
 class _Logits(NamedTuple):
@@ -173,29 +173,39 @@ class _Logits(NamedTuple):
 
 
 class _Products:
-    """The gradients of x, weight and bias, from those of the logits."""
+    """The gradients of x, weight and bias from those of the logits: in `dtype`, or each in that of what it is of."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.x, self.weight, self.bias = x, weight, bias
-        self.factor = weight.to(x.dtype)
-        self.dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> None:
+        self.x, self.factor = x, weight.to(x.dtype)
+        self.dtypes = [dtype or t.dtype for t in (x, weight, bias) if t is not None]
+        self.dx = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         self.dweight = torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
         self.dbias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
 
     def add_(self, now: slice, slope: Float[Tensor, "t v"]) -> None:
         """A chunk's gradient of x, and its share of the others, which are summed in float32."""
-        torch.mm(slope, self.factor, out=self.dx[now])
-        if self.x.is_cuda and self.x.dtype != torch.float32:
-            torch.addmm(self.dweight, slope.T, self.x[now], out_dtype=torch.float32, out=self.dweight)
-        else:
-            self.dweight.addmm_(slope.T.to(torch.float32), self.x[now].to(torch.float32))
+        _multiply(slope, self.factor, self.dx[now], added=False)
+        _multiply(slope.T, self.x[now], self.dweight, added=True)
         if self.dbias is not None:
             self.dbias += slope.sum(0, dtype=torch.float32)
 
     def gradients(self) -> list[Tensor]:
-        """In the dtypes of what they belong to."""
-        given = [self.dx, self.dweight.to(self.weight.dtype)]
-        return given if self.dbias is None or self.bias is None else [*given, self.dbias.to(self.bias.dtype)]
+        """Those of x and weight, and of bias where there is one."""
+        given = [t for t in (self.dx, self.dweight, self.dbias) if t is not None]
+        return [t.to(dtype) for t, dtype in zip(given, self.dtypes, strict=True)]
+
+
+def _multiply(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], out: Float[Tensor, "m n"], *, added: bool) -> None:
+    """Put `a @ b` into `out`, which may be of higher precision, or add it."""
+    settings: dict[str, Any] = {}
+    if a.is_cuda and a.dtype != out.dtype:
+        settings["out_dtype"] = out.dtype
+    else:
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if added:
+        torch.addmm(out, a, b, out=out, **settings)
+    else:
+        torch.mm(a, b, out=out, **settings)
 
 
 def _launch(
