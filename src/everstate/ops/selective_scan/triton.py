@@ -61,12 +61,16 @@ class _Shape(NamedTuple):
     registers: int
 
 
-SCAN, ENDS = _Shape(32, 8, 168), _Shape(32, 8, 96)
+SCAN, ENDS = _Shape(32, 8, 168), _Shape(32, 8, 88)
 BACK, BACK_EXACT = _Shape(64, 4, 255), _Shape(32, 4, 168)
 """The sweeps that make gradients; those in float32 hold one state more."""
 
 CHANNELS, PROGRAMS, ROUNDS = 64, 8, 8
-"""Programs of so many channels that fill a multiprocessor, and how often they fill it where sequences are cut."""
+"""Programs of so many channels that fill a multiprocessor, and how often they fill it where sequences are cut: twice as
+often where the forward pass is cut too, more of whose programs run at a time."""
+
+AHEAD = 32
+"""Segments whose states are asked for together where they are passed on."""
 
 
 def selective_scan(
@@ -186,7 +190,8 @@ class _Segments(NamedTuple):
 def _pieces(sequences: int, x: Float[Tensor, "b l d"]) -> int:
     """Segments per sequence that fill the GPU with programs: one where half of it is full, since more are more work."""
     programs, room = sequences * cdiv(x.shape[2], CHANNELS), PROGRAMS * processors(x.device)
-    return 1 if 2 * programs > room else min(ROUNDS * room // programs, cdiv(x.shape[1], _chunk(x.dtype)))
+    rounds = ROUNDS if _walks(sequences, x) else 2 * ROUNDS
+    return 1 if 2 * programs > room else min(rounds * room // programs, cdiv(x.shape[1], _chunk(x.dtype)))
 
 
 def _walks(sequences: int, x: Float[Tensor, "b l d"]) -> bool:
@@ -256,9 +261,9 @@ class _Call:
         filled = power_of_2(self.n)
         self.x, self.dt, self.z = dense_rows(x), dense_rows(dt), None if z is None else dense_rows(z)
         self.D, self.bias = (None if t is None else t.contiguous() for t in (D, dt_bias))
-        self.A = A.new_zeros(filled, self.dim, dtype=torch.float32)
-        torch.mul(A.T, LOG2E.value, out=self.A[: self.n])
         make = torch.empty if filled == self.n else torch.zeros
+        self.A = make(filled, self.dim, dtype=torch.float32, device=x.device)
+        torch.mul(A.T, LOG2E.value, out=self.A[: self.n])
         self.BC = make(self.batch * self.length, 2, filled, dtype=torch.float32, device=x.device)
         self.BC[:, 0, : self.n], self.BC[:, 1, : self.n] = B.flatten(0, 1), C.flatten(0, 1)
         bounds = tuple(ends) or tuple(range(0, (self.batch + 1) * self.length, self.length))
@@ -308,7 +313,7 @@ class _Call:
         launch(
             pass_kernel, (len(self.sequences) * len(self.A), cdiv(self.dim, 128)),
             ends, spans, self.A, state, self.sequences,
-            DIM=self.dim, N=len(self.A), REVERSE=dy is not None, BLOCK=128, AHEAD=8,
+            DIM=self.dim, N=len(self.A), REVERSE=dy is not None, BLOCK=128, AHEAD=AHEAD,
         )  # fmt: skip
         return ends
 
