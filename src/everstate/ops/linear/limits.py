@@ -14,7 +14,7 @@ from everstate.ops.limits import step_refusal
 
 FEW = 4
 """Rows of x up to which numbers are multiplied one by one: matrix units would wait for memory just as long."""
-ROWS, ROWS_OF_8_BITS = 16, 64
+ROWS = 64
 """Rows of x up to which the kernels are faster than the library's products, and than widening weights of 8 bits."""
 BLOCK_K = 128
 """Numbers of a row of weights that a program multiplies at once, at least, if there are more than a few rows."""
@@ -30,9 +30,9 @@ def accepts_linear(
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `linear` do not serve these arguments, or None."""
-    rows, most = x.numel() // max(x.shape[-1], 1), ROWS_OF_8_BITS if weight.dtype == torch.int8 else ROWS
-    if not 0 < rows <= most:
-        return f"takes 1 to {most} rows, not {rows}"
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not 0 < rows <= ROWS:
+        return f"takes 1 to {ROWS} rows, not {rows}"
     if weight.dtype not in (x.dtype, torch.int8):
         return f"takes x and weights of one dtype, not {x.dtype} and {weight.dtype}"
     if not weight.is_contiguous():

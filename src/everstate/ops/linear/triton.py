@@ -12,9 +12,11 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
+from everstate.ops.conv1d import causal_conv1d_step_
 from everstate.ops.linear.limits import FEW
 from everstate.ops.linear.triton_ends import constants, finish, window_of
 from everstate.ops.linear.triton_tiles import run_tiles
+from everstate.ops.norm import rms_norm
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, dense_rows, launch_options, start_next, wait_for_last
 
@@ -22,6 +24,8 @@ HELD = 4096
 """Bytes of weights of a warp: many programs, each with all that it reads in flight, fill a GPU best."""
 MOST = 8192
 """Bytes of weights that a warp asks for at once, where a row is longer than that: what registers hold."""
+NORMED, CONVOLVED = 16, 32
+"""Rows up to which a norm before a product, and a convolution behind it, cost less in its launch than in their own."""
 
 
 def linear(
@@ -34,6 +38,8 @@ def linear(
     eps: float = 1e-5,
 ) -> Float[Tensor, "*b n"]:
     """See `everstate.ops.linear`."""
+    if norm is not None and x.numel() > NORMED * x.shape[-1]:
+        x, norm = rms_norm(x, norm, eps=eps), None
     return _linear(x, weight, bias, scale, norm, eps)
 
 
@@ -51,8 +57,12 @@ def linear_conv_step_(
     scale: Float[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, "b before"], Float[Tensor, "b d"], Float[Tensor, "b after"]]:
     """See `everstate.ops.linear_conv_step_`. The pool may be of lower precision: what enters it is rounded."""
-    y = _linear_conv(x, weight, bias, scale, conv_weight, conv_bias, state, slots, start, activation == "silu")
     stop = start + len(conv_weight)
+    if len(x) > CONVOLVED:
+        y = _linear(x, weight, bias, scale, None, 0.0)
+        convolved = causal_conv1d_step_(y[:, start:stop], conv_weight, conv_bias, state, slots, activation=activation)
+        return y[:, :start], convolved, y[:, stop:]
+    y = _linear_conv(x, weight, bias, scale, conv_weight, conv_bias, state, slots, start, activation == "silu")
     return y[:, :start], y[:, start:stop], y[:, stop:]
 
 

@@ -23,12 +23,10 @@ from everstate.ops.triton_rows import launch_options, start_next, wait_for_last
 
 BLOCK_N = 64
 """Outputs of a program: what the matrix units of Hopper take at once."""
-SPLITS = 4
-"""Most programs among which a sum is split."""
+SPLITS, SHORT = 4, 1024
+"""Most programs among which a sum is split, and of how many numbers it is made sooner than joined of parts."""
 STAGES = 5
-"""Most tiles in flight."""
-HELD_ROWS = 32
-"""Rows up to which the past of the convolution is loaded before the product, in registers."""
+"""Most tiles in flight, of the usual length."""
 
 
 class Sizes(NamedTuple):
@@ -62,31 +60,32 @@ def run_tiles(
         _tiles(x, sizes.b, sizes.k), _tiles(weight, sizes.n, sizes.k), weight, bias, scale, norm, y, parts, arrived,
         taps, conv_bias, state, slots, *strides, eps, rows, outputs, start, channels,
         K=width, TAPS=count, SILU=activated, BLOCK_N=sizes.n, BLOCK_K=sizes.k, BLOCK_B=sizes.b, SPLITS=sizes.splits,
-        HELD=sizes.b <= HELD_ROWS and sizes.splits == 1, num_warps=4, num_stages=sizes.stages,
-        **launch_options(x.device),
+        num_warps=4, num_stages=sizes.stages, **launch_options(x.device),
     )  # fmt: skip
     return y
 
 
 def _sizes(rows: int, weight: Tensor, normed: bool) -> Sizes:
-    """What was fastest: longer tiles where each costs a step through registers, for a norm or to widen its weights."""
-    (outputs, width), block = weight.shape, max(power_of_2(rows), 16)
+    """What was fastest: longer tiles where each costs a step through registers, for a norm or to widen its weights, and
+    shorter ones, which are on their way sooner, where 64 rows of x come with each."""
+    (outputs, width), block, size = weight.shape, max(power_of_2(rows), 16), weight.element_size()
     splits = splits_of(width, cdiv(outputs, BLOCK_N), weight.device)
     can_be_longer = width // splits % (2 * BLOCK_K) == 0
-    narrow = weight.element_size() == 1 and splits == 1 and block == 16 and can_be_longer
-    longer = narrow or (normed and block <= HELD_ROWS and can_be_longer)
-    n, k = BLOCK_N // 2 if narrow else BLOCK_N, 2 * BLOCK_K if longer else BLOCK_K
-    tile = k * (n * weight.element_size() + 2 * block)
+    narrow = size == 1 and splits == 1 and block == 16 and can_be_longer
+    n, k, most = BLOCK_N // 2 if narrow else BLOCK_N, BLOCK_K, STAGES
+    if narrow or (normed and can_be_longer):
+        k, most = 2 * BLOCK_K, STAGES if splits == 1 else STAGES - size
+    elif size == 2 and splits == 1 and block == 64:
+        k, most = BLOCK_K // 2, STAGES + 1
     # Where sums are split, there is one program for each multiprocessor; otherwise two should fit.
-    room = shared_memory(weight.device) // (2 if splits == 1 else 1)
-    most = STAGES if splits == 1 or not longer else 5 - weight.element_size()
+    room, tile = shared_memory(weight.device) // (2 if splits == 1 else 1), k * (n * size + 2 * block)
     return Sizes(n, k, block, splits, max(min(most, room // tile), 2))
 
 
 def splits_of(width: int, blocks: int, device: torch.device) -> int:
-    """Among how many programs a sum over `width` is split: as many as find a multiprocessor each."""
-    splits = 1
-    while splits < SPLITS and 2 * splits * blocks <= processors(device) and width % (2 * splits * BLOCK_K) == 0:
+    """Among how many programs a sum over `width` is split: 1 if it is short, or as many as find a processor each."""
+    splits, most = 1, SPLITS if width > SHORT else 1
+    while splits < most and 2 * splits * blocks <= processors(device) and width % (2 * splits * BLOCK_K) == 0:
         splits *= 2
     return splits
 
@@ -103,7 +102,7 @@ def _tiles_kernel(
     x, w, weight, bias, scale, norm, y, parts, arrived, taps, conv_bias, pool, slots,
     pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels,
     K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_B: tl.constexpr, SPLITS: tl.constexpr, HELD: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_B: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per block of outputs and part of the sum, for all rows, which are filled up to BLOCK_B with zeros."""
     start_next(OVERLAP)
@@ -112,7 +111,7 @@ def _tiles_kernel(
     factor, offset, conv_offset, factors = constants(bias, scale, taps, conv_bias, n, outputs, start, channels, TAPS)
     wait_for_last(OVERLAP)
     past, mine, window = n, n, ()
-    if TAPS > 0 and HELD:
+    if TAPS > 0 and SPLITS == 1:
         past, mine, window = window_of(pool, slots, n - start, b, pool_slot, pool_d, pool_k, rows, channels, TAPS)
     sums, squares = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
     for first in tl.range(0, K // SPLITS, BLOCK_K):
@@ -133,12 +132,12 @@ def _tiles_kernel(
             sums, square = _join(parts, block, BLOCK_N, BLOCK_B, SPLITS)
             _end(
                 sums, square, norm, factor, offset, y, conv_offset, factors, past, mine, window, pool, slots, n, b,
-                pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels, K, TAPS, SILU, HELD,
+                pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels, K, TAPS, SILU, SPLITS,
             )  # fmt: skip
     else:
         _end(
             sums, square, norm, factor, offset, y, conv_offset, factors, past, mine, window, pool, slots, n, b,
-            pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels, K, TAPS, SILU, HELD,
+            pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels, K, TAPS, SILU, SPLITS,
         )  # fmt: skip
 
 
@@ -176,12 +175,12 @@ def _join(parts, block, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, SPLITS: tl
 def _end(
     sums, square, norm, factor, offset, y, conv_offset, factors, past, mine, window, pool, slots, n, b,
     pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels,
-    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, HELD: tl.constexpr,
+    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Norm, factors, and what `finish` does."""
     if norm is not None:
         sums = sums * tl.rsqrt(square / K + eps)[None, :]
     sums = sums * factor[:, None] + offset[:, None]
-    if TAPS > 0 and not HELD:
+    if TAPS > 0 and SPLITS > 1:
         past, mine, window = window_of(pool, slots, n - start, b, pool_slot, pool_d, pool_k, rows, channels, TAPS)
     finish(sums, y, conv_offset, factors, past, mine, window, n, b, pool_k, rows, outputs, TAPS, SILU)
