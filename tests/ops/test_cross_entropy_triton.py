@@ -84,8 +84,16 @@ def test_the_gradients_of_a_sum_are_rounded_once(kernel_device: torch.device) ->
     made = dict(zip(("x", "weight", "bias"), kernel._summed(*given)[1:], strict=True))
     got = outcome("triton", inputs, share=None, chunk_size=16)
     for name, gradient in made.items():
+        assert gradient.dtype is torch.float32 and not torch.equal(gradient, gradient.bfloat16().float()), name
         assert got[name].dtype is inputs[name].dtype
         assert torch.equal(got[name], (gradient * torch.tensor(0.3).to(gradient)).to(got[name].dtype)), name
+
+
+def test_a_compiler_is_told_the_dtypes_of_gradients(kernel_device: torch.device) -> None:
+    kernel = pytest.importorskip("everstate.ops.cross_entropy.triton")
+    inputs = draw(kernel_device, 9, 50, 8, torch.bfloat16)
+    given = (inputs["x"], inputs["weight"], inputs["bias"], inputs["targets"], None, 16, True)
+    torch.library.opcheck(kernel._summed._op, given, test_utils="test_faketensor")
 
 
 def test_ignored_tokens_have_no_loss_and_no_gradient(kernel_device: torch.device) -> None:

@@ -106,9 +106,19 @@ def test_segments_of_long_sequences(
 
     monkeypatch.setattr(kernels, "processors", lambda device: processors)
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "AHEAD", 4)
     packing = Packing.of_lengths(lengths)
     inputs = draw(kernel_device, 1, packing.total, 6, 4, sequences=len(lengths))
     agree(inputs, packing=packing)
+
+
+@pytest.mark.parametrize(("sequences", "length", "pieces"), [(1, 65_536, 264), (5, 13_107, 52), (6, 10_922, 22)])
+def test_segments_fill_an_h200(sequences: int, length: int, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of up to a third of it, forward too."""
+    kernels = pytest.importorskip("everstate.ops.selective_scan.triton")
+    monkeypatch.setattr(kernels, "processors", lambda device: 132)
+    x = torch.empty(sequences, length, 4096, dtype=torch.bfloat16, device="meta")
+    assert kernels._pieces(sequences, x) == pieces
 
 
 def test_float32_loses_no_digits_where_steps_are_long(kernel_device: torch.device) -> None:

@@ -11,13 +11,16 @@ from everstate.core.kernels import capability
 from everstate.core.state import Slots
 from everstate.ops.conv1d.limits import accepts_step
 from everstate.ops.limits import step_refusal
+from everstate.ops.norm.limits import accepts_norm
 
 FEW = 4
 """Rows of x up to which numbers are multiplied one by one: matrix units would wait for memory just as long."""
 ROWS = 64
 """Rows of x up to which the kernels are faster than the library's products, and than widening weights of 8 bits."""
+NORMED = 16
+"""Rows up to which a norm is made in the launch of the product; with more it costs less in its own, before that."""
 BLOCK_K = 128
-"""Numbers of a row of weights that a program multiplies at once, at least, if there are more than a few rows."""
+"""What a width must be a multiple of for more than a few rows: a program takes so many numbers, or half or twice."""
 
 
 def accepts_linear(
@@ -37,7 +40,10 @@ def accepts_linear(
         return f"takes x and weights of one dtype, not {x.dtype} and {weight.dtype}"
     if not weight.is_contiguous():
         return "takes weights that lie row by row in memory"
-    return step_refusal(x, weight, bias, scale, norm) or (_refusal_of_tiles(x, norm) if rows > FEW else None)
+    refused = step_refusal(x, weight, bias, scale, norm)
+    if refused is None and norm is not None and rows > NORMED:
+        refused, norm = accepts_norm(x, norm), None
+    return refused or (_refusal_of_tiles(x, norm) if rows > FEW else None)
 
 
 def _refusal_of_tiles(x: Tensor, norm: Tensor | None) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.conv1d import causal_conv1d_step_
-from everstate.ops.linear.limits import FEW
+from everstate.ops.linear.limits import FEW, NORMED
 from everstate.ops.linear.triton_ends import constants, finish, window_of
 from everstate.ops.linear.triton_tiles import run_tiles
 from everstate.ops.norm import rms_norm
@@ -24,8 +24,8 @@ HELD = 4096
 """Bytes of weights of a warp: many programs, each with all that it reads in flight, fill a GPU best."""
 MOST = 8192
 """Bytes of weights that a warp asks for at once, where a row is longer than that: what registers hold."""
-NORMED, CONVOLVED = 16, 32
-"""Rows up to which a norm before a product, and a convolution behind it, cost less in its launch than in their own."""
+CONVOLVED = 32
+"""Rows up to which a convolution behind a product costs less in its launch than in its own."""
 
 
 def linear(

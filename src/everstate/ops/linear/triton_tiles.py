@@ -24,9 +24,9 @@ from everstate.ops.triton_rows import launch_options, start_next, wait_for_last
 BLOCK_N = 64
 """Outputs of a program: what the matrix units of Hopper take at once."""
 SPLITS, SHORT = 4, 1024
-"""Most programs among which a sum is split, and of how many numbers it is made sooner than joined of parts."""
-STAGES = 5
-"""Most tiles in flight, of the usual length."""
+"""Most programs among which a sum is split, and of up to how many numbers one makes it sooner than parts are joined."""
+STAGES, SHORTER, LONGER, LONGER_OF_8_BITS = 5, 6, 3, 4
+"""Most tiles in flight: of the usual length, of half of it, and of twice that where a sum is split (two counts)."""
 
 
 class Sizes(NamedTuple):
@@ -74,9 +74,10 @@ def _sizes(rows: int, weight: Tensor, normed: bool) -> Sizes:
     narrow = size == 1 and splits == 1 and block == 16 and can_be_longer
     n, k, most = BLOCK_N // 2 if narrow else BLOCK_N, BLOCK_K, STAGES
     if narrow or (normed and can_be_longer):
-        k, most = 2 * BLOCK_K, STAGES if splits == 1 else STAGES - size
+        k = 2 * BLOCK_K
+        most = STAGES if splits == 1 else LONGER_OF_8_BITS if size == 1 else LONGER
     elif size == 2 and splits == 1 and block == 64:
-        k, most = BLOCK_K // 2, STAGES + 1
+        k, most = BLOCK_K // 2, SHORTER
     # Where sums are split, there is one program for each multiprocessor; otherwise two should fit.
     room, tile = shared_memory(weight.device) // (2 if splits == 1 else 1), k * (n * size + 2 * block)
     return Sizes(n, k, block, splits, max(min(most, room // tile), 2))
@@ -111,7 +112,9 @@ def _tiles_kernel(
     factor, offset, conv_offset, factors = constants(bias, scale, taps, conv_bias, n, outputs, start, channels, TAPS)
     wait_for_last(OVERLAP)
     past, mine, window = n, n, ()
-    if TAPS > 0 and SPLITS == 1:
+    if (
+        TAPS > 0 and SPLITS == 1
+    ):  # The past is on its way during the product; of parts, the last program alone needs it.
         past, mine, window = window_of(pool, slots, n - start, b, pool_slot, pool_d, pool_k, rows, channels, TAPS)
     sums, squares = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
     for first in tl.range(0, K // SPLITS, BLOCK_K):
