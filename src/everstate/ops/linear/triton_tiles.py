@@ -112,9 +112,8 @@ def _tiles_kernel(
     factor, offset, conv_offset, factors = constants(bias, scale, taps, conv_bias, n, outputs, start, channels, TAPS)
     wait_for_last(OVERLAP)
     past, mine, window = n, n, ()
-    if (
-        TAPS > 0 and SPLITS == 1
-    ):  # The past is on its way during the product; of parts, the last program alone needs it.
+    # The past is on its way during the product; of a split sum the last program alone needs it.
+    if TAPS > 0 and SPLITS == 1:
         past, mine, window = window_of(pool, slots, n - start, b, pool_slot, pool_d, pool_k, rows, channels, TAPS)
     sums, squares = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
     for first in tl.range(0, K // SPLITS, BLOCK_K):
