@@ -41,6 +41,19 @@ def linear_conv_step_(
     scale: Float[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, "b before"], Float[Tensor, "b d"], Float[Tensor, "b after"]]:
     """See `everstate.ops.linear_conv_step_`."""
-    y, stop = linear(x, weight, bias, scale=scale), start + len(conv_weight)
+    return convolve_(linear(x, weight, bias, scale=scale), conv_weight, conv_bias, state, slots, start, activation)
+
+
+def convolve_(
+    y: Float[Tensor, "b n"],
+    conv_weight: Float[Tensor, "d taps"],
+    conv_bias: Float[Tensor, " d"] | None,
+    state: Float[Tensor, "slots d taps1"],
+    slots: Slots,
+    start: int,
+    activation: str | None,
+) -> tuple[Float[Tensor, "b before"], Float[Tensor, "b d"], Float[Tensor, "b after"]]:
+    """What `linear_conv_step_` does with its outputs."""
+    stop = start + len(conv_weight)
     convolved = causal_conv1d_step_(y[:, start:stop], conv_weight, conv_bias, state, slots, activation=activation)
     return y[:, :start], convolved, y[:, stop:]

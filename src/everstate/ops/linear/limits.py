@@ -41,9 +41,14 @@ def accepts_linear(
     if not weight.is_contiguous():
         return "takes weights that lie row by row in memory"
     refused = step_refusal(x, weight, bias, scale, norm)
-    if refused is None and norm is not None and rows > NORMED:
+    if refused is None and norm is not None and norm_is_apart(x):
         refused, norm = accepts_norm(x, norm), None
     return refused or (_refusal_of_tiles(x, norm) if rows > FEW else None)
+
+
+def norm_is_apart(x: Tensor) -> bool:
+    """Whether the norm of these rows is made before the product, in its own launch."""
+    return x.numel() > NORMED * x.shape[-1]
 
 
 def _refusal_of_tiles(x: Tensor, norm: Tensor | None) -> str | None:

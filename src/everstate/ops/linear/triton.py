@@ -12,8 +12,8 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
-from everstate.ops.conv1d import causal_conv1d_step_
-from everstate.ops.linear.limits import FEW, NORMED
+from everstate.ops.linear.composed import convolve_
+from everstate.ops.linear.limits import FEW, norm_is_apart
 from everstate.ops.linear.triton_ends import constants, finish, window_of
 from everstate.ops.linear.triton_tiles import run_tiles
 from everstate.ops.norm import rms_norm
@@ -38,7 +38,7 @@ def linear(
     eps: float = 1e-5,
 ) -> Float[Tensor, "*b n"]:
     """See `everstate.ops.linear`."""
-    if norm is not None and x.numel() > NORMED * x.shape[-1]:
+    if norm is not None and norm_is_apart(x):
         x, norm = rms_norm(x, norm, eps=eps), None
     return _linear(x, weight, bias, scale, norm, eps)
 
@@ -57,12 +57,11 @@ def linear_conv_step_(
     scale: Float[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, "b before"], Float[Tensor, "b d"], Float[Tensor, "b after"]]:
     """See `everstate.ops.linear_conv_step_`. The pool may be of lower precision: what enters it is rounded."""
-    stop = start + len(conv_weight)
     if len(x) > CONVOLVED:
         y = _linear(x, weight, bias, scale, None, 0.0)
-        convolved = causal_conv1d_step_(y[:, start:stop], conv_weight, conv_bias, state, slots, activation=activation)
-        return y[:, :start], convolved, y[:, stop:]
+        return convolve_(y, conv_weight, conv_bias, state, slots, start, activation)
     y = _linear_conv(x, weight, bias, scale, conv_weight, conv_bias, state, slots, start, activation == "silu")
+    stop = start + len(conv_weight)
     return y[:, :start], y[:, start:stop], y[:, stop:]
 
 

@@ -189,14 +189,20 @@ class _Segments(NamedTuple):
 
 def _pieces(sequences: int, x: Float[Tensor, "b l d"]) -> int:
     """Segments per sequence that fill the GPU with programs: one where half of it is full, since more are more work."""
-    programs, room = sequences * cdiv(x.shape[2], CHANNELS), PROGRAMS * processors(x.device)
+    programs, room = _filling(sequences, x)
     rounds = ROUNDS if _walks(sequences, x) else 2 * ROUNDS
     return 1 if 2 * programs > room else min(rounds * room // programs, cdiv(x.shape[1], _chunk(x.dtype)))
 
 
 def _walks(sequences: int, x: Float[Tensor, "b l d"]) -> bool:
     """Whether forward, a program walks along a whole sequence: where a third of the GPU is full, as cuts are work."""
-    return 3 * sequences * cdiv(x.shape[2], CHANNELS) >= PROGRAMS * processors(x.device)
+    programs, room = _filling(sequences, x)
+    return 3 * programs >= room
+
+
+def _filling(sequences: int, x: Float[Tensor, "b l d"]) -> tuple[int, int]:
+    """Programs where nothing is cut, and how many the GPU has room for."""
+    return sequences * cdiv(x.shape[2], CHANNELS), PROGRAMS * processors(x.device)
 
 
 def _chunk(dtype: torch.dtype) -> int:
