@@ -7,7 +7,8 @@ import torch
 
 from everstate.core.kernels import overlapping
 from everstate.mixers import modules
-from everstate.mixers.modules import Multipliers
+from everstate.mixers.modules import Multipliers, Product
+from everstate.ops import Normed
 
 
 def test_norms_are_what_their_names_say() -> None:
@@ -58,7 +59,7 @@ def test_a_step_folds_multipliers_into_its_outputs(
     generator = torch.Generator().manual_seed(0)
     linear, norm = modules.Linear(6, 7, bias).double(), modules.RMSNorm(6, 1e-5).double()
     modules.init_linear_(linear, generator)
-    norm.init_()
+    torch.nn.init.uniform_(norm.weight, 0.5, 2.0, generator)
     if linear.bias is not None:
         torch.nn.init.ones_(linear.bias)
     if quantised:
@@ -67,7 +68,26 @@ def test_a_step_folds_multipliers_into_its_outputs(
     parts = behind if isinstance(behind, tuple) else ((7, behind),)
     factor = torch.cat([torch.full((count,), multiplier).double() for count, multiplier in parts])
     torch.testing.assert_close(linear.step(x, before=before, behind=behind), factor * linear(before * x))
-    torch.testing.assert_close(linear.step(x, norm, behind=behind), factor * linear(x, norm))
+    undivided = Normed(x * norm.weight, x.square().view(3, 2, 3).sum(-1), norm.eps)
+    expected = factor * linear(before * norm(x))
+    torch.testing.assert_close(linear.step(undivided, before=before, behind=behind), expected)
     with torch.no_grad(), overlapping():
         for one, other in zip(linear.folded(before, behind), linear.folded(before, behind), strict=True):
             assert one is other
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_product_may_be_taken_in_by_a_residual_stream(quantised: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear, norm = modules.Linear(6, 7, bias=True).double(), modules.RMSNorm(7, 1e-3, one_plus=True).double()
+    modules.init_linear_(linear, generator)
+    torch.nn.init.uniform_(norm.weight, generator=generator)
+    torch.nn.init.ones_(linear.bias)
+    if quantised:
+        linear.quantize_()
+    x, residual = (torch.randn(3, width, generator=generator, dtype=torch.float64) for width in (6, 7))
+    product = Product(linear, x, 3.0)
+    torch.testing.assert_close(product.value(), 3.0 * linear(x))
+    summed, normed = product.add_to(residual, norm, 0.5)
+    torch.testing.assert_close(summed, residual + 1.5 * linear(x))
+    torch.testing.assert_close(normed.divided(), norm(summed))

@@ -11,7 +11,17 @@ from torch import Tensor
 from everstate.core.errors import BackendError
 from everstate.core.kernels import overlapping
 from everstate.core.op import REFERENCE
-from everstate.ops import add_rms_norm, argmax, linear, linear_conv_step_, mamba1_step_, mamba2_step_, use
+from everstate.ops import (
+    Normed,
+    add_rms_norm,
+    argmax,
+    linear,
+    linear_add_rms_norm,
+    linear_conv_step_,
+    mamba1_step_,
+    mamba2_step_,
+    use,
+)
 
 BACKENDS = ["triton", "torch"]
 LOW = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
@@ -36,7 +46,15 @@ def stored(weight: Tensor, how: str) -> tuple[Tensor, Tensor | None]:
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
+def undivided(x: Tensor, parts: int, eps: float = 1e-5) -> Normed:
+    """Rows of which a norm is still to divide: their squares are not those of x, as it has a weight."""
+    squares = (x.float() * torch.linspace(0.5, 2.0, x.shape[1], device=x.device)).square()
+    return Normed(x, torch.stack([part.sum(1) for part in squares.chunk(parts, 1)], 1), eps)
+
+
 def wide(value: Any) -> Any:
+    if isinstance(value, Normed):
+        return Normed(*map(wide, value))
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -60,14 +78,14 @@ def test_linear(
 ) -> None:
     draw = draws(kernel_device, dtype)
     for width, outputs in ((136, 70), (1100, 9)):
-        x, weight, bias, norm = draw(rows, width), draw(outputs, width), draw(outputs), draw(width)
+        x, weight, bias = draw(rows, width), draw(outputs, width), draw(outputs)
         weight, scale = stored(weight, how)
         bias = bias if scale is None else bias.float()
-        for settings in ({}, {"bias": bias}, {"norm": norm, "eps": 0.5}, {"bias": bias, "norm": norm}):
+        for u, bias_ in ((x, None), (x, bias), (undivided(x, 3, 0.5), None), (undivided(x, 8), bias)):
             with use(backend):
-                got = linear(x, weight, scale=scale, **settings)
+                got = linear(u, weight, bias_, scale=scale)
             assert got.dtype is dtype
-            close(got, exact(linear, x, weight, scale=scale, **settings), tolerance)
+            close(got, exact(linear, u, weight, bias_, scale=scale), tolerance)
 
 
 @pytest.mark.parametrize("how", WEIGHTS)
@@ -76,15 +94,15 @@ def test_a_row_longer_than_a_program_holds(
 ) -> None:
     kernels = pytest.importorskip("everstate.ops.linear.triton")
     draw = draws(kernel_device, torch.bfloat16)
-    x, weight, norm = draw(2, 2600), draw(9, 2600), draw(2600)
+    x, weight = draw(2, 2600), draw(9, 2600)
     weight, scale = stored(weight, how)
     whole = kernels._sizes(2, 2600, weight)[0]["AHEAD"]
     monkeypatch.setattr(kernels, "MOST", 1024)
     assert kernels._sizes(2, 2600, weight)[0]["AHEAD"] < whole
-    for settings in ({}, {"norm": norm}):
+    for u in (x, undivided(x, 5)):
         with use("triton"):
-            got = linear(x, weight, scale=scale, **settings)
-        close(got, exact(linear, x, weight, scale=scale, **settings), 2e-2)
+            got = linear(u, weight, scale=scale)
+        close(got, exact(linear, u, weight, scale=scale), 2e-2)
 
 
 @pytest.fixture(params=[1, 2], ids=["whole sums", "split sums"])
@@ -100,15 +118,13 @@ def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 def test_linear_of_many_rows(rows: int, outputs: int, splits: int, how: str, kernel_device: torch.device) -> None:
     for dtype, tolerance in LOW[1:]:
         draw = draws(kernel_device, dtype)
-        x, weight, bias, norm = draw(rows, 512), draw(outputs, 512), draw(outputs), draw(512)
+        x, weight, bias = draw(rows, 512), draw(outputs, 512), draw(outputs)
         weight, scale = stored(weight, how)
-        for settings in ({}, {"bias": bias}, {"bias": bias, "norm": norm, "eps": 0.5}):
-            if dtype is torch.float16 and "norm" in settings and rows <= 16:
-                continue
+        for u, bias_ in ((x, None), (x, bias), (undivided(x, 7, 0.5), bias)):
             with use("triton"), overlapping():
-                got = linear(x, weight, scale=scale, **settings)
-                assert torch.equal(got, linear(x, weight, scale=scale, **settings))
-            close(got, exact(linear, x, weight, scale=scale, **settings), tolerance)
+                got = linear(u, weight, bias_, scale=scale)
+                assert torch.equal(got, linear(u, weight, bias_, scale=scale))
+            close(got, exact(linear, u, weight, bias_, scale=scale), tolerance)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +133,10 @@ def test_linear_of_many_rows(rows: int, outputs: int, splits: int, how: str, ker
         (8512, 2048, 64, "plain", (64, 64, 64, 1, 6)),  # tiles of half the length
         (8512, 2048, 32, "plain", (64, 128, 32, 1, 4)),
         (2048, 4096, 64, "plain", (64, 128, 64, 4, 5)),  # fewer blocks than a quarter of the multiprocessors
+        (2048, 4096, 16, "plain", (64, 256, 16, 4, 3)),  # and tiles of twice the length
+        (2048, 4096, 16, "8 bits", (64, 256, 16, 4, 4)),
         (768, 768, 16, "plain", (64, 128, 16, 1, 5)),  # a short sum
+        (8512, 2048, 16, "8 bits", (32, 256, 16, 1, 5)),
         (8512, 2048, 64, "8 bits", (64, 128, 64, 1, 4)),
     ],
 )
@@ -128,19 +147,19 @@ def test_tiles_of_an_h200(
     monkeypatch.setattr(tiles, "processors", lambda device: 132)
     monkeypatch.setattr(tiles, "shared_memory", lambda device: 232_448)
     weight, _ = stored(torch.ones(outputs, width, dtype=torch.bfloat16), how)
-    assert tiles._sizes(rows, weight, normed=False) == sizes
+    assert tiles._sizes(rows, weight) == sizes
 
 
 def test_a_row_is_the_same_among_others(splits: int, kernel_device: torch.device) -> None:
     draw = draws(kernel_device, torch.bfloat16)
-    x, weight, norm = draw(9, 256), draw(50, 256), draw(256)
+    x, weight = draw(9, 256), draw(50, 256)
     touched = x.clone()
     touched[1] = draw(256)
     # Rows that do not start on a multiple of 16 bytes, and a view whose rows lie apart.
     shifted = torch.cat([x.new_zeros(3), x.flatten()])[3:].view(9, 256)
     apart = torch.cat([x, x], 1)[:, :256]
     with use("triton"):
-        before, after, *same = (linear(u, weight, norm=norm) for u in (x, touched, shifted, apart))
+        before, after, *same = (linear(undivided(u, 4), weight) for u in (x, touched, shifted, apart))
     others = torch.arange(9, device=kernel_device) != 1
     assert torch.equal(before[others], after[others]) and not torch.equal(before[1], after[1])
     assert all(torch.equal(before, one) for one in same)
@@ -163,12 +182,13 @@ def test_linear_with_a_convolution_behind_it(
         weight_, scale = stored(weight, how)
         here = pool.clone() if where is not None else pool[:rows].clone()
         there = here.double()
+        u = undivided(x, 3) if how == "multiplied" else x
         with use(backend):
             got = linear_conv_step_(
-                x, weight_, bias_, conv_weight, conv_bias, here, where, start=start, activation=activation, scale=scale
+                u, weight_, bias_, conv_weight, conv_bias, here, where, start=start, activation=activation, scale=scale
             )
         expected = exact(
-            linear_conv_step_, x, weight_, bias_, conv_weight, conv_bias, there, where,
+            linear_conv_step_, u, weight_, bias_, conv_weight, conv_bias, there, where,
             start=start, activation=activation, scale=scale,
         )  # fmt: skip
         for one, other in zip(got, expected, strict=True):
@@ -203,6 +223,80 @@ def test_a_step_of_mamba2(
         close(got, expected, max(tolerance, 6e-3 if low else 0))
         close(here, there, 6e-3 if low else 1e-5)
         assert torch.equal(here[[1, 3]], pool[[1, 3]])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), LOW)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("rows", "width"), [(1, 72), (4, 72), (6, 256), (20, 256), (35, 256)])
+def test_a_residual_stream_takes_a_linear_map_in(
+    rows: int, width: int, backend: str, dtype: torch.dtype, tolerance: float, splits: int, kernel_device: torch.device
+) -> None:
+    draw, narrow = draws(kernel_device, dtype), draws(kernel_device, torch.float32)
+    x, weight, bias, residual, norm = draw(rows, width), draw(384, width) / 8, draw(384), narrow(rows, 384), draw(384)
+    refused = backend == "triton" and (dtype is torch.float16 or (rows > 4 and dtype is torch.float32))
+    for how, bias_, u, norm_ in (
+        ("plain", None, x, norm), ("multiplied", bias, undivided(x, 3), norm.float()), ("8 bits", None, x, norm),
+    ):  # fmt: skip
+        weight_, scale = stored(weight, how)
+        arguments, settings = (u, weight_, bias_, residual, norm_), {"scale": scale, "eps": 1e-3, "multiplier": 0.4}
+        with use(backend):
+            if refused:
+                with pytest.raises(BackendError, match="16 bits|may overflow"):
+                    linear_add_rms_norm(*arguments, **settings)
+                return
+            summed, normed = linear_add_rms_norm(*arguments, **settings)
+        assert (summed.dtype, normed.x.dtype) == (torch.float32, dtype)
+        assert (normed.squares is not None) == (backend == "triton")
+        expected, (rows_of_norm, *_) = exact(linear_add_rms_norm, *arguments, **settings)
+        close(summed, expected, tolerance)
+        close(normed.divided(), rows_of_norm, tolerance)
+
+
+def test_what_a_residual_stream_is_not_left_undivided_for(kernel_device: torch.device) -> None:
+    draw = draws(kernel_device, torch.bfloat16)
+    for rows, outputs, sentence in ((5, 200, "multiple of 128 numbers, not 200"), (4, 4224, "not 4 and 16896")):
+        x, weight, residual, norm = draw(rows, 128), draw(outputs, 128), draw(rows, outputs).float(), draw(outputs)
+        with use("triton"), pytest.raises(BackendError, match=sentence):
+            linear_add_rms_norm(x, weight, None, residual, norm)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), LOW)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (3, 2), (5, 1), (70, 1)])
+def test_a_step_of_mamba2_with_its_norm(
+    rows: int, groups: int, backend: str, dtype: torch.dtype, tolerance: float, kernel_device: torch.device
+) -> None:
+    draw, narrow = draws(kernel_device, dtype), draws(kernel_device, torch.float32)
+    heads, headdim, d_state = 4, 32, 20
+    x, z, dt, norm = *(draw(rows, heads, headdim) for _ in range(2)), draw(rows, heads), draw(heads * headdim)
+    A_log, dt_bias, D = narrow(heads), narrow(heads), narrow(heads)
+    B, C, pool = draw(rows, 1, d_state), draw(rows, 1, d_state), narrow(rows, heads, headdim, d_state)
+    settings = {"dt_bias": dt_bias, "D": D, "z": z, "norm": norm, "eps": 1e-3, "norm_groups": groups}
+    here, there = pool.clone(), pool.double()
+    with use(backend):
+        got = mamba2_step_(x, dt, A_log, B, C, here, **settings)
+    expected = exact(mamba2_step_, x, dt, A_log, B, C, there, **settings)
+    leaves = backend == "triton" and groups == 1 and dtype is not torch.float16 and rows <= 64
+    assert (got.squares is not None) == (leaves and (rows <= 4 or dtype is torch.bfloat16))
+    assert got.x.dtype is dtype
+    close(got.divided(), expected.x, tolerance)
+    close(here, there, 1e-5)
+
+
+def test_kernels_of_a_step_say_what_they_give(kernel_device: torch.device) -> None:
+    """Compilers ask them for shapes without running them."""
+    linear_kernels = pytest.importorskip("everstate.ops.linear.triton")
+    ssd_kernels = pytest.importorskip("everstate.ops.ssd.triton_step")
+    draw = draws(kernel_device, torch.float32)
+    few = draw(3, 72), None, 0.0, draw(40, 72), None, None
+    many = (draw(6, 256).bfloat16(), None, 0.0, draw(80, 256).bfloat16(), None, None)
+    for given, outputs in ((few, 40), (many, 80)):
+        residual = draw(len(given[0]), outputs), draw(outputs), 0.5
+        torch.library.opcheck(linear_kernels._linear_add._op, (*given, *residual), test_utils="test_faketensor")
+    x, dt, A_log, B, pool = draw(2, 4, 6), draw(2, 4), draw(4), draw(2, 1, 20), draw(2, 4, 6, 20)
+    step = x, dt, A_log, B, B, pool, None, draw(4), None, None, 0.0, 1.0, None
+    for norm in (None, draw(24)):
+        torch.library.opcheck(ssd_kernels._mamba2_step._op, (*step, norm), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), LOW)
@@ -250,8 +344,7 @@ def test_sum_and_norm(backend: str, dtype: torch.dtype, tolerance: float, kernel
         ({"rows": 65}, "takes 1 to 64 rows, not 65"),
         ({"rows": 5}, "multiple of 128 numbers, not 16"),
         ({"rows": 5, "dtype": torch.float32}, "in 16 bits, not torch.float32"),
-        ({"rows": 16, "dtype": torch.float16, "norm": True}, "before a norm in bfloat16"),
-        ({"rows": 17, "width": 16_512, "norm": True}, "groups of up to 16384 numbers, not 16512"),
+        ({"rows": 2, "width": 9000, "parts": 9000}, "up to 16384 sums of squares, not 18000"),
         ({"weight_dtype": torch.float16}, "of one dtype"),
         ({"gradient": True}, "no gradient"),
     ],
@@ -261,18 +354,18 @@ def test_what_a_linear_kernel_does_not_take(changes: Any, sentence: str, kernel_
     draw = draws(kernel_device, dtype)
     width = changes.get("width", 16)
     x, weight = draw(changes.get("rows", 1), width), draw(3, width).to(changes.get("weight_dtype", dtype))
-    norm = draw(width) if changes.get("norm") else None
+    u = undivided(x, changes["parts"]) if "parts" in changes else x
     with use("triton"), pytest.raises(BackendError, match=sentence):
-        linear(x, weight.requires_grad_(changes.get("gradient", False)), norm=norm)
+        linear(u, weight.requires_grad_(changes.get("gradient", False)))
 
 
 def test_rows_do_not_meet(kernel_device: torch.device) -> None:
     draw = draws(kernel_device, torch.bfloat16)
-    x, weight, norm = draw(4, 200), draw(50, 200), draw(200)
+    x, weight = draw(4, 200), draw(50, 200)
     touched = x.clone()
     touched[1] = draw(200)
     with use("triton"):
-        before, after = (linear(u, weight, norm=norm) for u in (x, touched))
+        before, after = (linear(undivided(u, 3), weight) for u in (x, touched))
     others = torch.arange(4, device=kernel_device) != 1
     assert torch.equal(before[others], after[others]) and not torch.equal(before[1], after[1])
 

@@ -18,9 +18,17 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots, gather
-from everstate.mixers.base import Mixer, divide, refuse_delta_t
-from everstate.mixers.modules import Linear, Multiplier, RMSNorm, init_linear_, scaled, uniform_
-from everstate.ops import AttentionState, attention, attention_step_, causal_conv1d, causal_conv1d_step_, rotary
+from everstate.mixers.base import LinearEnds, divide, refuse_delta_t
+from everstate.mixers.modules import Linear, Multiplier, Product, RMSNorm, init_linear_, scaled, uniform_
+from everstate.ops import (
+    AttentionState,
+    Normed,
+    attention,
+    attention_step_,
+    causal_conv1d,
+    causal_conv1d_step_,
+    rotary,
+)
 
 
 class AttentionConfig(Config):
@@ -74,7 +82,7 @@ class ConvAttentionState(NamedTuple):
     cache: AttentionState
 
 
-class Attention(Mixer):
+class Attention(LinearEnds):
     """`q_proj k_proj v_proj`, optional convolution, norm and rotation, attention, optional gate, `out_proj`."""
 
     Config = AttentionConfig
@@ -163,13 +171,13 @@ class Attention(Mixer):
         )
         return self._finish(y, x), cache if conv is None else ConvAttentionState(conv, cache)
 
-    def step_(
+    def product_step_(
         self,
-        x: Float[Tensor, "b d"],
+        x: Float[Tensor, "b d"] | Normed,
         state: AttentionState | ConvAttentionState,
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
-    ) -> Float[Tensor, "b d"]:
+    ) -> Product:
         refuse_delta_t(self, delta_t)
         config, before = self.config, self.config.in_multiplier
         q, v = (linear.step(x, before=before) for linear in (self.q_proj, self.v_proj))
@@ -184,7 +192,7 @@ class Attention(Mixer):
         y = y.flatten(-2)
         if self.gate_proj is not None:
             y = y * sigmoid(self.gate_proj.step(x, before=before))
-        return self.out_proj.step(y, behind=config.out_multiplier)
+        return Product(self.out_proj, y, config.out_multiplier)
 
     def flops_per_token(self, context: int) -> int:
         linears = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.out_proj)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,8 @@ from everstate.core.errors import ConfigError, RequestError
 from everstate.core.packing import Packing
 from everstate.core.registry import Registry
 from everstate.core.state import Slots, gather, scatter_
-from everstate.mixers.modules import Special
+from everstate.mixers.modules import Product, Special
+from everstate.ops import Normed
 
 State = Any
 """A NamedTuple of tensors, or a tuple of such states; batch is dimension 0. See `everstate.core.state`."""
@@ -102,6 +103,31 @@ class Mixer(Special, ABC):
     @abstractmethod
     def flops_per_token(self, context: int) -> int:
         """Floating point operations to read one token when `context` tokens were read before (a multiply-add is 2)."""
+
+
+class LinearEnds(Mixer):
+    """A mixer whose step begins and ends with linear maps: a norm before it may be left undivided, and what it gives
+    may be added to a residual stream, each in the launch of the linear map."""
+
+    @abstractmethod
+    def product_step_(
+        self,
+        x: Float[Tensor, "b d"] | Normed,
+        state: State,
+        slots: Slots = None,
+        delta_t: Float[Tensor, " b"] | None = None,
+    ) -> Product:
+        """`step_`, but for its last linear map."""
+
+    def step_(
+        self, x: Float[Tensor, "b d"], state: State, slots: Slots = None, delta_t: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        return self.product_step_(x, state, slots, delta_t).value()
+
+
+def has_linear_ends(mixer: Mixer) -> TypeGuard[LinearEnds]:
+    """Whether `product_step_` says all that `step_` does: a class of your own may do more in `step_`."""
+    return isinstance(mixer, LinearEnds) and type(mixer).step_ is LinearEnds.step_
 
 
 class ChannelMixer(Mixer):

@@ -17,9 +17,9 @@ from torch.nn.functional import softplus
 from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Mixer, TimeSteps, forward_by_segments, is_long
-from everstate.mixers.modules import Linear, RMSNorm, init_linear_, inverse_softplus, log_uniform, uniform_
-from everstate.ops import causal_conv1d, linear_conv_step_, mamba1_step_, rms_norm, selective_scan
+from everstate.mixers.base import LinearEnds, TimeSteps, forward_by_segments, is_long
+from everstate.mixers.modules import Linear, Product, RMSNorm, init_linear_, inverse_softplus, log_uniform, uniform_
+from everstate.ops import Normed, causal_conv1d, linear_conv_step_, mamba1_step_, rms_norm, selective_scan
 
 
 class Mamba1Config(TimeSteps):
@@ -49,7 +49,7 @@ class Mamba1State(NamedTuple):
     ssm: Float[Tensor, "b d n"]
 
 
-class Mamba1(Mixer):
+class Mamba1(LinearEnds):
     """`in_proj -> [x | z]`, convolution over x, `x_proj -> [dt | B | C]`, selective scan, gate, `out_proj`."""
 
     Config = Mamba1Config
@@ -120,13 +120,13 @@ class Mamba1(Mixer):
         y, ssm = selective_scan(u, dt, A, B, C, state.ssm, D=self.D, z=z, dt_bias=dt_bias, packing=packing)
         return self.out_proj(y), Mamba1State(conv, ssm)
 
-    def step_(
+    def product_step_(
         self,
-        x: Float[Tensor, "b d"],
+        x: Float[Tensor, "b d"] | Normed,
         state: Mamba1State,
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
-    ) -> Float[Tensor, "b d"]:
+    ) -> Product:
         _, u, z = linear_conv_step_(
             x, self.in_proj.weight, self.in_proj.bias, self.conv_weight, self.conv_bias, state.conv, slots,
             activation="silu", scale=self.in_proj.scale,
@@ -135,7 +135,7 @@ class Mamba1(Mixer):
         y = mamba1_step_(
             u, dt, self.A_log, B, C, state.ssm, slots, dt_bias=self.dt_bias, D=self.D, z=z, delta_t=delta_t
         )
-        return self.out_proj(y)
+        return Product(self.out_proj, y)
 
     def flops_per_token(self, context: int) -> int:
         linears = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Mixer, TimeSteps, divide, forward_by_segments, is_long
+from everstate.mixers.base import LinearEnds, TimeSteps, divide, forward_by_segments, is_long
 from everstate.mixers.modules import (
     Linear,
     Multiplier,
+    Product,
     RMSNorm,
     init_linear_,
     inverse_softplus,
@@ -29,12 +30,12 @@ from everstate.mixers.modules import (
 from everstate.ops import (
     Mamba2Layer,
     Mamba2State,
+    Normed,
     gated,
     gated_rms_norm,
     linear_conv_step_,
     mamba2_scan,
     mamba2_step_,
-    rms_norm,
 )
 from everstate.ops.mamba2.ends import inputs, leave
 
@@ -71,7 +72,7 @@ class Mamba2Config(TimeSteps):
     chunk_size: PositiveInt = 64
 
 
-class Mamba2(Mixer):
+class Mamba2(LinearEnds):
     """`in_proj -> [z | x | B | C | dt]`, convolution over `[x | B | C]`, SSD scan, gated norm, `out_proj`."""
 
     Config = Mamba2Config
@@ -139,31 +140,27 @@ class Mamba2(Mixer):
         )  # fmt: skip
         return scaled(y if plain else out_proj(y), config.out_multiplier), state
 
-    def step_(
+    def product_step_(
         self,
-        x: Float[Tensor, "b d"],
+        x: Float[Tensor, "b d"] | Normed,
         state: Mamba2State,
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
-    ) -> Float[Tensor, "b d"]:
+    ) -> Product:
         config = self.config
         z, xBC, dt = self._project_step_(x, state.conv, slots)
         layer = self._layer()
         u, B, C = inputs(xBC, layer, state)
-        # The gate may come behind the norm, and then it belongs to that.
+        # The gate may come behind the norm, and then both are made behind the step.
         gate = None if config.norm_before_gate else z.unflatten(-1, (self.nheads, config.headdim))
         y = mamba2_step_(
             u, dt, self.A_log, B, C, state.ssm, slots,
             dt_bias=self.dt_bias, D=self.D, z=gate, dt_limit=config.dt_limit, delta_t=delta_t,
+            norm=None if gate is None else layer.norm, eps=config.norm_eps, norm_groups=config.ngroups,
         )  # fmt: skip
-        norm = None
-        if gate is None:
-            y = leave(y, z, layer, gated, gated_rms_norm)
-        elif self.norm is None or config.ngroups == 1:
-            y, norm = y.flatten(-2), self.norm
-        else:
-            y = rms_norm(y.flatten(-2), self.norm.weight, eps=self.norm.eps, groups=config.ngroups)
-        return self.out_proj.step(y, norm, behind=config.out_multiplier)
+        if not isinstance(y, Normed):
+            y = leave(y, z, layer, gated, gated_rms_norm) if gate is None else y.flatten(-2)
+        return Product(self.out_proj, y, config.out_multiplier)
 
     def flops_per_token(self, context: int) -> int:
         projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv_weight.numel())
@@ -177,7 +174,9 @@ class Mamba2(Mixer):
         each = projected.split(self._widths(), -1)
         return torch.cat([scaled(part, m) for part, m in zip(each, multipliers, strict=True)], -1)
 
-    def _project_step_(self, x: Float[Tensor, "b d"], conv: Tensor, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
+    def _project_step_(
+        self, x: Float[Tensor, "b d"] | Normed, conv: Tensor, slots: Slots
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The gate z, the outputs of the convolution, and dt, for one token."""
         each = self.config.multipliers
         behind = 1.0 if each is None else tuple(zip(self._widths(), each, strict=True))

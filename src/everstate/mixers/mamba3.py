@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Mixer, TimeSteps, divide, forward_by_segments, is_long
-from everstate.mixers.modules import Linear, RMSNorm, init_linear_, inverse_softplus, log_uniform
-from everstate.ops import Mamba3Layer, TrapezoidState, mamba3_scan, mamba3_step_
+from everstate.mixers.base import LinearEnds, TimeSteps, divide, forward_by_segments, is_long
+from everstate.mixers.modules import Linear, Product, RMSNorm, init_linear_, inverse_softplus, log_uniform
+from everstate.ops import Mamba3Layer, Normed, TrapezoidState, mamba3_scan, mamba3_step_
 
 
 class Mamba3Config(TimeSteps):
@@ -52,7 +52,7 @@ class Mamba3Config(TimeSteps):
     chunk_size: PositiveInt = 64
 
 
-class Mamba3(Mixer):
+class Mamba3(LinearEnds):
     """`in_proj -> [z | x | B | C | dt | A | lam | omega]`, trapezoid scan, gate, sum over the ranks, `out_proj`."""
 
     Config = Mamba3Config
@@ -128,14 +128,14 @@ class Mamba3(Mixer):
         )  # fmt: skip
         return y if plain else out_proj(y), state
 
-    def step_(
+    def product_step_(
         self,
-        x: Float[Tensor, "b d"],
+        x: Float[Tensor, "b d"] | Normed,
         state: TrapezoidState,
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
-    ) -> Float[Tensor, "b d"]:
-        return self.out_proj(mamba3_step_(self.in_proj(x), state, slots, delta_t, layer=self._layer()))
+    ) -> Product:
+        return Product(self.out_proj, mamba3_step_(self.in_proj(x), state, slots, delta_t, layer=self._layer()))
 
     def flops_per_token(self, context: int) -> int:
         projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())

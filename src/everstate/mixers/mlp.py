@@ -14,9 +14,9 @@ from torch import Tensor
 from everstate.core.config import Config
 from everstate.core.errors import ConfigError
 from everstate.core.state import Slots
-from everstate.mixers.base import ChannelMixer, Empty
-from everstate.mixers.modules import Linear, Multiplier, init_linear_, scaled
-from everstate.ops import glu
+from everstate.mixers.base import ChannelMixer, Empty, LinearEnds
+from everstate.mixers.modules import Linear, Multiplier, Product, init_linear_, scaled
+from everstate.ops import Normed, glu
 from everstate.ops.activations import ACTIVATIONS, Activation
 
 
@@ -37,7 +37,7 @@ class MLPConfig(Config):
     """Of the output."""
 
 
-class MLP(ChannelMixer):
+class MLP(LinearEnds, ChannelMixer):
     """`in_proj`, activation, `out_proj`. It looks at one token alone, so elapsed time has no effect on it."""
 
     Config = MLPConfig
@@ -63,12 +63,16 @@ class MLP(ChannelMixer):
             h = torch.cat([gate * config.gate_multiplier, up], -1)
         return scaled(self.out_proj(self._activate(h)), config.out_multiplier)
 
-    def step_(
-        self, x: Float[Tensor, "b d"], state: Empty, slots: Slots = None, delta_t: Float[Tensor, " b"] | None = None
-    ) -> Float[Tensor, "b d"]:
+    def product_step_(
+        self,
+        x: Float[Tensor, "b d"] | Normed,
+        state: Empty,
+        slots: Slots = None,
+        delta_t: Float[Tensor, " b"] | None = None,
+    ) -> Product:
         width, multiplier = self.out_proj.in_features, self.config.gate_multiplier
         h = self.in_proj.step(x, behind=((width, multiplier), (width, 1.0)) if self.config.gated else 1.0)
-        return self.out_proj.step(self._activate(h), behind=self.config.out_multiplier)
+        return Product(self.out_proj, self._activate(h), self.config.out_multiplier)
 
     def _activate(self, h: Float[Tensor, "*b f2"]) -> Float[Tensor, "*b f"]:
         return glu(h, self.config.activation) if self.config.gated else ACTIVATIONS[self.config.activation](h)

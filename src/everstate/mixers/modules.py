@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.kernels import kept
-from everstate.ops import add_rms_norm, linear, rms_norm
+from everstate.ops import Normed, add_rms_norm, linear, linear_add_rms_norm, rms_norm
 
 
 class Special(nn.Module):
@@ -73,31 +73,16 @@ class Linear(Special):
         self.weight = nn.Parameter((wide / scale[:, None]).round().to(torch.int8), requires_grad=False)
         self.scale = scale
 
-    def forward(self, x: Float[Tensor, "*b k"], norm: RMSNorm | None = None) -> Float[Tensor, "*b n"]:
-        """See `everstate.ops.linear`; with `norm`, of the norm of x."""
-        return self._linear(x, norm, self.scale, self.bias)
+    def forward(self, x: Float[Tensor, "*b k"] | Normed) -> Float[Tensor, "*b n"]:
+        """See `everstate.ops.linear`."""
+        return linear(x, self.weight, self.bias, scale=self.scale)
 
     def step(
-        self,
-        x: Float[Tensor, "b k"],
-        norm: RMSNorm | None = None,
-        *,
-        before: float = 1.0,
-        behind: float | Multipliers = 1.0,
+        self, x: Float[Tensor, "b k"] | Normed, *, before: float = 1.0, behind: float | Multipliers = 1.0
     ) -> Float[Tensor, "b n"]:
-        """`behind * forward(before * x, norm)` for one token, on a GPU of few rows in one launch; see `folded`.
-
-        A norm would undo `before`: they are not given together.
-        """
-        assert norm is None or before == 1.0
-        return self._linear(x, norm, *self.folded(before, behind))
-
-    def _linear(
-        self, x: Float[Tensor, "*b k"], norm: RMSNorm | None, scale: Tensor | None, bias: Tensor | None
-    ) -> Float[Tensor, "*b n"]:
-        if norm is None:
-            return linear(x, self.weight, bias, scale=scale)
-        return linear(x, self.weight, bias, scale=scale, norm=norm.factor(), eps=norm.eps)
+        """`behind * forward(before * x)` for one token, on a GPU of few rows in one launch; see `folded`."""
+        scale, bias = self.folded(before, behind)
+        return linear(x, self.weight, bias, scale=scale)
 
     def folded(
         self, before: float, behind: float | Multipliers
@@ -176,6 +161,27 @@ class LayerNorm(Special):
         """`x + multiplier y`, and its norm in the dtype of y."""
         x = torch.add(x, y, alpha=multiplier)
         return x, self(x).to(y.dtype)
+
+
+class Product(NamedTuple):
+    """`behind * linear(x)` of one token, still to be made: a residual stream may take it in where it is made."""
+
+    linear: Linear
+    x: Float[Tensor, "b k"] | Normed
+    behind: float = 1.0
+
+    def value(self) -> Float[Tensor, "b n"]:
+        """The product itself."""
+        return self.linear.step(self.x, behind=self.behind)
+
+    def add_to(
+        self, residual: Float[Tensor, "b n"], norm: RMSNorm, multiplier: float
+    ) -> tuple[Float[Tensor, "b n"], Normed]:
+        """`residual + multiplier value()`, and its norm in the dtype of x; see `everstate.ops.linear_add_rms_norm`."""
+        scale, bias = self.linear.folded(1.0, self.behind)
+        return linear_add_rms_norm(
+            self.x, self.linear.weight, bias, residual, norm.factor(), scale=scale, eps=norm.eps, multiplier=multiplier
+        )
 
 
 NormKind = Literal["rms", "rms1p", "layer"]

@@ -13,10 +13,10 @@ from everstate.core.errors import RequestError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots, map_state, named_tensors
 from everstate.mixers import Mixer, State, build_mixer
-from everstate.mixers.base import allocate_, cast_
-from everstate.mixers.modules import Linear, Norm, build_norm, scaled
+from everstate.mixers.base import LinearEnds, allocate_, cast_, has_linear_ends
+from everstate.mixers.modules import Linear, Norm, Product, RMSNorm, build_norm, scaled
 from everstate.models.config import ModelConfig
-from everstate.ops import linear
+from everstate.ops import Normed, linear
 
 EMBEDDING_STD = 0.02
 
@@ -37,6 +37,11 @@ class Block(nn.Module):
         self.norm_after = norm_after
         self.multiplier = multiplier
 
+    @property
+    def linear_ends(self) -> LinearEnds | None:
+        """The mixer, if the norm before its step and the sum behind it may be made where its linear maps are."""
+        return self.mixer if has_linear_ends(self.mixer) and not self.norm_after else None
+
     def input(self, x: Float[Tensor, "*b d"], dtype: torch.dtype) -> Float[Tensor, "*b d"]:
         """What the mixer reads of the residual stream."""
         return (x if self.norm_after else self.norm(x)).to(dtype)
@@ -50,6 +55,25 @@ class Block(nn.Module):
             return x, self.input(x, dtype)
         x, h = self.norm.add(x, y, self.multiplier)
         return x, h.to(dtype)
+
+    def take_step(
+        self, x: Float[Tensor, "b d"], y: Float[Tensor, "b d"] | Product | None, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"] | Normed]:
+        """`take` for one token, of a product in its own launch where the norm and the mixer let it."""
+        if isinstance(y, Product):
+            if isinstance(self.norm, RMSNorm) and self.linear_ends is not None:
+                return y.add_to(x, self.norm, self.multiplier)
+            y = y.value()
+        return self.take(x, y, dtype)
+
+    def step_(
+        self, h: Float[Tensor, "b d"] | Normed, state: State, slots: Slots, delta_t: Float[Tensor, " b"] | None
+    ) -> Float[Tensor, "b d"] | Product:
+        """Read one token: what the residual stream is to be given, or the product that makes it."""
+        if self.linear_ends is not None:
+            return self.linear_ends.product_step_(h, state, slots, delta_t)
+        assert isinstance(h, Tensor)
+        return self.give(self.mixer.step_(h, state, slots, delta_t))
 
     def give(self, y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """What the residual stream is to be given, before the multiplier, of what the mixer gave."""
@@ -195,7 +219,7 @@ class LM(nn.Module):
             after.append(new)
         return self._finish(x, y), tuple(after)
 
-    def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
+    def logits(self, hidden: Float[Tensor, "*b d"] | Normed) -> Float[Tensor, "*b v"]:
         """The head, applied to outputs of `hidden`."""
         cap = self.config.logit_softcap
         logits = linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
@@ -217,9 +241,9 @@ class LM(nn.Module):
         # Rows picked by index: what PyTorch has for an embedding of few rows takes five times as long on a GPU.
         x, y, dtype = self._widened(self.embedding.weight[tokens]), None, self.dtype
         for block, pool in zip(self.layers, state, strict=True):
-            x, h = block.take(x, y, dtype)
-            y = block.give(block.mixer.step_(h, pool, slots, delta_t))
-        return self.logits(self._finish(x, y))
+            x, h = block.take_step(x, y, dtype)
+            y = block.step_(h, pool, slots, delta_t)
+        return self.logits(self._finish_step(x, y))
 
     def _embed(self, tokens: Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
         """The residual stream before the first block."""
@@ -227,6 +251,16 @@ class LM(nn.Module):
 
     def _widened(self, rows: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         return scaled(rows.to(state_dtype(self.dtype)), self.config.embedding_multiplier)
+
+    def _finish_step(
+        self, x: Float[Tensor, "b d"], y: Float[Tensor, "b d"] | Product | None
+    ) -> Float[Tensor, "b d"] | Normed:
+        """`_finish` for one token."""
+        if isinstance(y, Product):
+            if isinstance(self.norm, RMSNorm) and self.config.logit_multiplier == 1.0:
+                return y.add_to(x, self.norm, self.config.residual_multiplier)[1]
+            y = y.value()
+        return self._finish(x, y)
 
     def _finish(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
         """What the head reads after the last block gave `y`; the multiplier of the logits is in it, for every loss."""

@@ -10,7 +10,7 @@ from everstate.ops.cross_entropy import linear_cross_entropy
 from everstate.ops.delta import gated_delta_scan, gated_delta_step_
 from everstate.ops.experts import experts, route, topk_router
 from everstate.ops.glu import gated, glu
-from everstate.ops.linear import linear, linear_conv_step_
+from everstate.ops.linear import linear, linear_add_rms_norm, linear_conv_step_
 from everstate.ops.linear_scan import linear_scan, linear_step_
 from everstate.ops.lti_conv import lti_conv
 from everstate.ops.lti_diagonal import lti_diagonal, lti_diagonal_step_, lti_kernel_diagonal
@@ -20,6 +20,7 @@ from everstate.ops.mamba2.ends import Mamba2Layer, Mamba2State
 from everstate.ops.mamba3 import mamba3_scan, mamba3_step_
 from everstate.ops.mamba3.ends import Mamba3Layer
 from everstate.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
+from everstate.ops.norm.normed import Normed
 from everstate.ops.rotary import rotary, rotate
 from everstate.ops.selective_scan import mamba1_step_, selective_scan, selective_step_
 from everstate.ops.ssd import mamba2_step_, ssd_scan, ssd_step_
@@ -31,6 +32,7 @@ __all__ = [
     "Mamba2Layer",
     "Mamba2State",
     "Mamba3Layer",
+    "Normed",
     "TrapezoidState",
     "add_rms_norm",
     "anywhere",
@@ -46,6 +48,7 @@ __all__ = [
     "gated_rms_norm",
     "glu",
     "linear",
+    "linear_add_rms_norm",
     "linear_conv_step_",
     "linear_cross_entropy",
     "linear_scan",

@@ -12,8 +12,8 @@ from everstate.ops.triton_launch import cdiv, power_of_2
 WAVES = 8
 """Programs per multiprocessor below which a tile is halved: enough loads in flight to keep the memory busy."""
 
-EARLY_ROWS = 16
-"""Rows up to which states are read, as weights are, while the kernel before still runs; more would slow that down."""
+EARLY_ROWS = 64
+"""Rows up to which states are read, as weights are, while the kernel before still runs, if that is none of cuBLAS."""
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -9,7 +9,15 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
-from everstate.ops.triton_rows import dense, silu, slot_of
+from everstate.ops.triton_rows import (
+    EARLY_ROWS,
+    dense,
+    launch_options,
+    silu,
+    slot_of,
+    start_next,
+    wait_for_last,
+)
 
 CHANNELS = 128
 """Channels of one program."""
@@ -39,7 +47,8 @@ def _step(
         _step_kernel, (batch, cdiv(channels, CHANNELS)),
         x, weight, bias, state, slots, y, x.stride(0), *state.stride(), channels,
         K=weight.shape[1], SILU=activated, BLOCK_D=CHANNELS, BLOCK_K=power_of_2(weight.shape[1]),
-        num_warps=4,
+        EARLY=slots is None and batch <= EARLY_ROWS,
+        num_warps=4, **launch_options(x.device),
     )  # fmt: skip
     return y
 
@@ -53,23 +62,29 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tens
 def _step_kernel(
     x, weight, bias, state, slots, y, x_row, state_slot, state_d, state_k, channels,
     K: tl.constexpr, SILU: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per row and block of channels: the window is the past and, as its last column, the new input."""
+    start_next(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     d, k = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
-    inside = d < channels
-    now = tl.load(x + row * x_row + d, mask=inside, other=0.0).to(tl.float32)
+    inside, offset = d < channels, d * 0.0
+    taps = tl.load(weight + d[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
+    if bias is not None:
+        offset = tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+    if not EARLY:
+        wait_for_last(OVERLAP)
     past = state + slot_of(slots, row) * state_slot + d[:, None] * state_d + k[None, :] * state_k
     window = tl.load(past, mask=inside[:, None] & (k < K - 1)[None, :], other=0.0).to(tl.float32)
+    if EARLY:
+        wait_for_last(OVERLAP)
+    now = tl.load(x + row * x_row + d, mask=inside, other=0.0).to(tl.float32)
     window = tl.where((k == K - 1)[None, :], now[:, None], window)
-    taps = tl.load(weight + d[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
     # Every column moves one place to the left; all of them were loaded before the first is overwritten.
     tl.debug_barrier()
     shifted = past - state_k
     tl.store(shifted, window.to(state.dtype.element_ty), mask=inside[:, None] & ((k > 0) & (k < K))[None, :])
-    out = tl.sum(window * taps.to(tl.float32), 1)
-    if bias is not None:
-        out += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+    out = tl.sum(window * taps.to(tl.float32), 1) + offset
     if SILU:
         out = silu(out)
     tl.store(y + row * channels + d, out.to(y.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""A linear map, with a norm before it or a short convolution behind it, and with weights of 8 bits."""
+"""A linear map, with a short convolution or a residual stream and its norm behind it, and with weights of 8 bits."""
 
 from __future__ import annotations
 
@@ -10,35 +10,34 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.state import Slots
 from everstate.ops.conv1d import causal_conv1d_step_
-from everstate.ops.linear.limits import accepts_conv_step, accepts_linear
-from everstate.ops.norm import rms_norm
+from everstate.ops.linear.limits import accepts_add, accepts_conv_step, accepts_linear
+from everstate.ops.norm import add_rms_norm
+from everstate.ops.norm.normed import Normed, divided
 
 
 @op
 def linear(
-    x: Float[Tensor, "*b k"],
+    x: Float[Tensor, "*b k"] | Normed,
     weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"],
     bias: Float[Tensor, " n"] | None = None,
     *,
     scale: Float[Tensor, " n"] | None = None,
-    norm: Float[Tensor, " k"] | None = None,
-    eps: float = 1e-5,
 ) -> Float[Tensor, "*b n"]:
-    """Compute `scale * (W x) + bias`; with the weight `norm` of an RMS norm, `x / sqrt(mean(x^2) + eps) * norm` for x.
+    """Compute `scale * (W x) + bias`. What a norm has left of x to divide is divided.
 
     Weights of 8 bits have a `scale` for each output, others may. Computed in float32 (float64 for float64 inputs); the
     result has the dtype of x.
     """
+    x = divided(x)
     dtype = state_dtype(x.dtype)
-    u = x.to(dtype) if norm is None else rms_norm.reference(x.to(dtype), norm, eps=eps)
-    y = torch.einsum("...k,nk->...n", u, weight.to(dtype))
+    y = torch.einsum("...k,nk->...n", x.to(dtype), weight.to(dtype))
     y = y if scale is None else y * scale.to(dtype)
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 
 @op
 def linear_conv_step_(
-    x: Float[Tensor, "b k"],
+    x: Float[Tensor, "b k"] | Normed,
     weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"],
     bias: Float[Tensor, " n"] | None,
     conv_weight: Float[Tensor, "d taps"],
@@ -61,7 +60,27 @@ def linear_conv_step_(
     return y[:, :start], convolved, y[:, stop:]
 
 
+@op
+def linear_add_rms_norm(
+    x: Float[Tensor, "b k"] | Normed,
+    weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"],
+    bias: Float[Tensor, " n"] | None,
+    residual: Float[Tensor, "b n"],
+    norm: Float[Tensor, " n"],
+    *,
+    scale: Float[Tensor, " n"] | None = None,
+    eps: float = 1e-5,
+    multiplier: float = 1.0,
+) -> tuple[Float[Tensor, "b n"], Normed]:
+    """`add_rms_norm` of a residual stream and what `linear` gives: the last of one layer, and the first of the next."""
+    y = linear.reference(x, weight, bias, scale=scale)
+    summed, normed = add_rms_norm.reference(residual, y, norm, eps=eps, multiplier=multiplier)
+    return summed, Normed(normed)
+
+
 linear.add("triton", "everstate.ops.linear.triton:linear", accepts_linear)
 linear.add("torch", "everstate.ops.linear.composed:linear", anywhere)
 linear_conv_step_.add("triton", "everstate.ops.linear.triton:linear_conv_step_", accepts_conv_step)
 linear_conv_step_.add("torch", "everstate.ops.linear.composed:linear_conv_step_", anywhere)
+linear_add_rms_norm.add("triton", "everstate.ops.linear.triton:linear_add_rms_norm", accepts_add)
+linear_add_rms_norm.add("torch", "everstate.ops.linear.composed:linear_add_rms_norm", anywhere)

@@ -1,4 +1,4 @@
-"""A linear map by PyTorch, and the norm before it and the convolution behind it by their fastest implementations."""
+"""A linear map by PyTorch, and what is behind it by its fastest implementation."""
 
 from __future__ import annotations
 
@@ -7,28 +7,44 @@ from torch import Tensor, nn
 
 from everstate.core.state import Slots
 from everstate.ops.conv1d import causal_conv1d_step_
-from everstate.ops.norm import rms_norm
+from everstate.ops.norm import add_rms_norm
+from everstate.ops.norm.normed import Normed, divided
 
 
 def linear(
-    x: Float[Tensor, "*b k"],
+    x: Float[Tensor, "*b k"] | Normed,
     weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"],
     bias: Float[Tensor, " n"] | None = None,
     *,
     scale: Float[Tensor, " n"] | None = None,
-    norm: Float[Tensor, " k"] | None = None,
-    eps: float = 1e-5,
 ) -> Float[Tensor, "*b n"]:
     """See `everstate.ops.linear`. 8-bit weights are widened at each call: they save memory here, not time."""
-    x = x if norm is None else rms_norm(x, norm, eps=eps)
+    x = divided(x)
     if scale is None:
         return nn.functional.linear(x, weight, bias)
     y = nn.functional.linear(x, weight.to(x.dtype)) * scale  # in the precision of the scale
     return (y if bias is None else y + bias).to(x.dtype)
 
 
+def linear_add_rms_norm(
+    x: Float[Tensor, "b k"] | Normed,
+    weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"],
+    bias: Float[Tensor, " n"] | None,
+    residual: Float[Tensor, "b n"],
+    norm: Float[Tensor, " n"],
+    *,
+    scale: Float[Tensor, " n"] | None = None,
+    eps: float = 1e-5,
+    multiplier: float = 1.0,
+) -> tuple[Float[Tensor, "b n"], Normed]:
+    """See `everstate.ops.linear_add_rms_norm`."""
+    y = linear(x, weight, bias, scale=scale)
+    summed, normed = add_rms_norm(residual, y, norm, eps=eps, multiplier=multiplier)
+    return summed, Normed(normed)
+
+
 def linear_conv_step_(
-    x: Float[Tensor, "b k"],
+    x: Float[Tensor, "b k"] | Normed,
     weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"],
     bias: Float[Tensor, " n"] | None,
     conv_weight: Float[Tensor, "d taps"],

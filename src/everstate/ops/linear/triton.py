@@ -1,10 +1,9 @@
 """Linear maps of a few rows on a GPU, where reading the weights takes all the time: once, 16 bytes at a time.
 
-A program owns some outputs and multiplies number by number: matrix units would wait for memory just as long. The norm
-needs no pass of its own: `W (x * norm)` and the sum of the squares of x grow together, and the one is divided at the
-end.
+A program owns some outputs and multiplies number by number: matrix units would wait for memory just as long.
 """
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int8
@@ -13,38 +12,38 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.linear.composed import convolve_
-from everstate.ops.linear.limits import FEW, norm_is_apart
-from everstate.ops.linear.triton_ends import constants, finish, window_of
-from everstate.ops.linear.triton_tiles import run_tiles
-from everstate.ops.norm import rms_norm
+from everstate.ops.linear.limits import FEW, refusal_of_tiles
+from everstate.ops.linear.triton_ends import Convolution, Ends, Residual, Written, constants, finish, given
+from everstate.ops.linear.triton_tiles import blocks_of_tiles, run_tiles
+from everstate.ops.norm.normed import Normed
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, dense_rows, launch_options, start_next, wait_for_last
 
 HELD = 4096
 """Bytes of weights of a warp: many programs, each with all that it reads in flight, fill a GPU best."""
+LONG = 8192
+"""Bytes of a row of weights from which a warp has twice as many: fewer programs then read x."""
 MOST = 8192
 """Bytes of weights that a warp asks for at once, where a row is longer than that: what registers hold."""
+WIDE = 2048
+"""Width of x from which products of matrices are sooner for fewer rows than `FEW`."""
 CONVOLVED = 32
 """Rows up to which a convolution behind a product costs less in its launch than in its own."""
 
 
 def linear(
-    x: Float[Tensor, "*b k"],
+    x: Float[Tensor, "*b k"] | Normed,
     weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"],
     bias: Float[Tensor, " n"] | None = None,
     *,
     scale: Float[Tensor, " n"] | None = None,
-    norm: Float[Tensor, " k"] | None = None,
-    eps: float = 1e-5,
 ) -> Float[Tensor, "*b n"]:
     """See `everstate.ops.linear`."""
-    if norm is not None and norm_is_apart(x):
-        x, norm = rms_norm(x, norm, eps=eps), None
-    return _linear(x, weight, bias, scale, norm, eps)
+    return _linear(*_undone(x), weight, bias, scale)
 
 
 def linear_conv_step_(
-    x: Float[Tensor, "b k"],
+    x: Float[Tensor, "b k"] | Normed,
     weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"],
     bias: Float[Tensor, " n"] | None,
     conv_weight: Float[Tensor, "d taps"],
@@ -57,65 +56,113 @@ def linear_conv_step_(
     scale: Float[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, "b before"], Float[Tensor, "b d"], Float[Tensor, "b after"]]:
     """See `everstate.ops.linear_conv_step_`. The pool may be of lower precision: what enters it is rounded."""
-    if len(x) > CONVOLVED:
-        y = _linear(x, weight, bias, scale, None, 0.0)
+    given = _undone(x)
+    if len(given[0]) > CONVOLVED:
+        y = _linear(*given, weight, bias, scale)
         return convolve_(y, conv_weight, conv_bias, state, slots, start, activation)
-    y = _linear_conv(x, weight, bias, scale, conv_weight, conv_bias, state, slots, start, activation == "silu")
+    y = _linear_conv(*given, weight, bias, scale, conv_weight, conv_bias, state, slots, start, activation == "silu")
     stop = start + len(conv_weight)
     return y[:, :start], y[:, start:stop], y[:, stop:]
 
 
+def linear_add_rms_norm(
+    x: Float[Tensor, "b k"] | Normed,
+    weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"],
+    bias: Float[Tensor, " n"] | None,
+    residual: Float[Tensor, "b n"],
+    norm: Float[Tensor, " n"],
+    *,
+    scale: Float[Tensor, " n"] | None = None,
+    eps: float = 1e-5,
+    multiplier: float = 1.0,
+) -> tuple[Float[Tensor, "b n"], Normed]:
+    """See `everstate.ops.linear_add_rms_norm`. What the norm divides by is known when all programs have ended."""
+    y, summed, squares = _linear_add(*_undone(x), weight, bias, scale, residual, norm, multiplier)
+    return summed, Normed(y, squares, eps)
+
+
+def _undone(x: Tensor | Normed) -> tuple[Tensor, Tensor | None, float]:
+    """x, and what a norm has left to do."""
+    return (x.x, x.squares, x.eps) if isinstance(x, Normed) else (x, None, 0.0)
+
+
 @kernel_op("linear")
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Tensor | None, eps: float
+    x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None
 ) -> Tensor:
-    rows = dense_rows(x)
-    y = _run(rows, weight, bias, scale, norm, eps, None, None, None, None, 0, False)
+    y = _run(dense_rows(x), weight, Ends(squares, eps, bias, scale)).y
     return y.view(*x.shape[:-1], len(weight))
 
 
 @_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Tensor | None, eps: float) -> Tensor:
+def _(
+    x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
 @kernel_op("linear_conv_step_", mutates={"state"})
 def _linear_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, conv_weight: Tensor,
-    conv_bias: Tensor | None, state: Tensor, slots: Tensor | None, start: int, activated: bool,
+    x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
+    conv_weight: Tensor, conv_bias: Tensor | None, state: Tensor, slots: Tensor | None, start: int, activated: bool,
 ) -> Tensor:  # fmt: skip
-    taps = conv_weight.contiguous()
-    return _run(dense(x), weight, bias, scale, None, 0.0, taps, conv_bias, state, slots, start, activated)
+    conv = Convolution(conv_weight.contiguous(), conv_bias, state, slots, start, activated)
+    return _run(dense(x), weight, Ends(squares, eps, bias, scale, conv=conv)).y
 
 
 @_linear_conv.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, conv_weight: Tensor,
-    conv_bias: Tensor | None, state: Tensor, slots: Tensor | None, start: int, activated: bool,
+    x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
+    conv_weight: Tensor, conv_bias: Tensor | None, state: Tensor, slots: Tensor | None, start: int, activated: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(len(x), len(weight))
 
 
-def _run(
-    x: Float[Tensor, "b k"], weight: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Tensor | None,
-    eps: float, taps: Tensor | None, conv_bias: Tensor | None, state: Tensor | None, slots: Tensor | None,
-    start: int, activated: bool,
-) -> Float[Tensor, "b n"]:  # fmt: skip
+@kernel_op("linear_add_rms_norm")
+def _linear_add(
+    x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
+    residual: Tensor, norm: Tensor, multiplier: float,
+) -> list[Tensor]:  # fmt: skip
+    ends = Ends(squares, eps, bias, scale, residual=Residual(residual.contiguous(), norm, multiplier))
+    return [t for t in _run(dense(x), weight, ends) if t is not None]
+
+
+@_linear_add.register_fake
+def _(
+    x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
+    residual: Tensor, norm: Tensor, multiplier: float,
+) -> list[Tensor]:  # fmt: skip
+    return [t for t in Written.empty(x, len(weight), _blocks(x, weight), residual) if t is not None]
+
+
+def _run(x: Float[Tensor, "b k"], weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"], ends: Ends) -> Written:
     """Launch the kernel for so many rows."""
-    (rows, width), outputs = x.shape, len(weight)
-    if rows > FEW:
-        return run_tiles(x, weight, bias, scale, norm, eps, taps, conv_bias, state, slots, start, activated)
-    y = x.new_empty(rows, outputs)
-    channels, count = (0, 0) if taps is None else taps.shape
-    strides = (0, 0, 0) if state is None else state.stride()
-    sizes, options = _sizes(rows, width, weight)
+    outputs, width = weight.shape
+    written = Written.empty(x, outputs, _blocks(x, weight), None if ends.residual is None else ends.residual.stream)
+    arguments, settings = ends.arguments(written)
+    if not _one_by_one(x, weight):
+        run_tiles(x, weight, arguments, settings)
+        return written
+    sizes, options = _sizes(len(x), width, weight)
     launch(
         _linear_kernel, (cdiv(outputs, sizes["BLOCK_N"]),),
-        x, weight, bias, scale, norm, y, taps, conv_bias, state, slots, x.stride(0), *strides, eps, rows, outputs,
-        start, channels,
-        K=width, TAPS=count, SILU=activated, **sizes, **options, **launch_options(x.device),
+        x, weight, x.stride(0), *arguments, K=width, **settings, **sizes, **options, **launch_options(x.device),
     )  # fmt: skip
-    return y
+    return written
+
+
+def _blocks(x: Float[Tensor, "b k"], weight: Tensor) -> int:
+    """Among how many blocks the outputs are shared out."""
+    if not _one_by_one(x, weight):
+        return blocks_of_tiles(len(x), weight)
+    return cdiv(len(weight), _sizes(len(x), weight.shape[1], weight)[0]["BLOCK_N"])
+
+
+def _one_by_one(x: Float[Tensor, "b k"], weight: Tensor) -> bool:
+    """Whether numbers are multiplied one by one, and not by a kernel of matrix products."""
+    rows, width = x.shape
+    few = FEW if width < WIDE else 2 if weight.dtype == torch.int8 else 1
+    return rows <= few or (rows <= FEW and refusal_of_tiles(x.dtype, width, x.device) is not None)
 
 
 def _sizes(rows: int, width: int, weight: Tensor) -> tuple[dict[str, int], dict[str, int]]:
@@ -131,7 +178,7 @@ def _sizes(rows: int, width: int, weight: Tensor) -> tuple[dict[str, int], dict[
     else:
         piece = _piece(row, HELD)
         warps = max(min(power_of_2(row + 1) // 2048, piece // 512, 8), 1)
-        n = power_of_2(cdiv(HELD * warps, row))
+        n = power_of_2(cdiv((HELD if row < LONG else 2 * HELD) * warps, row))
     pieces, ahead = cdiv(row, piece), max(MOST * warps // (n * piece), 1)
     tile = {"BLOCK_N": n, "BLOCK_K": piece // size, "AHEAD": min(pieces, ahead), "LINES": n if size == 1 else 1}
     return {**tile, "ROWS": rows, "BLOCK_B": power_of_2(rows)}, {"num_warps": warps}
@@ -147,51 +194,43 @@ def _piece(row: int, most: int) -> int:
 
 @triton.jit
 def _linear_kernel(
-    x, weight, bias, scale, norm, y, taps, conv_bias, pool, slots,
-    x_row, pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels,
-    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, OVERLAP: tl.constexpr,
+    x, weight, x_row, bias, scale, squares, parts, eps,
+    taps, conv_bias, pool, slots, pool_slot, pool_d, pool_k, start, channels,
+    stream, norm, multiplier, y, summed, block_squares, rows, outputs,
+    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per block of outputs, for all rows; the first AHEAD pieces of its weights are asked for at once."""
     start_next(OVERLAP)
     PIECES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     n, k, b = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_B)
     own = weight + tl.program_id(0).to(tl.int64) * BLOCK_N * K + tl.arange(0, BLOCK_N)[:, None] * K
-    held, norms = (), ()
+    held = ()
     for piece in tl.static_range(AHEAD):
         held = held + (_weights(own, n, piece * BLOCK_K + k, outputs, K, BLOCK_K),)  # type: ignore[assignment]
-    if norm is not None:
-        for piece in tl.static_range(AHEAD):
-            norms = norms + (_numbers(norm, piece * BLOCK_K + k, LINES, K, BLOCK_K),)  # type: ignore[assignment]
-    factor, offset, conv_offset, factors = constants(bias, scale, taps, conv_bias, n, outputs, start, channels, TAPS)
+    of_layer = constants(bias, scale, taps, conv_bias, norm, n, outputs, start, channels, TAPS)
     wait_for_last(OVERLAP)
-    past, mine, window = n, n, ()
-    if TAPS > 0:
-        past, mine, window = window_of(pool, slots, n - start, b, pool_slot, pool_d, pool_k, rows, channels, TAPS)
-    sums, squares = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((LINES, BLOCK_B), tl.float32)
+    of_token = given(
+        squares, parts, stream, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows, outputs,
+        TAPS, PARTS,
+    )  # fmt: skip
+    sums = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
     for row in tl.static_range(ROWS):
-        part, square = tl.zeros((BLOCK_N, BLOCK_K), tl.float32), tl.zeros((LINES, BLOCK_K), tl.float32)
+        part = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for piece in tl.static_range(AHEAD):
             u = _numbers(x + row * x_row, piece * BLOCK_K + k, LINES, K, BLOCK_K).to(tl.float32)
-            if norm is not None:
-                square += u * u
-                u = u * norms[piece].to(tl.float32)
             part += held[piece].to(tl.float32) * u
         sums += tl.where((b == row)[None, :], tl.sum(part, 1)[:, None], 0.0)
-        if norm is not None:
-            squares += tl.where((b == row)[None, :], tl.sum(square, 1)[:, None], 0.0)
     for piece in tl.static_range(AHEAD, PIECES):
         w = _weights(own, n, piece * BLOCK_K + k, outputs, K, BLOCK_K).to(tl.float32)
         for row in tl.static_range(ROWS):
             u = _numbers(x + row * x_row, piece * BLOCK_K + k, LINES, K, BLOCK_K).to(tl.float32)
-            if norm is not None:
-                squares += tl.where((b == row)[None, :], tl.sum(u * u, 1)[:, None], 0.0)
-                u = u * _numbers(norm, piece * BLOCK_K + k, LINES, K, BLOCK_K).to(tl.float32)
             sums += tl.where((b == row)[None, :], tl.sum(w * u, 1)[:, None], 0.0)
-    if norm is not None:
-        sums = sums * tl.rsqrt(squares / K + eps)
-    sums = sums * factor[:, None] + offset[:, None]
-    finish(sums, y, conv_offset, factors, past, mine, window, n, b, pool_k, rows, outputs, TAPS, SILU)
+    finish(
+        sums, of_layer, of_token, squares, eps, pool_k, stream, multiplier, y, summed, block_squares,
+        n, b, rows, outputs, tl.program_id(0), tl.num_programs(0), K, TAPS, SILU,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -1,18 +1,89 @@
-"""What stands behind a product on a GPU: factors and offsets of its outputs, and one token of a short convolution."""
+"""What stands around a product on a GPU: the division of a norm, factors and offsets of the outputs, and one token of a
+short convolution, or a residual stream with the norm behind it."""
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
 
+from everstate.core.state import Slots
+from everstate.ops.norm.triton_add import dtype_of_sum
+from everstate.ops.triton_launch import power_of_2
 from everstate.ops.triton_rows import silu
 
 
+class Convolution(NamedTuple):
+    """One token of a short convolution over the outputs from `start` on."""
+
+    taps: Float[Tensor, "d taps"]
+    bias: Float[Tensor, " d"] | None
+    state: Float[Tensor, "slots d taps1"]
+    slots: Slots
+    start: int
+    activated: bool
+
+
+class Residual(NamedTuple):
+    """A residual stream that takes the outputs in, `multiplier` times, and the weight of the norm behind it."""
+
+    stream: Float[Tensor, "b n"]
+    norm: Float[Tensor, " n"]
+    multiplier: float
+
+
+class Written(NamedTuple):
+    """What a kernel writes. y: its outputs, or those of the norm; of a residual stream the new one, and its squares."""
+
+    y: Float[Tensor, "b n"]
+    stream: Float[Tensor, "b n"] | None
+    squares: Float[Tensor, "b blocks"] | None
+
+    @classmethod
+    def empty(cls, x: Float[Tensor, "b k"], outputs: int, blocks: int, stream: Tensor | None) -> "Written":
+        """Memory for it; of each row, a block of outputs sums its own squares."""
+        y = x.new_empty(len(x), outputs)
+        if stream is None:
+            return cls(y, None, None)
+        summed = stream.new_empty(stream.shape, dtype=dtype_of_sum(stream, y))
+        return cls(y, summed, x.new_empty(len(x), blocks, dtype=torch.float32))
+
+
+class Ends(NamedTuple):
+    """What stands around the product x with weights."""
+
+    squares: Float[Tensor, "b parts"] | None
+    eps: float
+    bias: Float[Tensor, " n"] | None
+    scale: Float[Tensor, " n"] | None
+    conv: Convolution | None = None
+    residual: Residual | None = None
+
+    def arguments(self, written: Written) -> tuple[tuple[object, ...], dict[str, int | bool]]:
+        """Those of a kernel for it, in their order, and its constants."""
+        conv, residual = self.conv, self.residual
+        squares = None if self.squares is None else self.squares.contiguous()
+        parts = 0 if squares is None else squares.shape[1]
+        convolved: tuple[object, ...] = (None,) * 4 + (0,) * 5
+        channels, taps = (0, 0) if conv is None else conv.taps.shape
+        if conv is not None:
+            convolved = (conv.taps, conv.bias, conv.state, conv.slots, *conv.state.stride(), conv.start, channels)
+        added = (None, None, 1.0) if residual is None else residual
+        values = (self.bias, self.scale, squares, parts, self.eps, *convolved, *added, *written, *written.y.shape)
+        constants = {"TAPS": taps, "SILU": conv is not None and conv.activated, "PARTS": power_of_2(max(parts, 1))}
+        return values, constants
+
+
 @triton.jit
-def constants(bias, scale, taps, conv_bias, n, outputs, start, channels, TAPS: tl.constexpr):
-    """What outputs are multiplied by and what is added, before the convolution and in it."""
+def constants(bias, scale, taps, conv_bias, norm, n, outputs, start, channels, TAPS: tl.constexpr):
+    """What belongs to the layer: what outputs are multiplied by and what is added, before the convolution and in it,
+    and their weight in the norm behind."""
     inside, d = n < outputs, n - start
     convolved = (d >= 0) & (d < channels)
     factor, offset = tl.full((n.shape[0],), 1.0, tl.float32), tl.zeros((n.shape[0],), tl.float32)
-    conv_offset, factors = offset, ()
+    conv_offset, factors, weigh = offset, (), factor
     if scale is not None:
         factor = tl.load(scale + n, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
@@ -22,11 +93,35 @@ def constants(bias, scale, taps, conv_bias, n, outputs, start, channels, TAPS: t
     for j in tl.static_range(TAPS):
         tap = tl.load(taps + d * TAPS + j, mask=convolved, other=0.0).to(tl.float32)
         factors = factors + (tap,)  # type: ignore[assignment]
-    return factor, offset, conv_offset, factors
+    if norm is not None:
+        weigh = tl.load(norm + n, mask=inside, other=0.0).to(tl.float32)
+    return factor, offset, conv_offset, factors, weigh
 
 
 @triton.jit
-def window_of(pool, slots, d, b, pool_slot, pool_d, pool_k, rows, channels, TAPS: tl.constexpr):
+def given(
+    squares, parts, stream, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows, outputs,
+    TAPS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """What belongs to the token: sums of squares, the residual stream, and what `_window` gives; n where there is none.
+
+    Only asked for: it is added up where it is needed.
+    """
+    sums, before, past, mine, window = n, n, n, n, ()
+    at = tl.arange(0, PARTS)
+    if squares is not None:
+        inside = (b < rows)[:, None] & (at < parts)[None, :]
+        sums = tl.load(squares + b[:, None] * parts + at[None, :], mask=inside, other=0.0)
+    if stream is not None:
+        inside = (n < outputs)[:, None] & (b < rows)[None, :]
+        before = tl.load(stream + b.to(tl.int64)[None, :] * outputs + n[:, None], mask=inside, other=0.0)
+    if TAPS > 0:
+        past, mine, window = _window(pool, slots, n - start, b, pool_slot, pool_d, pool_k, rows, channels, TAPS)
+    return sums, before, past, mine, window
+
+
+@triton.jit
+def _window(pool, slots, d, b, pool_slot, pool_d, pool_k, rows, channels, TAPS: tl.constexpr):
     """Where the past of these outputs lies, which of it there is, and what the convolution has kept, oldest first."""
     mine = ((d >= 0) & (d < channels))[:, None] & (b < rows)[None, :]
     slot = b.to(tl.int64)
@@ -41,25 +136,44 @@ def window_of(pool, slots, d, b, pool_slot, pool_d, pool_k, rows, channels, TAPS
 
 @triton.jit
 def finish(
-    sums, y, conv_offset, factors, past, mine, window, n, b, pool_k, rows, outputs,
-    TAPS: tl.constexpr, SILU: tl.constexpr,
+    sums, of_layer, of_token, squares, eps, pool_k, stream, multiplier, y, summed, block_squares,
+    n, b, rows, outputs, block, blocks, K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Convolution and activation of a block of outputs, and their place in memory."""
-    out = sums.to(y.dtype.element_ty)
+    """All that stands behind a block of a product; `constants` and `given` gave what it takes."""
+    if squares is not None:
+        sums = sums * tl.rsqrt(tl.sum(of_token[0], 1) / K + eps)[None, :]
+    sums = sums * of_layer[0][:, None] + of_layer[1][:, None]
+    inside = (n < outputs)[:, None] & (b < rows)[None, :]
+    at = b.to(tl.int64)[None, :] * outputs + n[:, None]
+    if stream is not None:
+        total = (of_token[1].to(tl.float32) + sums * multiplier).to(summed.dtype.element_ty)
+        tl.store(summed + at, total, mask=inside)
+        total = tl.where(inside, total.to(tl.float32), 0.0)
+        tl.store(block_squares + b * blocks + block, tl.sum(total * total, 0), mask=b < rows)
+        out = (total * of_layer[4][:, None]).to(y.dtype.element_ty)
+    else:
+        out = sums.to(y.dtype.element_ty)
     if TAPS > 0:
-        # The convolution reads outputs as they are rounded, here as where it is an op of its own.
-        sums = out.to(tl.float32) * factors[TAPS - 1][:, None] + conv_offset[:, None]
-        for j in tl.static_range(TAPS - 1):
-            sums += window[j].to(tl.float32) * factors[j][:, None]
-        if SILU:
-            sums = silu(sums)
-        # Every column moves one place to the left; all of them were loaded before the first is overwritten.
-        tl.debug_barrier()
-        for j in tl.static_range(TAPS - 1):
-            if j < TAPS - 2:
-                tl.store(past + j * pool_k, window[j + 1], mask=mine)
-            else:
-                tl.store(past + j * pool_k, out, mask=mine)
-        out = tl.where(mine, sums.to(out.dtype), out)
-    at = y + b.to(tl.int64)[None, :] * outputs + n[:, None]
-    tl.store(at, out, mask=(n < outputs)[:, None] & (b < rows)[None, :])
+        out = _convolve(out, of_layer[2], of_layer[3], of_token[2], of_token[3], of_token[4], pool_k, TAPS, SILU)
+    tl.store(y + at, out, mask=inside)
+
+
+@triton.jit
+def _convolve(
+    out, conv_offset, factors, past, mine, window, pool_k, TAPS: tl.constexpr, SILU: tl.constexpr
+):  # fmt: skip
+    """Convolution and activation of a block of outputs, of which some are not convolved."""
+    # The convolution reads outputs as they are rounded, here as where it is an op of its own.
+    sums = out.to(tl.float32) * factors[TAPS - 1][:, None] + conv_offset[:, None]
+    for j in tl.static_range(TAPS - 1):
+        sums += window[j].to(tl.float32) * factors[j][:, None]
+    if SILU:
+        sums = silu(sums)
+    # Every column moves one place to the left; all of them were loaded before the first is overwritten.
+    tl.debug_barrier()
+    for j in tl.static_range(TAPS - 1):
+        if j < TAPS - 2:
+            tl.store(past + j * pool_k, window[j + 1], mask=mine)
+        else:
+            tl.store(past + j * pool_k, out, mask=mine)
+    return tl.where(mine, sums.to(out.dtype), out)

@@ -6,22 +6,22 @@ fewer such blocks than multiprocessors, the sum over K is split among several pr
 parts, always in the same order.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from everstate.core.kernels import counters, processors, shared_memory
-from everstate.ops.linear.limits import BLOCK_K
-from everstate.ops.linear.triton_ends import constants, finish, window_of
+from everstate.ops.linear.limits import BLOCK_K, LEAST
+from everstate.ops.linear.triton_ends import constants, finish, given
 from everstate.ops.triton_common import INTERPRETED, dot
 from everstate.ops.triton_launch import Tiles, cdiv, form, launch, power_of_2
 from everstate.ops.triton_rows import launch_options, start_next, wait_for_last
 
-BLOCK_N = 64
+BLOCK_N = 2 * LEAST
 """Outputs of a program: what the matrix units of Hopper take at once."""
 SPLITS, SHORT = 4, 1024
 """Most programs among which a sum is split, and of up to how many numbers one makes it sooner than parts are joined."""
@@ -40,42 +40,40 @@ class Sizes(NamedTuple):
 
 
 def run_tiles(
-    x: Float[Tensor, "b k"], weight: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Tensor | None,
-    eps: float, taps: Tensor | None, conv_bias: Tensor | None, state: Tensor | None, slots: Tensor | None,
-    start: int, activated: bool,
-) -> Float[Tensor, "b n"]:  # fmt: skip
-    """Launch the kernel."""
-    (rows, width), outputs = x.shape, len(weight)
-    y = x.new_empty(rows, outputs)
-    channels, count = (0, 0) if taps is None else taps.shape
-    strides = (0, 0, 0) if state is None else state.stride()
-    sizes = _sizes(rows, weight, norm is not None)
+    x: Float[Tensor, "b k"], weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"], arguments: tuple[Any, ...],
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """Launch the kernel with what `Ends` says."""
+    (outputs, width), sizes = weight.shape, _sizes(len(x), weight)
     blocks = cdiv(outputs, sizes.n)
     parts = arrived = None
     if sizes.splits > 1:
-        parts = x.new_empty(blocks * sizes.splits * (sizes.n + 1) * sizes.b, dtype=torch.float32)
+        parts = x.new_empty(blocks * sizes.splits * sizes.n * sizes.b, dtype=torch.float32)
         arrived = counters(x.device, blocks)
     launch(
         _tiles_kernel, (blocks * sizes.splits,),
-        _tiles(x, sizes.b, sizes.k), _tiles(weight, sizes.n, sizes.k), weight, bias, scale, norm, y, parts, arrived,
-        taps, conv_bias, state, slots, *strides, eps, rows, outputs, start, channels,
-        K=width, TAPS=count, SILU=activated, BLOCK_N=sizes.n, BLOCK_K=sizes.k, BLOCK_B=sizes.b, SPLITS=sizes.splits,
+        _tiles(x, sizes.b, sizes.k), _tiles(weight, sizes.n, sizes.k), weight, parts, arrived, *arguments,
+        K=width, **settings, BLOCK_N=sizes.n, BLOCK_K=sizes.k, BLOCK_B=sizes.b, SPLITS=sizes.splits,
         num_warps=4, num_stages=sizes.stages, **launch_options(x.device),
     )  # fmt: skip
-    return y
 
 
-def _sizes(rows: int, weight: Tensor, normed: bool) -> Sizes:
-    """What was fastest: longer tiles where each costs a step through registers, for a norm or to widen its weights, and
-    shorter ones, which are on their way sooner, where 64 rows of x come with each."""
+def blocks_of_tiles(rows: int, weight: Tensor) -> int:
+    """Among how many blocks the outputs are shared out."""
+    return cdiv(len(weight), _sizes(rows, weight).n)
+
+
+def _sizes(rows: int, weight: Tensor) -> Sizes:
+    """What was fastest: longer tiles where weights of 8 bits are widened, or where a sum is split; shorter ones, which
+    are on their way sooner, where 64 rows of x come with each."""
     (outputs, width), block, size = weight.shape, max(power_of_2(rows), 16), weight.element_size()
     splits = splits_of(width, cdiv(outputs, BLOCK_N), weight.device)
-    can_be_longer = width // splits % (2 * BLOCK_K) == 0
-    narrow = size == 1 and splits == 1 and block == 16 and can_be_longer
-    n, k, most = BLOCK_N // 2 if narrow else BLOCK_N, BLOCK_K, STAGES
-    if narrow or (normed and can_be_longer):
-        k = 2 * BLOCK_K
-        most = STAGES if splits == 1 else LONGER_OF_8_BITS if size == 1 else LONGER
+    longer = block == 16 and width // splits % (2 * BLOCK_K) == 0
+    n, k, most = BLOCK_N, BLOCK_K, STAGES
+    if longer and splits > 1:
+        k, most = 2 * BLOCK_K, LONGER_OF_8_BITS if size == 1 else LONGER
+    elif longer and size == 1:
+        n, k = LEAST, 2 * BLOCK_K
     elif size == 2 and splits == 1 and block == 64:
         k, most = BLOCK_K // 2, SHORTER
     # Where sums are split, there is one program for each multiprocessor; otherwise two should fit.
@@ -100,59 +98,58 @@ def _tiles(t: Float[Tensor, "rows k"], rows: int, columns: int) -> Tiles:
 
 @triton.jit
 def _tiles_kernel(
-    x, w, weight, bias, scale, norm, y, parts, arrived, taps, conv_bias, pool, slots,
-    pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels,
-    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_B: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
+    x, w, weight, split_sums, arrived, bias, scale, squares, parts, eps,
+    taps, conv_bias, pool, slots, pool_slot, pool_d, pool_k, start, channels,
+    stream, norm, multiplier, y, summed, block_squares, rows, outputs,
+    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per block of outputs and part of the sum, for all rows, which are filled up to BLOCK_B with zeros."""
     start_next(OVERLAP)
     block, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     n, b = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_B)
-    factor, offset, conv_offset, factors = constants(bias, scale, taps, conv_bias, n, outputs, start, channels, TAPS)
+    of_layer = constants(bias, scale, taps, conv_bias, norm, n, outputs, start, channels, TAPS)
     wait_for_last(OVERLAP)
-    past, mine, window = n, n, ()
-    # The past is on its way during the product; of a split sum the last program alone needs it.
-    if TAPS > 0 and SPLITS == 1:
-        past, mine, window = window_of(pool, slots, n - start, b, pool_slot, pool_d, pool_k, rows, channels, TAPS)
-    sums, squares = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+    # What the end needs is on its way during the product; of a split sum the last program alone needs it.
+    if SPLITS == 1:
+        of_token = given(
+            squares, parts, stream, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows, outputs,
+            TAPS, PARTS,
+        )  # fmt: skip
+    sums = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
     for first in tl.range(0, K // SPLITS, BLOCK_K):
         at = split * (K // SPLITS) + first
         tile, u = w.load([block * BLOCK_N, at]), x.load([0, at])
-        if norm is not None:
-            wide = u.to(tl.float32)
-            squares += wide * wide
-            u = (wide * tl.load(norm + at + tl.arange(0, BLOCK_K)).to(tl.float32)[None, :]).to(u.dtype)
         if weight.dtype.element_ty == tl.int8:
             if INTERPRETED:
                 tile = tile.to(tl.float32)
             tile = tile.to(u.dtype)
         sums = dot(tile, u.T, sums, "tf32")
-    square = tl.sum(squares, 1)
-    if SPLITS > 1:
-        if _is_last(sums, square, parts, arrived, block, split, BLOCK_N, BLOCK_B, SPLITS):
-            sums, square = _join(parts, block, BLOCK_N, BLOCK_B, SPLITS)
-            _end(
-                sums, square, norm, factor, offset, y, conv_offset, factors, past, mine, window, pool, slots, n, b,
-                pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels, K, TAPS, SILU, SPLITS,
-            )  # fmt: skip
-    else:
-        _end(
-            sums, square, norm, factor, offset, y, conv_offset, factors, past, mine, window, pool, slots, n, b,
-            pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels, K, TAPS, SILU, SPLITS,
+    if SPLITS == 1:
+        finish(
+            sums, of_layer, of_token, squares, eps, pool_k, stream, multiplier, y, summed, block_squares,
+            n, b, rows, outputs, block, tl.num_programs(0), K, TAPS, SILU,
+        )  # fmt: skip
+    elif _is_last(sums, split_sums, arrived, block, split, BLOCK_N, BLOCK_B, SPLITS):
+        of_token = given(
+            squares, parts, stream, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows, outputs,
+            TAPS, PARTS,
+        )  # fmt: skip
+        finish(
+            _join(split_sums, block, BLOCK_N, BLOCK_B, SPLITS), of_layer, of_token, squares, eps, pool_k, stream,
+            multiplier, y, summed, block_squares, n, b, rows, outputs, block, tl.num_programs(0) // SPLITS,
+            K, TAPS, SILU,
         )  # fmt: skip
 
 
 @triton.jit
 def _is_last(
-    sums, square, parts, arrived, block, split,
-    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
+    sums, split_sums, arrived, block, split, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, SPLITS: tl.constexpr
+):
     """Leave a part of a sum; whether all other parts of this block of outputs are there."""
     n, b = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_B)
-    own = parts + (block * SPLITS + split) * ((BLOCK_N + 1) * BLOCK_B)
+    own = split_sums + (block * SPLITS + split) * (BLOCK_N * BLOCK_B)
     tl.store(own + n[:, None] * BLOCK_B + b[None, :], sums)
-    tl.store(own + BLOCK_N * BLOCK_B + b, square)
     tl.debug_barrier()
     last = tl.atomic_add(arrived + block, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
     if last:
@@ -161,28 +158,12 @@ def _is_last(
 
 
 @triton.jit
-def _join(parts, block, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, SPLITS: tl.constexpr):
+def _join(split_sums, block, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, SPLITS: tl.constexpr):
     """The sum of all parts, in their order."""
     n, b = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_B)
-    sums, square = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((BLOCK_B,), tl.float32)
+    sums = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
     for split in tl.static_range(SPLITS):
-        theirs = parts + (block * SPLITS + split) * ((BLOCK_N + 1) * BLOCK_B)
+        theirs = split_sums + (block * SPLITS + split) * (BLOCK_N * BLOCK_B)
         # Past the cache of a multiprocessor, which knows nothing of what others write.
         sums += tl.load(theirs + n[:, None] * BLOCK_B + b[None, :], cache_modifier=".cg")
-        square += tl.load(theirs + BLOCK_N * BLOCK_B + b, cache_modifier=".cg")
-    return sums, square
-
-
-@triton.jit
-def _end(
-    sums, square, norm, factor, offset, y, conv_offset, factors, past, mine, window, pool, slots, n, b,
-    pool_slot, pool_d, pool_k, eps, rows, outputs, start, channels,
-    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Norm, factors, and what `finish` does."""
-    if norm is not None:
-        sums = sums * tl.rsqrt(square / K + eps)[None, :]
-    sums = sums * factor[:, None] + offset[:, None]
-    if TAPS > 0 and SPLITS > 1:
-        past, mine, window = window_of(pool, slots, n - start, b, pool_slot, pool_d, pool_k, rows, channels, TAPS)
-    finish(sums, y, conv_offset, factors, past, mine, window, n, b, pool_k, rows, outputs, TAPS, SILU)
+    return sums

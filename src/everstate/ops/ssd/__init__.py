@@ -13,6 +13,8 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
+from everstate.ops.norm import rms_norm
+from everstate.ops.norm.normed import Normed
 from everstate.ops.ssd.limits import accepts_mamba2_step, accepts_scan, accepts_step
 
 
@@ -99,8 +101,11 @@ def mamba2_step_(
     z: Float[Tensor, "b h p"] | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     delta_t: Float[Tensor, " b"] | None = None,
-) -> Float[Tensor, "b h p"]:
-    """`ssd_step_` of what a Mamba-2 layer projects, and `y silu(z)` where z is given.
+    norm: Float[Tensor, " e"] | None = None,
+    eps: float = 1e-5,
+    norm_groups: int = 1,
+) -> Float[Tensor, "b h p"] | Normed:
+    """`ssd_step_` of what a Mamba-2 layer projects, and `y silu(z)` where z is given; with `norm`, `rms_norm` of that.
 
     The step is `clamp(softplus(dt + dt_bias), dt_limit) delta_t` and the log decay `-exp(A_log)` times that.
     """
@@ -109,7 +114,10 @@ def mamba2_step_(
     step = step if delta_t is None else step * delta_t.to(dtype).unsqueeze(-1)
     gate = None if z is None else silu(z.to(dtype))
     y = ssd_step_.reference(x.to(dtype), -torch.exp(A_log.to(dtype)) * step, step, B, C, state, slots, D=D)
-    return (y if gate is None else y * gate).to(x.dtype)
+    y = y if gate is None else y * gate
+    if norm is None:
+        return y.to(x.dtype)
+    return Normed(rms_norm.reference(y.flatten(-2), norm, eps=eps, groups=norm_groups).to(x.dtype))
 
 
 ssd_scan.add("triton", "everstate.ops.ssd.triton:ssd_scan", accepts_scan)

@@ -11,6 +11,7 @@ from torch import Tensor
 from everstate.core.kernels import refusal, shared_memory
 from everstate.core.state import Slots
 from everstate.ops.limits import step_refusal
+from everstate.ops.norm.limits import accepts_norm
 
 LARGEST = 16384
 """Numbers in the state of a head, each side filled up to a power of two: what fits into registers."""
@@ -97,6 +98,10 @@ def accepts_mamba2_step(
     z: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     delta_t: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    norm_groups: int = 1,
 ) -> str | None:
     """Why the kernel of `mamba2_step_` does not serve these arguments, or None."""
-    return step_refusal(state, A_log, dt_bias, z, delta_t) or accepts_step(x, dt, dt, B, C, state, slots, D=D)
+    refused = step_refusal(state, A_log, dt_bias, z, delta_t, norm) or accepts_step(x, dt, dt, B, C, state, slots, D=D)
+    return refused or (None if norm is None else accepts_norm(x.flatten(-2), norm, groups=norm_groups))

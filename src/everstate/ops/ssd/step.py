@@ -11,6 +11,8 @@ from torch.nn.functional import silu, softplus
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.state import Slots, gather, scatter_
+from everstate.ops.norm import rms_norm
+from everstate.ops.norm.normed import Normed
 
 
 def ssd_step_(
@@ -54,7 +56,10 @@ def mamba2_step_(
     z: Float[Tensor, "b h p"] | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     delta_t: Float[Tensor, " b"] | None = None,
-) -> Float[Tensor, "b h p"]:
+    norm: Float[Tensor, " e"] | None = None,
+    eps: float = 1e-5,
+    norm_groups: int = 1,
+) -> Float[Tensor, "b h p"] | Normed:
     """See `everstate.ops.mamba2_step_`."""
     dtype = state_dtype(x.dtype)
     dt = softplus(dt.to(dtype) + dt_bias)
@@ -63,4 +68,5 @@ def mamba2_step_(
     if delta_t is not None:
         dt = dt * delta_t.unsqueeze(-1)
     y = ssd_step_(x, dt * -torch.exp(A_log), dt, B, C, state, slots, D=D)
-    return y if z is None else (y.to(dtype) * silu(z.to(dtype))).to(x.dtype)
+    y = y if z is None else (y.to(dtype) * silu(z.to(dtype))).to(x.dtype)
+    return y if norm is None else Normed(rms_norm(y.flatten(-2), norm, eps=eps, groups=norm_groups))

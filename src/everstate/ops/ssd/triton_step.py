@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
+from everstate.ops.linear.limits import refusal_to_leave
+from everstate.ops.norm import rms_norm
+from everstate.ops.norm.normed import Normed
 from everstate.ops.triton_common import softplus
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import (
@@ -53,16 +57,28 @@ def mamba2_step_(
     z: Float[Tensor, "b h p"] | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     delta_t: Float[Tensor, " b"] | None = None,
-) -> Float[Tensor, "b h p"]:
-    """See `everstate.ops.mamba2_step_`."""
-    return _mamba2_step(x, dt, A_log, B, C, state, slots, dt_bias, D, z, *dt_limit, delta_t)
+    norm: Float[Tensor, " e"] | None = None,
+    eps: float = 1e-5,
+    norm_groups: int = 1,
+) -> Float[Tensor, "b h p"] | Normed:
+    """See `everstate.ops.mamba2_step_`. A norm is left undivided where a linear map of so many rows divides."""
+    heads, headdim = x.shape[1:]
+    parts = heads * _tiles(x, B.shape[2])[1]
+    leaves = norm is not None and norm_groups == 1 and refusal_to_leave(x, heads * headdim, parts) is None
+    y, squares = _mamba2_step(
+        x, dt, A_log, B, C, state, slots, dt_bias, D, z, *dt_limit, delta_t, norm if leaves else None
+    )  # fmt: skip
+    if norm is None:
+        return y
+    y = y.flatten(-2)
+    return Normed(y, squares, eps) if leaves else Normed(rms_norm(y, norm, eps=eps, groups=norm_groups))
 
 
 @kernel_op("ssd_step_", mutates={"state"})
 def _step(
     x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, D: Tensor | None
 ) -> Tensor:
-    return _run(x, a, s, B, C, state, slots, D)
+    return _run(x, a, s, B, C, state, slots, D)[0]
 
 
 @_step.register_fake
@@ -75,35 +91,48 @@ def _(
 @kernel_op("mamba2_step_", mutates={"state"})
 def _mamba2_step(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, dt_bias: Tensor,
-    D: Tensor | None, z: Tensor | None, lowest: float, highest: float, delta_t: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return _run(x, A_log, dt, B, C, state, slots, D, dt_bias, z, lowest, highest, delta_t)
+    D: Tensor | None, z: Tensor | None, lowest: float, highest: float, delta_t: Tensor | None, norm: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, and with a norm that times its weight and the sums of squares of each row, which else are none."""
+    return _run(x, A_log, dt, B, C, state, slots, D, dt_bias, z, lowest, highest, delta_t, norm)
 
 
 @_mamba2_step.register_fake
 def _(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, dt_bias: Tensor,
-    D: Tensor | None, z: Tensor | None, lowest: float, highest: float, delta_t: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape)
+    D: Tensor | None, z: Tensor | None, lowest: float, highest: float, delta_t: Tensor | None, norm: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _results(x, B.shape[2], norm)
+
+
+def _results(x: Tensor, d_state: int, norm: Tensor | None) -> tuple[Float[Tensor, "b h p"], Float[Tensor, "b parts"]]:
+    """Memory for y, and for sums of squares, which are none without a norm."""
+    parts = 0 if norm is None else x.shape[1] * _tiles(x, d_state)[1]
+    return x.new_empty(x.shape), x.new_empty(len(x), parts, dtype=torch.float32)
+
+
+def _tiles(x: Float[Tensor, "b h p"], d_state: int) -> tuple[int, int]:
+    """Channels of a program, and among how many programs those of a head are shared out."""
+    batch, heads, headdim = x.shape
+    tile = tile_of(headdim, power_of_2(d_state), batch * heads, x.device)
+    return tile, cdiv(headdim, tile)
 
 
 def _run(
     x: Tensor, a: Tensor, s: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, D: Tensor | None,
     dt_bias: Tensor | None = None, z: Tensor | None = None, lowest: float = 0.0, highest: float = math.inf,
-    delta_t: Tensor | None = None,
-) -> Float[Tensor, "b h p"]:  # fmt: skip
+    delta_t: Tensor | None = None, norm: Tensor | None = None,
+) -> tuple[Float[Tensor, "b h p"], Float[Tensor, "b parts"]]:  # fmt: skip
     """Launch the kernel; with `dt_bias`, `a` is A_log and `s` is dt before its bias."""
     (batch, heads, headdim), (groups, d_state) = x.shape, B.shape[1:]
-    y = x.new_empty(batch, heads, headdim)
+    y, squares = _results(x, d_state, norm)
     if batch == 0:
-        return y
+        return y, squares
     x, B, C, z = dense(x), dense(B), dense(C), None if z is None else dense(z)
-    width = power_of_2(d_state)
-    tile = tile_of(headdim, width, batch * heads, x.device)
+    width, (tile, tiles) = power_of_2(d_state), _tiles(x, d_state)
     launch(
-        _step_kernel, (batch * heads * cdiv(headdim, tile),),
-        x, a, s, B, C, state, slots, D, y, dt_bias, z, delta_t, lowest, highest,
+        _step_kernel, (batch * heads * tiles,),
+        x, a, s, B, C, state, slots, D, y, dt_bias, z, delta_t, norm, squares, lowest, highest,
         *x.stride()[:2], *(a.stride() if a.ndim == 2 else (0, a.stride(0))), *s.stride(), *B.stride()[:2],
         *C.stride()[:2], *state.stride()[:3], *_strides_of_skip(D), *((0, 0) if z is None else z.stride()[:2]),
         0 if dt_bias is None else dt_bias.stride(0), 0 if delta_t is None else delta_t.stride(0),
@@ -111,7 +140,7 @@ def _run(
         EARLY=slots is None and batch <= EARLY_ROWS,
         num_warps=warps_of(tile * width), **launch_options(x.device),
     )  # fmt: skip
-    return y
+    return y, squares
 
 
 def _strides_of_skip(D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None) -> tuple[int, int]:
@@ -123,7 +152,7 @@ def _strides_of_skip(D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None) -> tu
 
 @triton.jit
 def _step_kernel(
-    x, a, s, B, C, state, slots, D, y, dt_bias, z, delta_t, lowest, highest,
+    x, a, s, B, C, state, slots, D, y, dt_bias, z, delta_t, norm, squares, lowest, highest,
     x_row, x_head, a_row, a_head, s_row, s_head, B_row, B_group, C_row, C_group,
     state_slot, state_head, state_p, D_head, D_p, z_row, z_head, bias_head, delta_row,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -143,30 +172,32 @@ def _step_kernel(
         bias, rate = tl.load(dt_bias + head * bias_head).to(tl.float32), tl.load(a + head * a_head).to(tl.float32)
     if D is not None:
         skip = tl.load(D + head * D_head + p * D_p, mask=p < P, other=0.0).to(tl.float32)
+    weigh = None if norm is None else tl.load(norm + head * P + p, mask=p < P, other=0.0).to(tl.float32)
     if not EARLY:
         wait_for_last(OVERLAP)
     own = state + slot_of(slots, row) * state_slot + head * state_head + p[:, None] * state_p + n[None, :]
     held = tl.load(own, mask=inside, other=0.0)
     if EARLY:
         wait_for_last(OVERLAP)
-    h = held.to(tl.float32)
     scale = tl.load(s + row * s_row + head * s_head).to(tl.float32)
     if dt_bias is not None:
         scale = tl.minimum(tl.maximum(softplus(scale + bias), lowest), highest)
         if delta_t is not None:
             scale = scale * tl.load(delta_t + row * delta_row).to(tl.float32)
-        log_decay = -tl.exp(rate) * scale
+        decay = tl.exp(-tl.exp(rate) * scale)
     else:
-        log_decay = tl.load(a + row * a_row + head * a_head).to(tl.float32)
-    decay = tl.exp(log_decay)
+        decay = tl.exp(tl.load(a + row * a_row + head * a_head).to(tl.float32))
     u = tl.load(x + row * x_row + head * x_head + p, mask=p < P, other=0.0).to(tl.float32)
     k = tl.load(B + row * B_row + group * B_group + n, mask=n < N, other=0.0).to(tl.float32)
     q = tl.load(C + row * C_row + group * C_group + n, mask=n < N, other=0.0).to(tl.float32)
-    h = h * decay + (u * scale)[:, None] * k[None, :]
+    h = held.to(tl.float32) * decay + (u * scale)[:, None] * k[None, :]
     tl.store(own, h.to(state.dtype.element_ty), mask=inside)
     out = tl.sum(h * q[None, :], 1)
     if D is not None:
         out += skip * u
     if z is not None:
         out = out * silu(tl.load(z + row * z_row + head * z_head + p, mask=p < P, other=0.0).to(tl.float32))
+    if norm is not None:
+        tl.store(squares + (row * HEADS + head) * TILES + tile, tl.sum(out * out, 0))
+        out = out * weigh
     tl.store(y + (row * HEADS + head) * P + p, out.to(y.dtype.element_ty), mask=p < P)

@@ -1,0 +1,37 @@
+"""What an RMS norm gives to a linear map, which can do its division."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from everstate.core.dtypes import state_dtype
+
+
+class Normed(NamedTuple):
+    """Rows out of an RMS norm, its division perhaps left to the linear map that reads them, which gives fewer numbers
+    later than a row has now: `W (x / r) = (W x) / r`.
+
+    x: rows times the weight of the norm, and divided where `squares` is None.
+    squares: sums of the squares of parts of each row, before the weight; as many parts as it took.
+    eps: what the norm adds to the mean of the squares.
+    """
+
+    x: Float[Tensor, "b k"]
+    squares: Float[Tensor, "b parts"] | None = None
+    eps: float = 0.0
+
+    def divided(self) -> Float[Tensor, "b k"]:
+        """The rows as the norm defines them."""
+        if self.squares is None:
+            return self.x
+        mean = self.squares.sum(-1, keepdim=True) / self.x.shape[-1]
+        return (self.x.to(state_dtype(self.x.dtype)) * torch.rsqrt(mean + self.eps)).to(self.x.dtype)
+
+
+def divided(x: Float[Tensor, "*b k"] | Normed) -> Float[Tensor, "*b k"]:
+    """The rows of either."""
+    return x.divided() if isinstance(x, Normed) else x
