@@ -21,7 +21,7 @@ from everstate.core.errors import ConfigError, RequestError
 from everstate.core.packing import Packing
 from everstate.core.registry import Registry
 from everstate.core.state import Slots, gather, scatter_
-from everstate.mixers.modules import Product, Special
+from everstate.mixers.modules import Product, Special, is_plain
 from everstate.ops import Normed
 
 State = Any
@@ -106,8 +106,11 @@ class Mixer(Special, ABC):
 
 
 class LinearEnds(Mixer):
-    """A mixer whose step begins and ends with linear maps: a norm before it may be left undivided, and what it gives
-    may be added to a residual stream, each in the launch of the linear map."""
+    """A mixer whose step begins with linear maps and ends with `out_proj`. On a GPU the norm before it may be left for
+    the first to divide, and a residual stream may take in what the last gives, in their launches."""
+
+    reads: ClassVar[tuple[str, ...]] = ("in_proj",)
+    """The linear maps that the step begins with, as far as there are such."""
 
     @abstractmethod
     def product_step_(
@@ -117,17 +120,21 @@ class LinearEnds(Mixer):
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Product:
-        """`step_`, but for its last linear map."""
+        """`step_`, but for `out_proj`."""
 
     def step_(
         self, x: Float[Tensor, "b d"], state: State, slots: Slots = None, delta_t: Float[Tensor, " b"] | None = None
     ) -> Float[Tensor, "b d"]:
+        """See `Mixer.step_`."""
         return self.product_step_(x, state, slots, delta_t).value()
 
 
 def has_linear_ends(mixer: Mixer) -> TypeGuard[LinearEnds]:
-    """Whether `product_step_` says all that `step_` does: a class of your own may do more in `step_`."""
-    return isinstance(mixer, LinearEnds) and type(mixer).step_ is LinearEnds.step_
+    """Whether `product_step_` says all that `step_` does: somebody may have put more in its place, or in a part's."""
+    if not isinstance(mixer, LinearEnds) or type(mixer).step_ is not LinearEnds.step_ or "step_" in vars(mixer):
+        return False
+    parts = [getattr(mixer, name) for name in (*mixer.reads, "out_proj")]
+    return all(part is None or is_plain(part) for part in parts)
 
 
 class ChannelMixer(Mixer):

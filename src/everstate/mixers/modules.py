@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from everstate.core.dtypes import state_dtype
 from everstate.core.kernels import kept
 from everstate.ops import Normed, add_rms_norm, linear, linear_add_rms_norm, rms_norm
+from everstate.ops.norm.normed import divided
 
 
 class Special(nn.Module):
@@ -163,6 +164,11 @@ class LayerNorm(Special):
         return x, self(x).to(y.dtype)
 
 
+def is_plain(part: nn.Module | None) -> TypeGuard[Linear]:
+    """Whether a part is a `Linear` and nothing else: it may have been replaced, or have hooks."""
+    return type(part) is Linear and not (part._forward_hooks or part._forward_pre_hooks)
+
+
 class Product(NamedTuple):
     """`behind * linear(x)` of one token, still to be made: a residual stream may take it in where it is made."""
 
@@ -172,7 +178,8 @@ class Product(NamedTuple):
 
     def value(self) -> Float[Tensor, "b n"]:
         """The product itself."""
-        return self.linear.step(self.x, behind=self.behind)
+        x = self.x if is_plain(self.linear) else divided(self.x)
+        return self.linear(x) if self.behind == 1.0 else self.linear.step(x, behind=self.behind)
 
     def add_to(
         self, residual: Float[Tensor, "b n"], norm: RMSNorm, multiplier: float

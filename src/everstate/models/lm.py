@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.errors import RequestError
+from everstate.core.kernels import refusal
 from everstate.core.packing import Packing
 from everstate.core.state import Slots, map_state, named_tensors
 from everstate.mixers import Mixer, State, build_mixer
-from everstate.mixers.base import LinearEnds, allocate_, cast_, has_linear_ends
-from everstate.mixers.modules import Linear, Norm, Product, RMSNorm, build_norm, scaled
+from everstate.mixers.base import allocate_, cast_
+from everstate.mixers.modules import Linear, Norm, build_norm, is_plain, scaled
 from everstate.models.config import ModelConfig
+from everstate.models.step import step_blocks_
 from everstate.ops import Normed, linear
 
 EMBEDDING_STD = 0.02
@@ -37,11 +39,6 @@ class Block(nn.Module):
         self.norm_after = norm_after
         self.multiplier = multiplier
 
-    @property
-    def linear_ends(self) -> LinearEnds | None:
-        """The mixer, if the norm before its step and the sum behind it may be made where its linear maps are."""
-        return self.mixer if has_linear_ends(self.mixer) and not self.norm_after else None
-
     def input(self, x: Float[Tensor, "*b d"], dtype: torch.dtype) -> Float[Tensor, "*b d"]:
         """What the mixer reads of the residual stream."""
         return (x if self.norm_after else self.norm(x)).to(dtype)
@@ -55,25 +52,6 @@ class Block(nn.Module):
             return x, self.input(x, dtype)
         x, h = self.norm.add(x, y, self.multiplier)
         return x, h.to(dtype)
-
-    def take_step(
-        self, x: Float[Tensor, "b d"], y: Float[Tensor, "b d"] | Product | None, dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"] | Normed]:
-        """`take` for one token, of a product in its own launch where the norm and the mixer let it."""
-        if isinstance(y, Product):
-            if isinstance(self.norm, RMSNorm) and self.linear_ends is not None:
-                return y.add_to(x, self.norm, self.multiplier)
-            y = y.value()
-        return self.take(x, y, dtype)
-
-    def step_(
-        self, h: Float[Tensor, "b d"] | Normed, state: State, slots: Slots, delta_t: Float[Tensor, " b"] | None
-    ) -> Float[Tensor, "b d"] | Product:
-        """Read one token: what the residual stream is to be given, or the product that makes it."""
-        if self.linear_ends is not None:
-            return self.linear_ends.product_step_(h, state, slots, delta_t)
-        assert isinstance(h, Tensor)
-        return self.give(self.mixer.step_(h, state, slots, delta_t))
 
     def give(self, y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """What the residual stream is to be given, before the multiplier, of what the mixer gave."""
@@ -174,6 +152,12 @@ class LM(nn.Module):
         """The weight of the output head, be it tied or not."""
         return self.embedding.weight if self.head is None else self.head.matrix()
 
+    @property
+    def reads_undivided(self) -> bool:
+        """Whether the head takes what the last norm has not divided, and nobody else wants to see it."""
+        own = type(self).logits is LM.logits and type(self).finish is LM.finish
+        return own and self.config.logit_multiplier == 1.0 and (self.head is None or is_plain(self.head))
+
     def init_state(self, batch: int, *, context: int | None = None, dtype: torch.dtype | None = None) -> State:
         """The state before the first token of `batch` sequences: one state per block.
 
@@ -217,7 +201,7 @@ class LM(nn.Module):
             y, new = block.mixer(h, before, packing, delta_t)
             y = block.give(y)
             after.append(new)
-        return self._finish(x, y), tuple(after)
+        return self.finish(x, y), tuple(after)
 
     def logits(self, hidden: Float[Tensor, "*b d"] | Normed) -> Float[Tensor, "*b v"]:
         """The head, applied to outputs of `hidden`."""
@@ -240,10 +224,12 @@ class LM(nn.Module):
         self._check_step(tokens, state, slots)
         # Rows picked by index: what PyTorch has for an embedding of few rows takes five times as long on a GPU.
         x, y, dtype = self._widened(self.embedding.weight[tokens]), None, self.dtype
+        if refusal(x) is None:
+            return self.logits(step_blocks_(self, x, state, slots, delta_t))
         for block, pool in zip(self.layers, state, strict=True):
-            x, h = block.take_step(x, y, dtype)
-            y = block.step_(h, pool, slots, delta_t)
-        return self.logits(self._finish_step(x, y))
+            x, h = block.take(x, y, dtype)
+            y = block.give(block.mixer.step_(h, pool, slots, delta_t))
+        return self.logits(self.finish(x, y))
 
     def _embed(self, tokens: Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
         """The residual stream before the first block."""
@@ -252,17 +238,7 @@ class LM(nn.Module):
     def _widened(self, rows: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         return scaled(rows.to(state_dtype(self.dtype)), self.config.embedding_multiplier)
 
-    def _finish_step(
-        self, x: Float[Tensor, "b d"], y: Float[Tensor, "b d"] | Product | None
-    ) -> Float[Tensor, "b d"] | Normed:
-        """`_finish` for one token."""
-        if isinstance(y, Product):
-            if isinstance(self.norm, RMSNorm) and self.config.logit_multiplier == 1.0:
-                return y.add_to(x, self.norm, self.config.residual_multiplier)[1]
-            y = y.value()
-        return self._finish(x, y)
-
-    def _finish(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
+    def finish(self, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
         """What the head reads after the last block gave `y`; the multiplier of the logits is in it, for every loss."""
         multiplier = self.config.residual_multiplier
         if y is not None and isinstance(self.norm, Norm):

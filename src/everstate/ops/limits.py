@@ -13,3 +13,10 @@ def step_refusal(state: Tensor, *inputs: Tensor | None) -> str | None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, *inputs)):
         return "has no gradient for a single token; call it under torch.no_grad()"
     return refusal(*inputs, state)
+
+
+def refusal_of_strides(*vectors: Tensor | None) -> str | None:
+    """Why kernels that read these from end to end cannot serve, or None. A copy is too late where kernels overlap."""
+    if all(t is None or t.is_contiguous() for t in vectors):
+        return None
+    return "takes weights, biases and scales that lie in one piece of memory"

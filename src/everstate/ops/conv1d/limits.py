@@ -7,7 +7,7 @@ from torch import Tensor
 from everstate.core.kernels import refusal
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.ops.limits import step_refusal
+from everstate.ops.limits import refusal_of_strides, step_refusal
 
 WIDEST = 16
 """Taps that a program holds for each channel."""
@@ -38,7 +38,7 @@ def accepts_step(
     activation: str | None = None,
 ) -> str | None:
     """Why the kernel of `causal_conv1d_step_` does not serve these arguments, or None."""
-    return step_refusal(state, x, weight, bias) or refusal_of_taps(weight)
+    return step_refusal(state, x, weight, bias) or refusal_of_strides(weight, bias) or refusal_of_taps(weight)
 
 
 def refusal_of_taps(weight: Tensor) -> str | None:

@@ -40,7 +40,7 @@ def causal_conv1d_step_(
 def _step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor | None, activated: bool
 ) -> Tensor:
-    x, weight = dense(x), weight.contiguous()
+    x = dense(x)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     batch, channels = x.shape
     launch(

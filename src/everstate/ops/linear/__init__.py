@@ -23,7 +23,7 @@ def linear(
     *,
     scale: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "*b n"]:
-    """Compute `scale * (W x) + bias`. What a norm has left of x to divide is divided.
+    """Compute `scale * (W x) + bias`; of x out of a norm, `Normed.divided()`.
 
     Weights of 8 bits have a `scale` for each output, others may. Computed in float32 (float64 for float64 inputs); the
     result has the dtype of x.

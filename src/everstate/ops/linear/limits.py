@@ -10,7 +10,8 @@ from torch import Tensor
 from everstate.core.kernels import capability
 from everstate.core.state import Slots
 from everstate.ops.conv1d.limits import accepts_step
-from everstate.ops.limits import step_refusal
+from everstate.ops.limits import refusal_of_strides, step_refusal
+from everstate.ops.norm.limits import accepts_norm
 from everstate.ops.norm.normed import Normed
 
 FEW = 4
@@ -19,10 +20,8 @@ ROWS = 64
 """Rows of x up to which the kernels are faster than the library's products, and than widening weights of 8 bits."""
 BLOCK_K = 128
 """What a width must be a multiple of for matrix products: a program takes so many numbers, or half or twice."""
-LEAST = 32
-"""Outputs of a program of matrix products, or twice as many."""
-PARTS = 16_384
-"""Most sums of squares of all rows together: every program reads them all."""
+SQUARES = 16_384
+"""Most sums of squares that a program holds, those of all rows, each side filled up: what registers hold beside."""
 
 
 def accepts_linear(
@@ -37,9 +36,9 @@ def accepts_linear(
         return f"takes x and weights of one dtype, not {x.dtype} and {weight.dtype}"
     if not weight.is_contiguous():
         return "takes weights that lie row by row in memory"
-    if squares is not None and squares.numel() > PARTS:
-        return f"takes up to {PARTS} sums of squares, not {squares.numel()}"
-    refused = step_refusal(x, weight, bias, scale, squares)
+    refused = step_refusal(x, weight, bias, scale, squares) or refusal_of_strides(bias, scale, squares)
+    if refused is None and squares is not None:
+        refused = _refusal_of_squares(rows, squares.shape[1])
     return refused or (refusal_of_tiles(x.dtype, x.shape[-1], x.device) if rows > FEW else None)
 
 
@@ -54,16 +53,24 @@ def refusal_of_tiles(dtype: torch.dtype, width: int, device: torch.device) -> st
     return None
 
 
-def refusal_to_leave(x: Tensor, width: int, parts: int) -> str | None:
-    """Why the division of a norm is not to be left to the linear map behind it, or None: of as many rows as x has, of
-    its dtype, but of this width, and of so many sums of squares each."""
-    rows = len(x)
-    if x.dtype == torch.float16:
-        return "leaves no norm undivided in torch.float16, which may overflow"
-    if not 0 < rows <= ROWS or rows * parts > PARTS:
-        return f"leaves up to {ROWS} rows and {PARTS} sums of squares undivided, not {rows} and {rows * parts}"
-    why = refusal_of_tiles(x.dtype, width, x.device) if rows > FEW else None
-    return None if why is None else f"leaves a norm undivided to a linear map that {why}"
+def _refusal_of_squares(rows: int, parts: int) -> str | None:
+    """Why so many rows are not divided by so many sums of squares each."""
+    # By comparisons, so that a compiler need not fix the number of rows.
+    filled = 1 if rows == 1 else 16 if rows <= 16 else 32 if rows <= 32 else 64
+    held = filled * (1 << max(parts - 1, 0).bit_length())
+    return f"holds up to {SQUARES} sums of squares, not {held}" if held > SQUARES else None
+
+
+def refusal_to_leave(rows: int, width: int, parts: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a norm of so many rows of this width is not left for the linear map behind it to divide, or None.
+
+    `parts` is how many sums of squares a row has.
+    """
+    if dtype == torch.float16:
+        return "takes no rows of float16 that are not divided, because they may overflow"
+    if not 0 < rows <= ROWS:
+        return f"takes 1 to {ROWS} rows, not {rows}"
+    return _refusal_of_squares(rows, parts) or (refusal_of_tiles(dtype, width, device) if rows > FEW else None)
 
 
 def accepts_conv_step(
@@ -94,10 +101,4 @@ def accepts_add(
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `linear_add_rms_norm` do not serve these arguments, or None."""
-    rows, outputs = x.x if isinstance(x, Normed) else x, len(weight)
-    parts = outputs if len(rows) <= FEW else -(-outputs // LEAST)  # of a few rows a program may have one output
-    return (
-        accepts_linear(x, weight, bias, scale=scale)
-        or step_refusal(residual, norm)
-        or refusal_to_leave(rows, outputs, parts)
-    )
+    return accepts_linear(x, weight, bias, scale=scale) or step_refusal(residual, norm) or accepts_norm(residual, norm)

@@ -1,6 +1,6 @@
 """Linear maps of a few rows on a GPU, where reading the weights takes all the time: once, 16 bytes at a time.
 
-A program owns some outputs and multiplies number by number: matrix units would wait for memory just as long.
+Here a program owns some outputs and multiplies number by number; `triton_tiles.py` multiplies matrices.
 """
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.linear.composed import convolve_
-from everstate.ops.linear.limits import FEW, refusal_of_tiles
+from everstate.ops.linear.limits import FEW, refusal_of_tiles, refusal_to_leave
 from everstate.ops.linear.triton_ends import Convolution, Ends, Residual, Written, constants, finish, given
 from everstate.ops.linear.triton_tiles import blocks_of_tiles, run_tiles
+from everstate.ops.norm import add_rms_norm
 from everstate.ops.norm.normed import Normed
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, dense_rows, launch_options, start_next, wait_for_last
@@ -26,8 +27,8 @@ LONG = 8192
 MOST = 8192
 """Bytes of weights that a warp asks for at once, where a row is longer than that: what registers hold."""
 WIDE = 2048
-"""Width of x from which products of matrices are sooner for fewer rows than `FEW`."""
-CONVOLVED = 32
+"""Width of x from which matrices are multiplied from 2 rows on, or from 3 on where weights have 8 bits."""
+CONVOLVED = 16
 """Rows up to which a convolution behind a product costs less in its launch than in its own."""
 
 
@@ -39,7 +40,7 @@ def linear(
     scale: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "*b n"]:
     """See `everstate.ops.linear`."""
-    return _linear(*_undone(x), weight, bias, scale)
+    return _linear(*_parts_of(x), weight, bias, scale)
 
 
 def linear_conv_step_(
@@ -56,11 +57,12 @@ def linear_conv_step_(
     scale: Float[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, "b before"], Float[Tensor, "b d"], Float[Tensor, "b after"]]:
     """See `everstate.ops.linear_conv_step_`. The pool may be of lower precision: what enters it is rounded."""
-    given = _undone(x)
-    if len(given[0]) > CONVOLVED:
-        y = _linear(*given, weight, bias, scale)
+    rows, *divisor = _parts_of(x)
+    if len(rows) > CONVOLVED:
+        y = _linear(rows, *divisor, weight, bias, scale)
         return convolve_(y, conv_weight, conv_bias, state, slots, start, activation)
-    y = _linear_conv(*given, weight, bias, scale, conv_weight, conv_bias, state, slots, start, activation == "silu")
+    activated = activation == "silu"
+    y = _linear_conv(rows, *divisor, weight, bias, scale, conv_weight, conv_bias, state, slots, start, activated)
     stop = start + len(conv_weight)
     return y[:, :start], y[:, start:stop], y[:, stop:]
 
@@ -77,12 +79,17 @@ def linear_add_rms_norm(
     multiplier: float = 1.0,
 ) -> tuple[Float[Tensor, "b n"], Normed]:
     """See `everstate.ops.linear_add_rms_norm`. What the norm divides by is known when all programs have ended."""
-    y, summed, squares = _linear_add(*_undone(x), weight, bias, scale, residual, norm, multiplier)
+    rows, *divisor = _parts_of(x)
+    if refusal_to_leave(len(rows), len(weight), _blocks(rows, weight), rows.dtype, rows.device) is not None:
+        y = _linear(rows, *divisor, weight, bias, scale)
+        summed, normed = add_rms_norm(residual, y, norm, eps=eps, multiplier=multiplier)
+        return summed, Normed(normed)
+    y, summed, squares = _linear_add(rows, *divisor, weight, bias, scale, residual, norm, multiplier)
     return summed, Normed(y, squares, eps)
 
 
-def _undone(x: Tensor | Normed) -> tuple[Tensor, Tensor | None, float]:
-    """x, and what a norm has left to do."""
+def _parts_of(x: Tensor | Normed) -> tuple[Tensor, Tensor | None, float]:
+    """Rows, and by what they are to be divided."""
     return (x.x, x.squares, x.eps) if isinstance(x, Normed) else (x, None, 0.0)
 
 
@@ -106,7 +113,7 @@ def _linear_conv(
     x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
     conv_weight: Tensor, conv_bias: Tensor | None, state: Tensor, slots: Tensor | None, start: int, activated: bool,
 ) -> Tensor:  # fmt: skip
-    conv = Convolution(conv_weight.contiguous(), conv_bias, state, slots, start, activated)
+    conv = Convolution(conv_weight, conv_bias, state, slots, start, activated)
     return _run(dense(x), weight, Ends(squares, eps, bias, scale, conv=conv)).y
 
 
@@ -115,7 +122,7 @@ def _(
     x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
     conv_weight: Tensor, conv_bias: Tensor | None, state: Tensor, slots: Tensor | None, start: int, activated: bool,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(len(x), len(weight))
+    return x.new_empty(x.shape[0], len(weight))
 
 
 @kernel_op("linear_add_rms_norm")
@@ -143,10 +150,11 @@ def _run(x: Float[Tensor, "b k"], weight: Float[Tensor, "n k"] | Int8[Tensor, "n
     if not _one_by_one(x, weight):
         run_tiles(x, weight, arguments, settings)
         return written
-    sizes, options = _sizes(len(x), width, weight)
+    sizes, options = _sizes(weight)
     launch(
         _linear_kernel, (cdiv(outputs, sizes["BLOCK_N"]),),
-        x, weight, x.stride(0), *arguments, K=width, **settings, **sizes, **options, **launch_options(x.device),
+        x, weight, x.stride(0), *arguments, K=width, **settings, ROWS=len(x), BLOCK_B=power_of_2(len(x)), **sizes,
+        **options, **launch_options(x.device),
     )  # fmt: skip
     return written
 
@@ -154,8 +162,8 @@ def _run(x: Float[Tensor, "b k"], weight: Float[Tensor, "n k"] | Int8[Tensor, "n
 def _blocks(x: Float[Tensor, "b k"], weight: Tensor) -> int:
     """Among how many blocks the outputs are shared out."""
     if not _one_by_one(x, weight):
-        return blocks_of_tiles(len(x), weight)
-    return cdiv(len(weight), _sizes(len(x), weight.shape[1], weight)[0]["BLOCK_N"])
+        return blocks_of_tiles(x.shape[0], weight)
+    return cdiv(len(weight), _sizes(weight)[0]["BLOCK_N"])
 
 
 def _one_by_one(x: Float[Tensor, "b k"], weight: Tensor) -> bool:
@@ -165,13 +173,13 @@ def _one_by_one(x: Float[Tensor, "b k"], weight: Tensor) -> bool:
     return rows <= few or (rows <= FEW and refusal_of_tiles(x.dtype, width, x.device) is not None)
 
 
-def _sizes(rows: int, width: int, weight: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+def _sizes(weight: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     """Tiles and warps, as they were fastest.
 
     All warps of a program share its rows, one for each 1 to 3 KB, and so read x once. Of 8 bits a thread takes 16
     weights at once, but 8 numbers of x: these are read again for each row, so that threads need not exchange them.
     """
-    size, row = weight.element_size(), width * weight.element_size()
+    size, row = weight.element_size(), weight.shape[1] * weight.element_size()
     if size == 1:
         warps, n = 4, 4 if row < HELD else 2
         piece = _piece(row, 2048 // n)
@@ -181,7 +189,7 @@ def _sizes(rows: int, width: int, weight: Tensor) -> tuple[dict[str, int], dict[
         n = power_of_2(cdiv((HELD if row < LONG else 2 * HELD) * warps, row))
     pieces, ahead = cdiv(row, piece), max(MOST * warps // (n * piece), 1)
     tile = {"BLOCK_N": n, "BLOCK_K": piece // size, "AHEAD": min(pieces, ahead), "LINES": n if size == 1 else 1}
-    return {**tile, "ROWS": rows, "BLOCK_B": power_of_2(rows)}, {"num_warps": warps}
+    return tile, {"num_warps": warps}
 
 
 def _piece(row: int, most: int) -> int:

@@ -44,11 +44,12 @@ class Written(NamedTuple):
     @classmethod
     def empty(cls, x: Float[Tensor, "b k"], outputs: int, blocks: int, stream: Tensor | None) -> "Written":
         """Memory for it; of each row, a block of outputs sums its own squares."""
-        y = x.new_empty(len(x), outputs)
+        rows = x.shape[0]  # `len(x)` would be a number, and a compiler should serve any
+        y = x.new_empty(rows, outputs)
         if stream is None:
             return cls(y, None, None)
         summed = stream.new_empty(stream.shape, dtype=dtype_of_sum(stream, y))
-        return cls(y, summed, x.new_empty(len(x), blocks, dtype=torch.float32))
+        return cls(y, summed, x.new_empty(rows, blocks, dtype=torch.float32))
 
 
 class Ends(NamedTuple):
@@ -64,14 +65,13 @@ class Ends(NamedTuple):
     def arguments(self, written: Written) -> tuple[tuple[object, ...], dict[str, int | bool]]:
         """Those of a kernel for it, in their order, and its constants."""
         conv, residual = self.conv, self.residual
-        squares = None if self.squares is None else self.squares.contiguous()
-        parts = 0 if squares is None else squares.shape[1]
+        parts = 0 if self.squares is None else self.squares.shape[1]
         convolved: tuple[object, ...] = (None,) * 4 + (0,) * 5
         channels, taps = (0, 0) if conv is None else conv.taps.shape
         if conv is not None:
             convolved = (conv.taps, conv.bias, conv.state, conv.slots, *conv.state.stride(), conv.start, channels)
         added = (None, None, 1.0) if residual is None else residual
-        values = (self.bias, self.scale, squares, parts, self.eps, *convolved, *added, *written, *written.y.shape)
+        values = (self.bias, self.scale, self.squares, parts, self.eps, *convolved, *added, *written, *written.y.shape)
         constants = {"TAPS": taps, "SILU": conv is not None and conv.activated, "PARTS": power_of_2(max(parts, 1))}
         return values, constants
 
@@ -111,7 +111,7 @@ def given(
     at = tl.arange(0, PARTS)
     if squares is not None:
         inside = (b < rows)[:, None] & (at < parts)[None, :]
-        sums = tl.load(squares + b[:, None] * parts + at[None, :], mask=inside, other=0.0)
+        sums = tl.load(squares + b[:, None] * parts + at[None, :], mask=inside, other=0.0).to(tl.float32)
     if stream is not None:
         inside = (n < outputs)[:, None] & (b < rows)[None, :]
         before = tl.load(stream + b.to(tl.int64)[None, :] * outputs + n[:, None], mask=inside, other=0.0)
@@ -140,21 +140,23 @@ def finish(
     n, b, rows, outputs, block, blocks, K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """All that stands behind a block of a product; `constants` and `given` gave what it takes."""
+    factor, offset, conv_offset, factors, weigh = of_layer
+    parts, before, past, mine, window = of_token
     if squares is not None:
-        sums = sums * tl.rsqrt(tl.sum(of_token[0], 1) / K + eps)[None, :]
-    sums = sums * of_layer[0][:, None] + of_layer[1][:, None]
+        sums = sums * tl.rsqrt(tl.sum(parts, 1) / K + eps)[None, :]
+    sums = sums * factor[:, None] + offset[:, None]
     inside = (n < outputs)[:, None] & (b < rows)[None, :]
     at = b.to(tl.int64)[None, :] * outputs + n[:, None]
     if stream is not None:
-        total = (of_token[1].to(tl.float32) + sums * multiplier).to(summed.dtype.element_ty)
+        total = (before.to(tl.float32) + sums * multiplier).to(summed.dtype.element_ty)
         tl.store(summed + at, total, mask=inside)
         total = tl.where(inside, total.to(tl.float32), 0.0)
         tl.store(block_squares + b * blocks + block, tl.sum(total * total, 0), mask=b < rows)
-        out = (total * of_layer[4][:, None]).to(y.dtype.element_ty)
+        out = (total * weigh[:, None]).to(y.dtype.element_ty)
     else:
         out = sums.to(y.dtype.element_ty)
     if TAPS > 0:
-        out = _convolve(out, of_layer[2], of_layer[3], of_token[2], of_token[3], of_token[4], pool_k, TAPS, SILU)
+        out = _convolve(out, conv_offset, factors, past, mine, window, pool_k, TAPS, SILU)
     tl.store(y + at, out, mask=inside)
 
 

@@ -1,4 +1,4 @@
-"""Linear maps of more rows than a few on a GPU: products of matrices that read each weight once.
+"""Linear maps of up to 64 rows on a GPU as products of matrices that read each weight once.
 
 A program owns a block of outputs of all rows. The copy engine brings tiles of weights (and of x, which stays in the
 cache) into shared memory ahead of the matrix units; 8-bit weights are widened on the way from there. Where there are
@@ -15,15 +15,15 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from everstate.core.kernels import counters, processors, shared_memory
-from everstate.ops.linear.limits import BLOCK_K, LEAST
+from everstate.ops.linear.limits import BLOCK_K
 from everstate.ops.linear.triton_ends import constants, finish, given
 from everstate.ops.triton_common import INTERPRETED, dot
 from everstate.ops.triton_launch import Tiles, cdiv, form, launch, power_of_2
 from everstate.ops.triton_rows import launch_options, start_next, wait_for_last
 
-BLOCK_N = 2 * LEAST
+BLOCK_N = 64
 """Outputs of a program: what the matrix units of Hopper take at once."""
-SPLITS, SHORT = 4, 1024
+SPLITS, SHORT = 4, 1536
 """Most programs among which a sum is split, and of up to how many numbers one makes it sooner than parts are joined."""
 STAGES, SHORTER, LONGER, LONGER_OF_8_BITS = 5, 6, 3, 4
 """Most tiles in flight: of the usual length, of half of it, and of twice that where a sum is split (two counts)."""
@@ -60,7 +60,14 @@ def run_tiles(
 
 def blocks_of_tiles(rows: int, weight: Tensor) -> int:
     """Among how many blocks the outputs are shared out."""
-    return cdiv(len(weight), _sizes(rows, weight).n)
+    return cdiv(len(weight), BLOCK_N // 2 if _is_narrow(rows, weight) else BLOCK_N)
+
+
+def _is_narrow(rows: int, weight: Tensor) -> bool:
+    """Whether a program has half as many outputs, of which each step takes twice as many numbers: few rows, 8 bits."""
+    outputs, width = weight.shape
+    splits = splits_of(width, cdiv(outputs, BLOCK_N), weight.device)
+    return weight.element_size() == 1 and splits == 1 and rows <= 16 and width % (2 * BLOCK_K) == 0
 
 
 def _sizes(rows: int, weight: Tensor) -> Sizes:
@@ -68,12 +75,11 @@ def _sizes(rows: int, weight: Tensor) -> Sizes:
     are on their way sooner, where 64 rows of x come with each."""
     (outputs, width), block, size = weight.shape, max(power_of_2(rows), 16), weight.element_size()
     splits = splits_of(width, cdiv(outputs, BLOCK_N), weight.device)
-    longer = block == 16 and width // splits % (2 * BLOCK_K) == 0
     n, k, most = BLOCK_N, BLOCK_K, STAGES
-    if longer and splits > 1:
+    if _is_narrow(rows, weight):
+        n, k = BLOCK_N // 2, 2 * BLOCK_K
+    elif splits > 1 and block == 16 and width // splits % (2 * BLOCK_K) == 0:
         k, most = 2 * BLOCK_K, LONGER_OF_8_BITS if size == 1 else LONGER
-    elif longer and size == 1:
-        n, k = LEAST, 2 * BLOCK_K
     elif size == 2 and splits == 1 and block == 64:
         k, most = BLOCK_K // 2, SHORTER
     # Where sums are split, there is one program for each multiprocessor; otherwise two should fit.

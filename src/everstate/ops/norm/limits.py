@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from everstate.core.kernels import refusal
+from everstate.ops.limits import refusal_of_strides
 
 WIDEST = 16_384
 """Numbers of a row that a program holds in registers."""
@@ -14,17 +15,17 @@ WIDEST = 16_384
 
 def accepts_norm(x: Tensor, weight: Tensor | None, *, groups: int = 1, **settings: Any) -> str | None:
     """Why the kernel of `rms_norm` does not serve these arguments, or None."""
-    return refusal(x, weight) or _refusal_of_rows(x, groups)
+    return refusal(x, weight) or refusal_of_strides(weight) or _refusal_of_rows(x, groups)
 
 
 def accepts_gated(x: Tensor, z: Tensor, weight: Tensor | None, *, groups: int = 1, **settings: Any) -> str | None:
     """Why the kernel of `gated_rms_norm` does not serve these arguments, or None."""
-    return refusal(x, z, weight) or _refusal_of_rows(x, groups)
+    return refusal(x, z, weight) or refusal_of_strides(weight) or _refusal_of_rows(x, groups)
 
 
 def accepts_add(x: Tensor, y: Tensor, weight: Tensor, **settings: Any) -> str | None:
     """Why the kernel of `add_rms_norm` does not serve these arguments, or None."""
-    return refusal(x, y, weight) or _refusal_of_rows(x, 1)
+    return refusal(x, y, weight) or refusal_of_strides(weight) or _refusal_of_rows(x, 1)
 
 
 def _refusal_of_rows(x: Tensor, groups: int) -> str | None:

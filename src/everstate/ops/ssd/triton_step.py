@@ -62,9 +62,7 @@ def mamba2_step_(
     norm_groups: int = 1,
 ) -> Float[Tensor, "b h p"] | Normed:
     """See `everstate.ops.mamba2_step_`. A norm is left undivided where a linear map of so many rows divides."""
-    heads, headdim = x.shape[1:]
-    parts = heads * _tiles(x, B.shape[2])[1]
-    leaves = norm is not None and norm_groups == 1 and refusal_to_leave(x, heads * headdim, parts) is None
+    leaves = norm is not None and norm_groups == 1 and _leaves(x, B.shape[2])
     y, squares = _mamba2_step(
         x, dt, A_log, B, C, state, slots, dt_bias, D, z, *dt_limit, delta_t, norm if leaves else None
     )  # fmt: skip
@@ -72,6 +70,13 @@ def mamba2_step_(
         return y
     y = y.flatten(-2)
     return Normed(y, squares, eps) if leaves else Normed(rms_norm(y, norm, eps=eps, groups=norm_groups))
+
+
+def _leaves(x: Float[Tensor, "b h p"], d_state: int) -> bool:
+    """Whether the linear map behind such a step divides."""
+    batch, heads, headdim = x.shape
+    parts = heads * _tile(x, d_state)[1]
+    return refusal_to_leave(batch, heads * headdim, parts, x.dtype, x.device) is None
 
 
 @kernel_op("ssd_step_", mutates={"state"})
@@ -93,7 +98,7 @@ def _mamba2_step(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, state: Tensor, slots: Tensor | None, dt_bias: Tensor,
     D: Tensor | None, z: Tensor | None, lowest: float, highest: float, delta_t: Tensor | None, norm: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, and with a norm that times its weight and the sums of squares of each row, which else are none."""
+    """y, or with the weight of a norm y times that; and the sums of squares of each row, without a norm no number."""
     return _run(x, A_log, dt, B, C, state, slots, D, dt_bias, z, lowest, highest, delta_t, norm)
 
 
@@ -106,12 +111,12 @@ def _(
 
 
 def _results(x: Tensor, d_state: int, norm: Tensor | None) -> tuple[Float[Tensor, "b h p"], Float[Tensor, "b parts"]]:
-    """Memory for y, and for sums of squares, which are none without a norm."""
-    parts = 0 if norm is None else x.shape[1] * _tiles(x, d_state)[1]
-    return x.new_empty(x.shape), x.new_empty(len(x), parts, dtype=torch.float32)
+    """Memory for y, and for sums of squares."""
+    parts = 0 if norm is None else x.shape[1] * _tile(x, d_state)[1]
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], parts, dtype=torch.float32)
 
 
-def _tiles(x: Float[Tensor, "b h p"], d_state: int) -> tuple[int, int]:
+def _tile(x: Float[Tensor, "b h p"], d_state: int) -> tuple[int, int]:
     """Channels of a program, and among how many programs those of a head are shared out."""
     batch, heads, headdim = x.shape
     tile = tile_of(headdim, power_of_2(d_state), batch * heads, x.device)
@@ -129,7 +134,7 @@ def _run(
     if batch == 0:
         return y, squares
     x, B, C, z = dense(x), dense(B), dense(C), None if z is None else dense(z)
-    width, (tile, tiles) = power_of_2(d_state), _tiles(x, d_state)
+    width, (tile, tiles) = power_of_2(d_state), _tile(x, d_state)
     launch(
         _step_kernel, (batch * heads * tiles,),
         x, a, s, B, C, state, slots, D, y, dt_bias, z, delta_t, norm, squares, lowest, highest,
