@@ -73,7 +73,7 @@ def test_a_decoding_step(layout: str, kernel_device: torch.device) -> None:
 
 
 def test_a_decoding_step_of_many_batch_sizes(kernel_device: torch.device) -> None:
-    model = small("mamba2 mlp attention", kernel_device, 128, dtype=torch.bfloat16)
+    model = small("mamba2 mamba1 mlp attention", kernel_device, 128, dtype=torch.bfloat16)
     compiled = torch.compile(model.step_, fullgraph=True, backend="aot_eager")
     for rows in range(5, 16):  # after eight a compiler gives up, if it has to trace each
         tokens, mine = tokens_of(rows).to(kernel_device), model.init_state(rows, context=8)

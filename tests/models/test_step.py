@@ -54,11 +54,13 @@ def off(got: Tensor, expected: Tensor) -> float:
 def test_kernels_step_as_pytorch_does(
     layout: str, settings: dict[str, Any], rows: int, kernel_device: torch.device
 ) -> None:
-    model, ids = built(layout, kernel_device, torch.bfloat16, **settings), drawn(rows, 2, kernel_device)
+    # In bfloat16 two experts may be so close that rounding decides which of them reads a token.
+    dtype, tolerance = (torch.float32, 1e-4) if "moe" in layout else (torch.bfloat16, 2e-2)
+    model, ids = built(layout, kernel_device, dtype, **settings), drawn(rows, 2, kernel_device)
     got = stepped(model, ids)
     with use("torch", "reference"):
-        assert off(got, stepped(model, ids)) <= 2e-2
-        assert off(got, read(model, ids)) <= 2e-2
+        assert off(got, stepped(model, ids)) <= tolerance
+        assert off(got, read(model, ids)) <= tolerance
 
 
 @pytest.mark.parametrize("layout", ["mamba2 mlp", "mamba3 attention"])
