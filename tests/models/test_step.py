@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from everstate.mixers import MIXERS
 from everstate.mixers.mamba2 import Mamba2
-from everstate.mixers.modules import RMSNorm
+from everstate.mixers.modules import Linear, RMSNorm
 from everstate.models import LM, ModelConfig
 from everstate.ops import Normed, linear, use
 
@@ -144,6 +144,38 @@ def quartered(model: LM) -> None:
     model.__class__ = Quartered
 
 
+def patched(part: nn.Module, *names: str) -> None:
+    """Puts functions in the place of methods, as adapters and profilers do."""
+    for name in names:
+        own = getattr(part, name)
+        setattr(part, name, lambda *args, own=own: 2 * own(*args))
+
+
+def logits_patched(model: LM) -> None:
+    own = model.logits
+    model.logits = lambda hidden: own(hidden / 4)
+
+
+def out_proj_patched(model: LM) -> None:
+    patched(model.layers[1].mixer.out_proj, "forward")
+
+
+def norm_patched(model: LM) -> None:
+    norm = model.layers[1].norm
+    add = norm.add
+    norm.add = lambda *args: (lambda summed, normed: (summed, 3 * normed))(*add(*args))
+
+
+def head_patched(model: LM) -> None:
+    model.head = Linear(128, 70, bias=False).to(model.device)
+    nn.init.normal_(model.head.weight, generator=torch.Generator(model.device).manual_seed(0))
+    patched(model.head, "forward")
+
+
+def block_patched(model: LM) -> None:
+    patched(model.layers[0], "give")
+
+
 def stepping_twice(model: LM) -> None:
     """Puts functions in the place of a layer's, as a profiler does."""
     mixer = model.layers[1].mixer
@@ -163,6 +195,11 @@ def stepping_twice(model: LM) -> None:
         ("mamba1 mamba1", wrapped("out_proj")),
         ("mamba3 mamba3", wrapped("out_proj")),
         ("mamba3 mamba3", wrapped("in_proj")),
+        ("mamba1 mamba1", out_proj_patched),
+        ("mamba2 mamba2", logits_patched),
+        ("mamba2 mamba2", norm_patched),
+        ("mamba2 mamba2", head_patched),
+        ("mamba2 mamba2", block_patched),
     ],
 )
 def test_parts_that_were_replaced_are_not_passed_over(

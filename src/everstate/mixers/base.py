@@ -21,7 +21,7 @@ from everstate.core.errors import ConfigError, RequestError
 from everstate.core.packing import Packing
 from everstate.core.registry import Registry
 from everstate.core.state import Slots, gather, scatter_
-from everstate.mixers.modules import Product, Special, is_plain
+from everstate.mixers.modules import Product, Special, is_plain, is_untouched
 from everstate.ops import Normed
 
 State = Any
@@ -110,7 +110,7 @@ class LinearEnds(Mixer):
     the first to divide, and a residual stream may take in what the last gives, in their launches."""
 
     reads: ClassVar[tuple[str, ...]] = ("in_proj",)
-    """The linear maps that the step begins with, as far as there are such."""
+    """The attributes that hold the linear maps with which the step begins; some may be None."""
 
     @abstractmethod
     def product_step_(
@@ -131,7 +131,7 @@ class LinearEnds(Mixer):
 
 def has_linear_ends(mixer: Mixer) -> TypeGuard[LinearEnds]:
     """Whether `product_step_` says all that `step_` does: somebody may have put more in its place, or in a part's."""
-    if not isinstance(mixer, LinearEnds) or type(mixer).step_ is not LinearEnds.step_ or "step_" in vars(mixer):
+    if not isinstance(mixer, LinearEnds) or not is_untouched(mixer, LinearEnds, "step_"):
         return False
     parts = [getattr(mixer, name) for name in (*mixer.reads, "out_proj")]
     return all(part is None or is_plain(part) for part in parts)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.kernels import kept
@@ -164,9 +165,19 @@ class LayerNorm(Special):
         return x, self(x).to(y.dtype)
 
 
+def is_untouched(part: nn.Module, own: type[nn.Module], *methods: str) -> bool:
+    """Whether these methods are those of `own`: neither a class nor an instance has others in their place."""
+    kind, instead = type(part), vars(part)
+    return all(name not in instead and getattr(kind, name) is getattr(own, name) for name in methods)
+
+
 def is_plain(part: nn.Module | None) -> TypeGuard[Linear]:
-    """Whether a part is a `Linear` and nothing else: it may have been replaced, or have hooks."""
-    return type(part) is Linear and not (part._forward_hooks or part._forward_pre_hooks)
+    """Whether a part is a `Linear` and nothing else: it may have been replaced, or somebody looks at its calls."""
+    return (
+        type(part) is Linear
+        and is_untouched(part, Linear, "forward", "step", "folded")
+        and not (part._forward_hooks or part._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks)
+    )
 
 
 class Product(NamedTuple):

@@ -15,7 +15,7 @@ from everstate.core.packing import Packing
 from everstate.core.state import Slots, map_state, named_tensors
 from everstate.mixers import Mixer, State, build_mixer
 from everstate.mixers.base import allocate_, cast_
-from everstate.mixers.modules import Linear, Norm, build_norm, is_plain, scaled
+from everstate.mixers.modules import Linear, Norm, build_norm, is_plain, is_untouched, scaled
 from everstate.models.config import ModelConfig
 from everstate.models.step import step_blocks_
 from everstate.ops import Normed, linear
@@ -38,6 +38,11 @@ class Block(nn.Module):
         self.mixer = mixer
         self.norm_after = norm_after
         self.multiplier = multiplier
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the norm is before the mixer, and nobody has put anything in the place of what a block does."""
+        return not self.norm_after and is_untouched(self, Block, "input", "take", "give")
 
     def input(self, x: Float[Tensor, "*b d"], dtype: torch.dtype) -> Float[Tensor, "*b d"]:
         """What the mixer reads of the residual stream."""
@@ -154,8 +159,8 @@ class LM(nn.Module):
 
     @property
     def reads_undivided(self) -> bool:
-        """Whether the head takes what the last norm has not divided, and nobody else wants to see it."""
-        own = type(self).logits is LM.logits and type(self).finish is LM.finish
+        """Whether nothing but a linear map reads what the last norm gives, so that its division may be left to that."""
+        own = is_untouched(self, LM, "logits", "finish")
         return own and self.config.logit_multiplier == 1.0 and (self.head is None or is_plain(self.head))
 
     def init_state(self, batch: int, *, context: int | None = None, dtype: torch.dtype | None = None) -> State:

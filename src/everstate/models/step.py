@@ -15,7 +15,7 @@ from torch import Tensor
 from everstate.core.state import Slots
 from everstate.mixers import State
 from everstate.mixers.base import has_linear_ends
-from everstate.mixers.modules import Norm, Product, RMSNorm, is_plain
+from everstate.mixers.modules import Norm, Product, RMSNorm, is_plain, is_untouched
 from everstate.ops import Normed
 
 if TYPE_CHECKING:
@@ -34,33 +34,38 @@ def step_blocks_(
     """
     y: Given = None
     for block, pool in zip(model.layers, state, strict=True):
-        x, y = _step_(block, x, y, model.dtype, pool, slots, delta_t)
-    if model.reads_undivided and (taken := _taken(x, y, model.norm, model.config.residual_multiplier)) is not None:
-        return taken[1]
-    return model.finish(x, _value(y))
+        x, y = _step_block_(block, x, y, model.dtype, pool, slots, delta_t)
+    if model.reads_undivided:
+        added = _add_and_norm(x, y, model.norm, model.config.residual_multiplier)
+        if added is not None:
+            return added[1]
+    return model.finish(x, _made(y))
 
 
-def _step_(
+def _step_block_(
     block: Block, x: Float[Tensor, "b d"], y: Given, dtype: torch.dtype, state: State, slots: Slots,
     delta_t: Float[Tensor, " b"] | None,
 ) -> tuple[Float[Tensor, "b d"], Given]:  # fmt: skip
     """The residual stream with what the block before gave, and what this one gives."""
     mixer = block.mixer
-    if block.norm_after or not has_linear_ends(mixer):
-        x, h = block.take(x, _value(y), dtype)
+    if not block.is_plain or not has_linear_ends(mixer):
+        x, h = block.take(x, _made(y), dtype)
         return x, block.give(mixer.step_(h, state, slots, delta_t))
-    x, read = _taken(x, y, block.norm, block.multiplier) or block.take(x, _value(y), dtype)
+    x, read = _add_and_norm(x, y, block.norm, block.multiplier) or block.take(x, _made(y), dtype)
     return x, mixer.product_step_(read, state, slots, delta_t)
 
 
-def _taken(
+def _add_and_norm(
     x: Float[Tensor, "b d"], y: Given, norm: Norm, multiplier: float
 ) -> tuple[Float[Tensor, "b d"], Normed] | None:
     """The residual stream with y, and the norm of it, if they can be made in one launch."""
-    if isinstance(y, Product) and is_plain(y.linear) and type(norm) is RMSNorm:
-        return y.add_to(x, norm, multiplier)
-    return None
+    if not isinstance(y, Product) or not is_plain(y.linear):
+        return None
+    if not isinstance(norm, RMSNorm) or not is_untouched(norm, RMSNorm, "add", "forward"):
+        return None
+    return y.add_to(x, norm, multiplier)
 
 
-def _value(y: Given) -> Float[Tensor, "b d"] | None:
+def _made(y: Given) -> Float[Tensor, "b d"] | None:
+    """What a block gives, be it made yet or not."""
     return y.value() if isinstance(y, Product) else y

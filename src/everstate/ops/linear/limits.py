@@ -21,7 +21,7 @@ ROWS = 64
 BLOCK_K = 128
 """What a width must be a multiple of for matrix products: a program takes so many numbers, or half or twice."""
 SQUARES = 16_384
-"""Most sums of squares that a program holds, those of all rows, each side filled up: what registers hold beside."""
+"""Most sums of squares that a program holds beside its product: rows times sums, each rounded up to a power of two."""
 
 
 def accepts_linear(
@@ -61,16 +61,12 @@ def _refusal_of_squares(rows: int, parts: int) -> str | None:
     return f"holds up to {SQUARES} sums of squares, not {held}" if held > SQUARES else None
 
 
-def refusal_to_leave(rows: int, width: int, parts: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a norm of so many rows of this width is not left for the linear map behind it to divide, or None.
-
-    `parts` is how many sums of squares a row has.
-    """
-    if dtype == torch.float16:
-        return "takes no rows of float16 that are not divided, because they may overflow"
-    if not 0 < rows <= ROWS:
-        return f"takes 1 to {ROWS} rows, not {rows}"
-    return _refusal_of_squares(rows, parts) or (refusal_of_tiles(dtype, width, device) if rows > FEW else None)
+def divides(rows: int, width: int, parts: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the division of a norm is best left to the linear map behind it: of so many rows of this width, with so
+    many sums of squares each. Numbers of float16 might overflow before."""
+    if dtype == torch.float16 or not 0 < rows <= ROWS or _refusal_of_squares(rows, parts) is not None:
+        return False
+    return rows <= FEW or refusal_of_tiles(dtype, width, device) is None
 
 
 def accepts_conv_step(

@@ -12,7 +12,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.linear.composed import convolve_
-from everstate.ops.linear.limits import FEW, refusal_of_tiles, refusal_to_leave
+from everstate.ops.linear.limits import FEW, divides, refusal_of_tiles
 from everstate.ops.linear.triton_ends import Convolution, Ends, Residual, Written, constants, finish, given
 from everstate.ops.linear.triton_tiles import blocks_of_tiles, run_tiles
 from everstate.ops.norm import add_rms_norm
@@ -80,7 +80,7 @@ def linear_add_rms_norm(
 ) -> tuple[Float[Tensor, "b n"], Normed]:
     """See `everstate.ops.linear_add_rms_norm`. What the norm divides by is known when all programs have ended."""
     rows, *divisor = _parts_of(x)
-    if refusal_to_leave(len(rows), len(weight), _blocks(rows, weight), rows.dtype, rows.device) is not None:
+    if not divides(len(rows), len(weight), _blocks(rows, weight), rows.dtype, rows.device):
         y = _linear(rows, *divisor, weight, bias, scale)
         summed, normed = add_rms_norm(residual, y, norm, eps=eps, multiplier=multiplier)
         return summed, Normed(normed)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
-from everstate.ops.linear.limits import refusal_to_leave
+from everstate.ops.linear.limits import divides
 from everstate.ops.norm import rms_norm
 from everstate.ops.norm.normed import Normed
 from everstate.ops.triton_common import softplus
@@ -62,7 +62,7 @@ def mamba2_step_(
     norm_groups: int = 1,
 ) -> Float[Tensor, "b h p"] | Normed:
     """See `everstate.ops.mamba2_step_`. A norm is left undivided where a linear map of so many rows divides."""
-    leaves = norm is not None and norm_groups == 1 and _leaves(x, B.shape[2])
+    leaves = norm is not None and norm_groups == 1 and _is_divided_behind(x, B.shape[2])
     y, squares = _mamba2_step(
         x, dt, A_log, B, C, state, slots, dt_bias, D, z, *dt_limit, delta_t, norm if leaves else None
     )  # fmt: skip
@@ -72,11 +72,10 @@ def mamba2_step_(
     return Normed(y, squares, eps) if leaves else Normed(rms_norm(y, norm, eps=eps, groups=norm_groups))
 
 
-def _leaves(x: Float[Tensor, "b h p"], d_state: int) -> bool:
-    """Whether the linear map behind such a step divides."""
+def _is_divided_behind(x: Float[Tensor, "b h p"], d_state: int) -> bool:
+    """Whether the linear map behind such a step divides by the root of its norm."""
     batch, heads, headdim = x.shape
-    parts = heads * _tile(x, d_state)[1]
-    return refusal_to_leave(batch, heads * headdim, parts, x.dtype, x.device) is None
+    return divides(batch, heads * headdim, heads * _tile(x, d_state)[1], x.dtype, x.device)
 
 
 @kernel_op("ssd_step_", mutates={"state"})
