@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from everstate.mixers import MIXERS
 from everstate.mixers.mamba2 import Mamba2
@@ -217,3 +218,14 @@ def test_a_step_of_ones_own_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, 
     model = built("mamba2 2 * (doubled)", kernel_device, mixers={"doubled": {"type": "doubled"}})
     ids = drawn(2, 3, kernel_device)
     assert off(stepped(model, ids), read(model, ids)) <= 1e-3
+
+
+def test_hooks_of_all_modules_see_tensors(kernel_device: torch.device) -> None:
+    model, ids, seen = built("mamba1 mamba1", kernel_device), drawn(2, 1, kernel_device), list[tuple[nn.Module, Any]]()
+    hook = register_module_forward_hook(lambda part, args, y: seen.append((part, args[0])))
+    try:
+        stepped(model, ids)
+    finally:
+        hook.remove()
+    assert {block.mixer.out_proj for block in model.layers} <= {part for part, _ in seen}
+    assert all(isinstance(given, Tensor) for _, given in seen)

@@ -15,6 +15,7 @@ from torch import nn
 
 from everstate.core.kernels import has_triton
 from everstate.mixers import Mixer
+from everstate.mixers.modules import has_hooks
 from everstate.mixers.moe import MoE
 from everstate.models import LM
 from everstate.ops import experts
@@ -68,6 +69,4 @@ def _can_rehearse(model: LM) -> bool:
 
 def _is_ours(part: nn.Module) -> bool:
     """Whether nobody else sees what a part of a model is given, which may be what no kernel has written."""
-    return type(part).__module__.partition(".")[0] in ("everstate", "torch") and not (
-        part._forward_hooks or part._forward_pre_hooks
-    )
+    return type(part).__module__.partition(".")[0] in ("everstate", "torch") and not has_hooks(part)

@@ -14,7 +14,6 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from everstate.core.dtypes import state_dtype
 from everstate.core.kernels import kept
 from everstate.ops import Normed, add_rms_norm, linear, linear_add_rms_norm, rms_norm
-from everstate.ops.norm.normed import divided
 
 
 class Special(nn.Module):
@@ -171,13 +170,14 @@ def is_untouched(part: nn.Module, own: type[nn.Module], *methods: str) -> bool:
     return all(name not in instead and getattr(kind, name) is getattr(own, name) for name in methods)
 
 
+def has_hooks(part: nn.Module) -> bool:
+    """Whether somebody else sees what a part of a model is given, or what it gives."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks)
+
+
 def is_plain(part: nn.Module | None) -> TypeGuard[Linear]:
     """Whether a part is a `Linear` and nothing else: it may have been replaced, or somebody looks at its calls."""
-    return (
-        type(part) is Linear
-        and is_untouched(part, Linear, "forward", "step", "folded")
-        and not (part._forward_hooks or part._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks)
-    )
+    return type(part) is Linear and is_untouched(part, Linear, "forward", "step", "folded") and not has_hooks(part)
 
 
 class Product(NamedTuple):
@@ -189,7 +189,9 @@ class Product(NamedTuple):
 
     def value(self) -> Float[Tensor, "b n"]:
         """The product itself."""
-        x = self.x if is_plain(self.linear) else divided(self.x)
+        x = self.x
+        if isinstance(x, Normed) and not is_plain(self.linear):
+            x = x.divided()
         return self.linear(x) if self.behind == 1.0 else self.linear.step(x, behind=self.behind)
 
     def add_to(

@@ -229,7 +229,7 @@ class LM(nn.Module):
         self._check_step(tokens, state, slots)
         # Rows picked by index: what PyTorch has for an embedding of few rows takes five times as long on a GPU.
         x, y, dtype = self._widened(self.embedding.weight[tokens]), None, self.dtype
-        if refusal(x) is None:
+        if refusal(x) is None:  # elsewhere there are no launches to save, and asking who may takes time
             return self.logits(step_blocks_(self, x, state, slots, delta_t))
         for block, pool in zip(self.layers, state, strict=True):
             x, h = block.take(x, y, dtype)

@@ -7,14 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.kernels import overlaps, processors
+from everstate.core.state import Slots
+from everstate.ops.linear.limits import ROWS
 from everstate.ops.triton_launch import cdiv, power_of_2
 
 WAVES = 8
 """Programs per multiprocessor below which a tile is halved: enough loads in flight to keep the memory busy."""
-
-EARLY_ROWS = 64
-"""Rows up to which states are read, as weights are, while the kernel before still runs. Before more rows that is one of
-cuBLAS, which they would slow down."""
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -60,6 +58,12 @@ def silu(x):
 def launch_options(device: torch.device) -> dict[str, bool]:
     """What a kernel with `start_next` and `wait_for_last` is launched with; see `core.kernels.overlapping`."""
     return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
+
+
+def reads_early(slots: Slots, rows: int) -> bool:
+    """Whether states are read, as weights are, while the kernel before still runs: it would slow down one of cuBLAS,
+    which serves linear maps of more rows."""
+    return slots is None and rows <= ROWS
 
 
 @triton.jit

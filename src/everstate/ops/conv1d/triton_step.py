@@ -10,9 +10,9 @@ from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import (
-    EARLY_ROWS,
     dense,
     launch_options,
+    reads_early,
     silu,
     slot_of,
     start_next,
@@ -47,7 +47,7 @@ def _step(
         _step_kernel, (batch, cdiv(channels, CHANNELS)),
         x, weight, bias, state, slots, y, x.stride(0), *state.stride(), channels,
         K=weight.shape[1], SILU=activated, BLOCK_D=CHANNELS, BLOCK_K=power_of_2(weight.shape[1]),
-        EARLY=slots is None and batch <= EARLY_ROWS,
+        EARLY=reads_early(slots, batch),
         num_warps=4, **launch_options(x.device),
     )  # fmt: skip
     return y

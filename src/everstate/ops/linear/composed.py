@@ -38,7 +38,13 @@ def linear_add_rms_norm(
     multiplier: float = 1.0,
 ) -> tuple[Float[Tensor, "b n"], Normed]:
     """See `everstate.ops.linear_add_rms_norm`."""
-    y = linear(x, weight, bias, scale=scale)
+    return add_and_norm(linear(x, weight, bias, scale=scale), residual, norm, eps, multiplier)
+
+
+def add_and_norm(
+    y: Float[Tensor, "b n"], residual: Float[Tensor, "b n"], norm: Float[Tensor, " n"], eps: float, multiplier: float
+) -> tuple[Float[Tensor, "b n"], Normed]:
+    """What `linear_add_rms_norm` does with its outputs."""
     summed, normed = add_rms_norm(residual, y, norm, eps=eps, multiplier=multiplier)
     return summed, Normed(normed)
 

@@ -12,7 +12,7 @@ from everstate.core.state import Slots
 from everstate.ops.conv1d.limits import accepts_step
 from everstate.ops.limits import refusal_of_strides, step_refusal
 from everstate.ops.norm.limits import accepts_norm
-from everstate.ops.norm.normed import Normed
+from everstate.ops.norm.normed import Normed, as_normed
 
 FEW = 4
 """Rows of x up to which numbers can be multiplied one by one: matrix units would wait for memory just as long."""
@@ -28,7 +28,7 @@ def accepts_linear(
     x: Tensor | Normed, weight: Tensor, bias: Tensor | None = None, *, scale: Tensor | None = None
 ) -> str | None:
     """Why the kernels of `linear` do not serve these arguments, or None."""
-    x, squares = (x.x, x.squares) if isinstance(x, Normed) else (x, None)
+    x, squares, _ = as_normed(x)
     rows = x.numel() // max(x.shape[-1], 1)
     if not 0 < rows <= ROWS:
         return f"takes 1 to {ROWS} rows, not {rows}"
@@ -82,8 +82,8 @@ def accepts_conv_step(
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `linear_conv_step_` do not serve these arguments, or None."""
-    rows = x.x if isinstance(x, Normed) else x
-    return accepts_linear(x, weight, bias, scale=scale) or accepts_step(rows, conv_weight, conv_bias, state, slots)
+    refused = accepts_linear(x, weight, bias, scale=scale)
+    return refused or accepts_step(as_normed(x).x, conv_weight, conv_bias, state, slots)
 
 
 def accepts_add(

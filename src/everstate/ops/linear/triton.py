@@ -11,12 +11,12 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
-from everstate.ops.linear.composed import convolve_
+from everstate.ops.linear.composed import add_and_norm, convolve_
 from everstate.ops.linear.limits import FEW, divides, refusal_of_tiles
 from everstate.ops.linear.triton_ends import Convolution, Ends, Residual, Written, constants, finish, given
 from everstate.ops.linear.triton_tiles import blocks_of_tiles, run_tiles
-from everstate.ops.norm import add_rms_norm
-from everstate.ops.norm.normed import Normed
+from everstate.ops.norm.normed import Normed, as_normed
+from everstate.ops.norm.triton_add import dtype_of_sum
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, dense_rows, launch_options, start_next, wait_for_last
 
@@ -40,7 +40,7 @@ def linear(
     scale: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "*b n"]:
     """See `everstate.ops.linear`."""
-    return _linear(*_parts_of(x), weight, bias, scale)
+    return _linear(*as_normed(x), weight, bias, scale)
 
 
 def linear_conv_step_(
@@ -57,12 +57,11 @@ def linear_conv_step_(
     scale: Float[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, "b before"], Float[Tensor, "b d"], Float[Tensor, "b after"]]:
     """See `everstate.ops.linear_conv_step_`. The pool may be of lower precision: what enters it is rounded."""
-    rows, *divisor = _parts_of(x)
-    if len(rows) > CONVOLVED:
-        y = _linear(rows, *divisor, weight, bias, scale)
+    whole = as_normed(x)
+    if len(whole.x) > CONVOLVED:
+        y = _linear(*whole, weight, bias, scale)
         return convolve_(y, conv_weight, conv_bias, state, slots, start, activation)
-    activated = activation == "silu"
-    y = _linear_conv(rows, *divisor, weight, bias, scale, conv_weight, conv_bias, state, slots, start, activated)
+    y = _linear_conv(*whole, weight, bias, scale, conv_weight, conv_bias, state, slots, start, activation == "silu")
     stop = start + len(conv_weight)
     return y[:, :start], y[:, start:stop], y[:, stop:]
 
@@ -79,18 +78,12 @@ def linear_add_rms_norm(
     multiplier: float = 1.0,
 ) -> tuple[Float[Tensor, "b n"], Normed]:
     """See `everstate.ops.linear_add_rms_norm`. What the norm divides by is known when all programs have ended."""
-    rows, *divisor = _parts_of(x)
+    whole = as_normed(x)
+    rows = whole.x
     if not divides(len(rows), len(weight), _blocks(rows, weight), rows.dtype, rows.device):
-        y = _linear(rows, *divisor, weight, bias, scale)
-        summed, normed = add_rms_norm(residual, y, norm, eps=eps, multiplier=multiplier)
-        return summed, Normed(normed)
-    y, summed, squares = _linear_add(rows, *divisor, weight, bias, scale, residual, norm, multiplier)
+        return add_and_norm(_linear(*whole, weight, bias, scale), residual, norm, eps, multiplier)
+    y, summed, squares = _linear_add(*whole, weight, bias, scale, residual, norm, multiplier)
     return summed, Normed(y, squares, eps)
-
-
-def _parts_of(x: Tensor | Normed) -> tuple[Tensor, Tensor | None, float]:
-    """Rows, and by what they are to be divided."""
-    return (x.x, x.squares, x.eps) if isinstance(x, Normed) else (x, None, 0.0)
 
 
 @kernel_op("linear")
@@ -139,13 +132,13 @@ def _(
     x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
     residual: Tensor, norm: Tensor, multiplier: float,
 ) -> list[Tensor]:  # fmt: skip
-    return [t for t in Written.empty(x, len(weight), _blocks(x, weight), residual) if t is not None]
+    return [t for t in _written(x, weight, residual) if t is not None]
 
 
 def _run(x: Float[Tensor, "b k"], weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"], ends: Ends) -> Written:
     """Launch the kernel for so many rows."""
     outputs, width = weight.shape
-    written = Written.empty(x, outputs, _blocks(x, weight), None if ends.residual is None else ends.residual.stream)
+    written = _written(x, weight, None if ends.residual is None else ends.residual.stream)
     arguments, settings = ends.arguments(written)
     if not _one_by_one(x, weight):
         run_tiles(x, weight, arguments, settings)
@@ -157,6 +150,16 @@ def _run(x: Float[Tensor, "b k"], weight: Float[Tensor, "n k"] | Int8[Tensor, "n
         **options, **launch_options(x.device),
     )  # fmt: skip
     return written
+
+
+def _written(x: Float[Tensor, "b k"], weight: Tensor, stream: Tensor | None) -> Written:
+    """Memory for what a kernel writes."""
+    rows = x.shape[0]  # `len(x)` would be a number, and a compiler should serve any
+    y = x.new_empty(rows, len(weight))
+    if stream is None:
+        return Written(y)
+    summed = stream.new_empty(stream.shape, dtype=dtype_of_sum(stream, y))
+    return Written(y, summed, x.new_empty(rows, _blocks(x, weight), dtype=torch.float32))
 
 
 def _blocks(x: Float[Tensor, "b k"], weight: Tensor) -> int:

@@ -3,14 +3,12 @@ short convolution, or a residual stream with the norm behind it."""
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.state import Slots
-from everstate.ops.norm.triton_add import dtype_of_sum
 from everstate.ops.triton_launch import power_of_2
 from everstate.ops.triton_rows import silu
 
@@ -35,21 +33,12 @@ class Residual(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What a kernel writes. y: its outputs, or those of the norm; of a residual stream the new one, and its squares."""
+    """What a kernel writes: its outputs; with a residual stream the rows of its norm, the new stream, and sums of the
+    squares of each row, one for a block of outputs."""
 
     y: Float[Tensor, "b n"]
-    stream: Float[Tensor, "b n"] | None
-    squares: Float[Tensor, "b blocks"] | None
-
-    @classmethod
-    def empty(cls, x: Float[Tensor, "b k"], outputs: int, blocks: int, stream: Tensor | None) -> "Written":
-        """Memory for it; of each row, a block of outputs sums its own squares."""
-        rows = x.shape[0]  # `len(x)` would be a number, and a compiler should serve any
-        y = x.new_empty(rows, outputs)
-        if stream is None:
-            return cls(y, None, None)
-        summed = stream.new_empty(stream.shape, dtype=dtype_of_sum(stream, y))
-        return cls(y, summed, x.new_empty(rows, blocks, dtype=torch.float32))
+    stream: Float[Tensor, "b n"] | None = None
+    squares: Float[Tensor, "b blocks"] | None = None
 
 
 class Ends(NamedTuple):

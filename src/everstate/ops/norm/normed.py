@@ -20,16 +20,21 @@ class Normed(NamedTuple):
     eps: what the norm adds to the mean of the squares.
     """
 
-    x: Float[Tensor, "b k"]
-    squares: Float[Tensor, "b parts"] | None = None
+    x: Float[Tensor, "*b k"]
+    squares: Float[Tensor, "*b parts"] | None = None
     eps: float = 0.0
 
-    def divided(self) -> Float[Tensor, "b k"]:
+    def divided(self) -> Float[Tensor, "*b k"]:
         """The rows as the norm defines them."""
         if self.squares is None:
             return self.x
         mean = self.squares.sum(-1, keepdim=True) / self.x.shape[-1]
         return (self.x.to(state_dtype(self.x.dtype)) * torch.rsqrt(mean + self.eps)).to(self.x.dtype)
+
+
+def as_normed(x: Float[Tensor, "*b k"] | Normed) -> Normed:
+    """Either as rows and what is left to do to them, which is nothing for rows alone."""
+    return x if isinstance(x, Normed) else Normed(x)
 
 
 def divided(x: Float[Tensor, "*b k"] | Normed) -> Float[Tensor, "*b k"]:

@@ -10,9 +10,9 @@ from everstate.core.state import Slots
 from everstate.ops.triton_common import LOG2E, softplus
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import (
-    EARLY_ROWS,
     dense,
     launch_options,
+    reads_early,
     silu,
     slot_of,
     start_next,
@@ -107,7 +107,7 @@ def _run(
         x, dt, A, B, C, state, slots, D, z, dt_bias, delta_t, y,
         x.stride(0), dt.stride(0), A.stride(0), B.stride(0), C.stride(0), 0 if z is None else z.stride(0),
         *state.stride()[:2], 0 if delta_t is None else delta_t.stride(0), DIM=dim, N=n, BLOCK_D=tile, BLOCK_N=width,
-        OF_LAYER=of_layer, EARLY=of_layer and slots is None and batch <= EARLY_ROWS,
+        OF_LAYER=of_layer, EARLY=of_layer and reads_early(slots, batch),
         num_warps=warps_of(tile * width), **launch_options(x.device),
     )  # fmt: skip
     return y

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from everstate.core.kernels import refusal, shared_memory
 from everstate.core.state import Slots
-from everstate.ops.limits import step_refusal
-from everstate.ops.norm.limits import accepts_norm
+from everstate.ops.limits import refusal_of_strides, step_refusal
+from everstate.ops.norm.limits import refusal_of_width
 
 LARGEST = 16384
 """Numbers in the state of a head, each side filled up to a power of two: what fits into registers."""
@@ -104,4 +104,6 @@ def accepts_mamba2_step(
 ) -> str | None:
     """Why the kernel of `mamba2_step_` does not serve these arguments, or None."""
     refused = step_refusal(state, A_log, dt_bias, z, delta_t, norm) or accepts_step(x, dt, dt, B, C, state, slots, D=D)
-    return refused or (None if norm is None else accepts_norm(x.flatten(-2), norm, groups=norm_groups))
+    if refused is not None or norm is None:
+        return refused
+    return refusal_of_strides(norm) or refusal_of_width(x.shape[1] * x.shape[2], norm_groups)

@@ -16,9 +16,9 @@ from everstate.ops.norm.normed import Normed
 from everstate.ops.triton_common import softplus
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import (
-    EARLY_ROWS,
     dense,
     launch_options,
+    reads_early,
     silu,
     slot_of,
     start_next,
@@ -141,7 +141,7 @@ def _run(
         *C.stride()[:2], *state.stride()[:3], *_strides_of_skip(D), *((0, 0) if z is None else z.stride()[:2]),
         0 if dt_bias is None else dt_bias.stride(0), 0 if delta_t is None else delta_t.stride(0),
         HEADS=heads, GROUPS=groups, P=headdim, N=d_state, BLOCK_P=tile, BLOCK_N=width,
-        EARLY=slots is None and batch <= EARLY_ROWS,
+        EARLY=reads_early(slots, batch),
         num_warps=warps_of(tile * width), **launch_options(x.device),
     )  # fmt: skip
     return y, squares
