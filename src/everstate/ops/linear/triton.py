@@ -16,7 +16,6 @@ from everstate.ops.linear.limits import FEW, divides, refusal_of_tiles
 from everstate.ops.linear.triton_ends import Convolution, Ends, Residual, Written, constants, finish, given
 from everstate.ops.linear.triton_tiles import blocks_of_tiles, run_tiles
 from everstate.ops.norm.normed import Normed, as_normed
-from everstate.ops.norm.triton_add import dtype_of_sum
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, dense_rows, launch_options, start_next, wait_for_last
 
@@ -158,7 +157,7 @@ def _written(x: Float[Tensor, "b k"], weight: Tensor, stream: Tensor | None) -> 
     y = x.new_empty(rows, len(weight))
     if stream is None:
         return Written(y)
-    summed = stream.new_empty(stream.shape, dtype=dtype_of_sum(stream, y))
+    summed = stream.new_empty(stream.shape, dtype=torch.promote_types(stream.dtype, y.dtype))
     return Written(y, summed, x.new_empty(rows, _blocks(x, weight), dtype=torch.float32))
 
 

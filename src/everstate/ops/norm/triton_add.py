@@ -102,12 +102,7 @@ _add.register_autograd(_differentiate, setup_context=_save)
 
 
 def _results(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=dtype_of_sum(x, y), device=x.device), y.new_empty(y.shape)
-
-
-def dtype_of_sum(residual: Tensor, y: Tensor) -> torch.dtype:
-    """Of a residual stream that has taken y in."""
-    return residual.dtype if residual.dtype == torch.float32 else torch.promote_types(residual.dtype, y.dtype)
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype)), y.new_empty(y.shape)
 
 
 def _sizes(width: int) -> dict[str, int]:
