@@ -18,7 +18,10 @@ LAYOUTS = ["2 * (mamba2 mlp)", "mamba1 attention", "mamba3 mla", "s5 moe"]
 
 
 def model(layout: str = "2 * (mamba2 mlp)", dtype: torch.dtype = torch.float32, tie: bool = True) -> LM:
-    return LM(ModelConfig(d_model=64, vocab_size=50, layout=layout, tie_embeddings=tie), dtype=dtype)
+    both = {"type": "parallel", "mixers": {"ssm": {"type": "mamba2"}, "mlp": {"type": "mlp"}}}
+    mixers = {"both": both} if layout == "both" else {}
+    config = ModelConfig(d_model=64, vocab_size=50, layout=layout, tie_embeddings=tie, mixers=mixers)
+    return LM(config, dtype=dtype)
 
 
 def logits(lm: LM) -> Tensor:
@@ -76,7 +79,7 @@ def test_rows_of_zeros_stay_zeros() -> None:
     assert bool((logits(lm.quantize_())[..., 3] == 0).all())
 
 
-@pytest.mark.parametrize("layout", ["mamba1", "mamba2", "mamba3"])
+@pytest.mark.parametrize("layout", ["mamba1", "mamba2", "mamba3", "both"])
 def test_states_of_16_bits_are_half_as_many_bytes_and_change_little(layout: str) -> None:
     lm = model(layout)
     tokens = torch.randint(50, (2, 60), generator=torch.Generator().manual_seed(0))
@@ -89,7 +92,7 @@ def test_states_of_16_bits_are_half_as_many_bytes_and_change_little(layout: str)
     assert 0 < (got - expected).norm() <= 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("layout", ["mamba1", "mamba2", "mamba3"])
+@pytest.mark.parametrize("layout", ["mamba1", "mamba2", "mamba3", "both"])
 def test_a_segment_reads_what_a_state_of_16_bits_holds(layout: str) -> None:
     lm = model(layout)
     tokens = torch.randint(50, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -106,6 +109,13 @@ def test_a_segment_reads_what_a_state_of_16_bits_holds(layout: str) -> None:
 def test_a_layer_that_cannot_step_such_states_says_so(dtype: torch.dtype) -> None:
     with pytest.raises(RequestError, match=f"cannot keep its state in {dtype}"):
         model("mamba2 s5" if dtype is torch.bfloat16 else "mamba2").init_state(1, dtype=dtype)
+
+
+def test_the_mixer_beside_another_that_cannot_step_such_states_is_named() -> None:
+    both = {"type": "parallel", "mixers": {"ssm": {"type": "mamba2"}, "old": {"type": "s5"}}}
+    lm = LM(ModelConfig(d_model=64, vocab_size=50, layout="both", mixers={"both": both}))
+    with pytest.raises(RequestError, match=r"S5 cannot keep its state in torch.bfloat16"):
+        lm.init_state(1, dtype=torch.bfloat16)
 
 
 def test_attention_in_16_bits_keeps_its_cache() -> None:

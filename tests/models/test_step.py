@@ -16,6 +16,11 @@ from everstate.mixers.modules import Linear, RMSNorm
 from everstate.models import LM, ModelConfig
 from everstate.ops import Normed, linear, use
 
+
+def side_by_side(*types: str) -> dict[str, Any]:
+    return {"type": "parallel", "mixers": {name: {"type": name} for name in types}}
+
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "mamba2": {"residual_multiplier": 0.4},
     "mamba1 mlp": {"norm": "rms1p"},
@@ -23,6 +28,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "mamba2 moe mamba2": {"tie_embeddings": False},
     "late mamba2": {"post_norm": ("late",), "mixers": {"late": {"type": "mlp"}}},
     "mamba2 mlp": {"norm": "layer"},
+    "mamba2 2 * (both) mamba2": {
+        "residual_multiplier": 0.4,
+        "mixers": {"both": side_by_side("mamba2", "attention", "mlp")},
+    },
+    "mamba2 both mlp": {"mixers": {"both": side_by_side("mamba2", "s4d")}},
+    "mamba2 2 * (moe) mamba2": {"mixers": {"moe": {"type": "moe", "nexperts": 4, "d_shared": 128, "d_latent": 64}}},
+    "2 * (mamba2 moe) mamba2": {
+        "mixers": {"moe": {"type": "moe", "nexperts": 4, "d_shared": 128, "shared_gate": True}}
+    },
     "loose loose": {"norm_eps": 0.5, "mixers": {"loose": {"type": "mamba2", "norm_eps": 0.5}}},
 }
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from everstate.core.errors import BackendError
 from everstate.core.kernels import overlapping
-from everstate.core.op import REFERENCE
 from everstate.ops import (
     Normed,
     add_rms_norm,
@@ -26,6 +25,7 @@ from everstate.ops import (
     use,
 )
 from everstate.ops.linear import limits
+from tests.ops.reference import exact, undivided
 
 BACKENDS = ["triton", "torch"]
 LOW = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
@@ -50,26 +50,9 @@ def stored(weight: Tensor, how: str) -> tuple[Tensor, Tensor | None]:
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
-def undivided(x: Tensor, parts: int, eps: float = 1e-5) -> Normed:
-    """Rows of which a norm is still to divide: their squares are not those of x, as it has a weight."""
-    squares = (x.float() * torch.linspace(0.5, 2.0, x.shape[1], device=x.device)).square()
-    return Normed(x, torch.stack([part.sum(1) for part in squares.chunk(parts, 1)], 1), eps)
-
-
 def numbers(given: Any) -> list[Tensor]:
     """What an op gives."""
     return [t.divided() if isinstance(t, Normed) else t for t in (given if type(given) is tuple else (given,))]
-
-
-def wide(value: Any) -> Any:
-    if isinstance(value, Normed):
-        return Normed(*map(wide, value))
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def exact(op: Any, *arguments: Any, **settings: Any) -> Any:
-    with use(REFERENCE):
-        return op(*(wide(a) for a in arguments), **{name: wide(v) for name, v in settings.items()})
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -243,11 +226,13 @@ def test_a_residual_stream_takes_a_linear_map_in(
     draw, narrow = draws(kernel_device, dtype), draws(kernel_device, torch.float32)
     x, weight, bias, residual, norm = draw(rows, width), draw(384, width) / 8, draw(384), narrow(rows, 384), draw(384)
     refused = backend == "triton" and rows > 4 and dtype is torch.float32
-    for how, bias_, u, norm_ in (
-        ("plain", None, x, norm), ("multiplied", bias, undivided(x, 3), norm.float()), ("8 bits", None, x, norm),
+    for how, bias_, u, norm_, addend in (
+        ("plain", None, x, norm, draw(rows, 384)), ("multiplied", bias, undivided(x, 3), norm.float(), None),
+        ("8 bits", None, x, norm, draw(384, rows).T),
     ):  # fmt: skip
         weight_, scale = stored(weight, how)
-        arguments, settings = (u, weight_, bias_, residual, norm_), {"scale": scale, "eps": 1e-3, "multiplier": 0.4}
+        arguments = u, weight_, bias_, residual, norm_
+        settings = {"scale": scale, "addend": addend, "eps": 1e-3, "multiplier": 0.4}
         with use(backend):
             if refused:
                 with pytest.raises(BackendError, match="16 bits"):
@@ -269,11 +254,12 @@ def test_a_norm_is_left_where_the_next_linear_map_divides(
     monkeypatch.setattr(limits, "SQUARES", held)
     draw = draws(kernel_device, torch.bfloat16)
     x, weight, residual, norm = draw(rows, 128), draw(outputs, 128), draw(rows, outputs).float(), draw(outputs)
+    addend = draw(rows, outputs)
     with use("triton"):
-        summed, normed = linear_add_rms_norm(x, weight, None, residual, norm)
+        summed, normed = linear_add_rms_norm(x, weight, None, residual, norm, addend=addend)
     # Five rows of 200 numbers are for PyTorch's product; 128 come in more parts than a program holds.
     assert (normed.squares is not None) == (outputs == 64)
-    expected, (rows_of_norm, *_) = exact(linear_add_rms_norm, x, weight, None, residual, norm)
+    expected, (rows_of_norm, *_) = exact(linear_add_rms_norm, x, weight, None, residual, norm, addend=addend)
     close(summed, expected, 2e-2)
     close(normed.divided(), rows_of_norm, 2e-2)
 
@@ -341,8 +327,9 @@ def test_kernels_of_a_step_say_what_they_give(kernel_device: torch.device) -> No
     few = draw(3, 72), None, 0.0, draw(40, 72), None, None
     many = (draw(6, 256).bfloat16(), None, 0.0, draw(80, 256).bfloat16(), None, None)
     for given, outputs in ((few, 40), (many, 80)):
-        residual = draw(len(given[0]), outputs), draw(outputs), 0.5
-        torch.library.opcheck(linear_kernels._linear_add._op, (*given, *residual), test_utils="test_faketensor")
+        for addend in (None, draw(len(given[0]), outputs)):
+            residual = addend, draw(len(given[0]), outputs), draw(outputs), 0.5
+            torch.library.opcheck(linear_kernels._linear_add._op, (*given, *residual), test_utils="test_faketensor")
     x, dt, A_log, B, pool = draw(2, 4, 6), draw(2, 4), draw(4), draw(2, 1, 20), draw(2, 4, 6, 20)
     step = x, dt, A_log, B, B, pool, None, draw(4), None, None, 0.0, 1.0, None
     for norm in (None, draw(24)):

@@ -12,6 +12,8 @@ from everstate.core.errors import BackendError
 from everstate.core.op import REFERENCE
 from everstate.ops import experts, use
 from everstate.ops.experts import limits
+from everstate.ops.linear import limits as linear_limits
+from tests.ops.reference import exact, undivided
 from tests.ops.upstream import upstream_of
 
 
@@ -80,6 +82,35 @@ def test_few_tokens(tokens: int, dtype: torch.dtype, kernel_device: torch.device
     exact = experts.reference(**widen(inputs))
     with torch.no_grad(), use("triton"):
         assert error(experts(**inputs), exact) < (1e-5 if dtype is torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(("tokens", "parts"), [(1, 2), (5, 96), (17, 3), (40, 60)])
+def test_rows_that_a_norm_has_left_undivided(
+    tokens: int, parts: int, backend: str, dtype: torch.dtype, tolerance: float, kernel_device: torch.device
+) -> None:
+    """Each by itself, sorted, and more sums of squares than a program holds (of 64 rows, which 40 tokens have here)."""
+    inputs: dict[str, Any] = draw(kernel_device, tokens, 96, 40, 5, 2, dtype)
+    x = undivided(inputs["x"], parts, eps=0.1)
+    for held in (linear_limits.SQUARES, 1024):
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad(), use(backend):
+            patch.setattr(linear_limits, "SQUARES", held)
+            got = experts(**{**inputs, "x": x})
+        assert error(got, exact(experts, **{**inputs, "x": x})) <= tolerance
+
+
+def test_gradients_of_rows_that_a_norm_has_left_undivided(kernel_device: torch.device) -> None:
+    """Those of the squares too, for which the rows are divided first."""
+    inputs: dict[str, Any] = draw(kernel_device, 20, 32, 24, 4, 2)
+    gradients = []
+    for backend, dtype in (("triton", torch.float32), (REFERENCE, torch.float64)):
+        x = inputs["x"].to(dtype).requires_grad_()
+        arguments = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+        with use(backend):
+            y = experts(**{**arguments, "x": undivided(x, 3)})
+        gradients += torch.autograd.grad(y, x, upstream_of([y]))
+    assert error(*gradients) <= 1e-5
 
 
 def test_low_precision_loses_no_more_than_the_form_of_pytorch(kernel_device: torch.device) -> None:

@@ -12,6 +12,7 @@ from everstate.core.errors import BackendError
 from everstate.core.kernels import overlapping
 from everstate.core.op import REFERENCE
 from everstate.ops import topk_router, use
+from tests.ops.reference import exact, undivided
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "softmax": {"top_k": 2},
@@ -49,6 +50,17 @@ def test_agrees_with_the_definition(
         with use(REFERENCE):
             expected, chosen = topk_router(x.double(), weight.double(), **wide)
     assert weights.dtype is torch.float32 and indices.dtype is torch.int64
+    assert torch.equal(indices, chosen)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(1, 3), (3, 1), (5, 35)])
+def test_rows_that_a_norm_has_left_undivided(tokens: int, parts: int, kernel_device: torch.device) -> None:
+    x, weight = draw(kernel_device, tokens, 70, 20, torch.bfloat16)
+    x = undivided(x, parts, eps=0.1)
+    with torch.no_grad(), use("triton"):
+        weights, indices = topk_router(x, weight, top_k=3)
+    expected, chosen = exact(topk_router, x, weight, top_k=3)
     assert torch.equal(indices, chosen)
     torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-6)
 

@@ -86,7 +86,7 @@ class Attention(LinearEnds):
     """`q_proj k_proj v_proj`, optional convolution, norm and rotation, attention, optional gate, `out_proj`."""
 
     Config = AttentionConfig
-    reads = ("q_proj", "k_proj", "v_proj", "gate_proj")
+    ends = ("q_proj", "k_proj", "v_proj", "gate_proj", "out_proj")
     no_decay = frozenset({"conv_bias"})
 
     def __init__(self, d_model: int, config: AttentionConfig) -> None:

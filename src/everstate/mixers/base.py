@@ -20,8 +20,8 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError, RequestError
 from everstate.core.packing import Packing
 from everstate.core.registry import Registry
-from everstate.core.state import Slots, gather, scatter_
-from everstate.mixers.modules import Product, Special, is_plain, is_untouched
+from everstate.core.state import Slots, gather, map_state, scatter_
+from everstate.mixers.modules import Product, Special, is_plain, is_untouched, made
 from everstate.ops import Normed
 
 State = Any
@@ -68,6 +68,23 @@ class Mixer(Special, ABC):
         `context` bounds how many past tokens attention keeps; other mixers keep none and do not read it.
         """
 
+    def narrow(self, state: State, dtype: torch.dtype) -> State:
+        """The state with what `narrows` names in `dtype`. Raises `RequestError` where nothing can be stepped so."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            # A cache of attention has the dtype of the weights.
+            kept = (dtype, torch.bfloat16, torch.float16)
+            if tensor.dtype in kept or not (tensor.is_floating_point() or tensor.is_complex()):
+                return tensor
+            raise RequestError(
+                f"{type(self).__name__} cannot keep its state in {dtype}, only in {tensor.dtype}; leave the dtype out"
+            )
+
+        if not self.narrows or dtype not in (torch.bfloat16, torch.float16):
+            return map_state(keep, state)
+        parts = state._asdict().items()
+        return type(state)(*(part.to(dtype) if name in self.narrows else part for name, part in parts))
+
     @abstractmethod
     def forward(
         self,
@@ -106,11 +123,11 @@ class Mixer(Special, ABC):
 
 
 class LinearEnds(Mixer):
-    """A mixer whose step begins with linear maps and ends with `out_proj`. On a GPU the norm before it may be left for
-    the first to divide, and a residual stream may take in what the last gives, in their launches."""
+    """A mixer whose step begins with linear maps and, as a rule, ends with one. On a GPU the norm before it may be left
+    for the first to divide, and a residual stream may take in what the last gives, in their launches."""
 
-    reads: ClassVar[tuple[str, ...]] = ("in_proj",)
-    """The attributes that hold the linear maps with which the step begins; some may be None."""
+    ends: ClassVar[tuple[str, ...]] = ("in_proj", "out_proj")
+    """The attributes that hold the linear maps with which the step begins and ends; some may be None."""
 
     @abstractmethod
     def product_step_(
@@ -119,22 +136,24 @@ class LinearEnds(Mixer):
         state: State,
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
-    ) -> Product:
-        """`step_`, but for `out_proj`."""
+    ) -> Product | Float[Tensor, "b d"]:
+        """`step_`, but for a linear map at its end."""
+
+    def has_plain_ends(self) -> bool:
+        """Whether these linear maps are as they were built, and nobody looks at their calls."""
+        parts = [getattr(self, name) for name in self.ends]
+        return all(part is None or is_plain(part) for part in parts)
 
     def step_(
         self, x: Float[Tensor, "b d"], state: State, slots: Slots = None, delta_t: Float[Tensor, " b"] | None = None
     ) -> Float[Tensor, "b d"]:
         """See `Mixer.step_`."""
-        return self.product_step_(x, state, slots, delta_t).value()
+        return made(self.product_step_(x, state, slots, delta_t))
 
 
 def has_linear_ends(mixer: Mixer) -> TypeGuard[LinearEnds]:
     """Whether `product_step_` says all that `step_` does: somebody may have put more in its place, or in a part's."""
-    if not isinstance(mixer, LinearEnds) or not is_untouched(mixer, LinearEnds, "step_"):
-        return False
-    parts = [getattr(mixer, name) for name in (*mixer.reads, "out_proj")]
-    return all(part is None or is_plain(part) for part in parts)
+    return isinstance(mixer, LinearEnds) and is_untouched(mixer, LinearEnds, "step_") and mixer.has_plain_ends()
 
 
 class ChannelMixer(Mixer):

@@ -181,18 +181,20 @@ def is_plain(part: nn.Module | None) -> TypeGuard[Linear]:
 
 
 class Product(NamedTuple):
-    """`behind * linear(x)` of one token, still to be made: a residual stream may take it in where it is made."""
+    """`behind * linear(x) + addend` of one token, not made yet: a residual stream may take it in where it is made."""
 
     linear: Linear
     x: Float[Tensor, "b k"] | Normed
     behind: float = 1.0
+    addend: Float[Tensor, "b n"] | None = None
 
     def value(self) -> Float[Tensor, "b n"]:
-        """The product itself."""
+        """What it is when it is made."""
         x = self.x
         if isinstance(x, Normed) and not is_plain(self.linear):
             x = x.divided()
-        return self.linear(x) if self.behind == 1.0 else self.linear.step(x, behind=self.behind)
+        y = self.linear(x) if self.behind == 1.0 else self.linear.step(x, behind=self.behind)
+        return y if self.addend is None else self.addend + y
 
     def add_to(
         self, residual: Float[Tensor, "b n"], norm: RMSNorm, multiplier: float
@@ -200,8 +202,21 @@ class Product(NamedTuple):
         """`residual + multiplier value()`, and its norm in the dtype of x; see `everstate.ops.linear_add_rms_norm`."""
         scale, bias = self.linear.folded(1.0, self.behind)
         return linear_add_rms_norm(
-            self.x, self.linear.weight, bias, residual, norm.factor(), scale=scale, eps=norm.eps, multiplier=multiplier
-        )
+            self.x, self.linear.weight, bias, residual, norm.factor(), scale=scale, addend=self.addend, eps=norm.eps,
+            multiplier=multiplier,
+        )  # fmt: skip
+
+
+def made(y: Float[Tensor, "b n"] | Product) -> Float[Tensor, "b n"]:
+    """What a layer gives, be it made yet or not."""
+    return y.value() if isinstance(y, Product) else y
+
+
+def plus(before: Float[Tensor, "b n"], y: Float[Tensor, "b n"] | Product) -> Float[Tensor, "b n"] | Product:
+    """The sum of what one layer gives and what another beside it gives."""
+    if not isinstance(y, Product):
+        return before + y
+    return y._replace(addend=before if y.addend is None else before + y.addend)
 
 
 NormKind = Literal["rms", "rms1p", "layer"]

@@ -13,12 +13,14 @@ from torch.nn.functional import sigmoid
 
 from everstate.core.config import Config
 from everstate.core.errors import ConfigError
-from everstate.mixers.base import ChannelMixer, divide
+from everstate.core.state import Slots
+from everstate.mixers.base import ChannelMixer, Empty, LinearEnds, divide, has_linear_ends
 from everstate.mixers.mlp import MLP, MLPConfig, default_d_hidden
-from everstate.mixers.modules import Linear, Special, init_linear_, uniform_
-from everstate.ops import experts, topk_router
+from everstate.mixers.modules import Linear, Product, Special, init_linear_, made, plus, uniform_
+from everstate.ops import Normed, experts, topk_router
 from everstate.ops.activations import Activation
 from everstate.ops.experts import Score
+from everstate.ops.norm.normed import divided
 
 
 class MoEConfig(Config):
@@ -80,10 +82,11 @@ class Router(Special):
         uniform_(self.weight, self.weight.shape[1] ** -0.5, generator)
 
 
-class MoE(ChannelMixer):
+class MoE(LinearEnds, ChannelMixer):
     """`router`, the chosen experts, and a shared one. It looks at one token alone: elapsed time has no effect on it."""
 
     Config = MoEConfig
+    ends = ("latent_in", "latent_out", "shared_gate")
     router_bias: Tensor | None
 
     def __init__(self, d_model: int, config: MoEConfig) -> None:
@@ -125,21 +128,32 @@ class MoE(ChannelMixer):
             self.shared.init_(generator)
 
     def read(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        config = self.config
-        weights, indices = topk_router(
-            x, self.router.weight, top_k=config.top_k, score=config.score, bias=self.router_bias,
-            normalise=config.normalise, eps=config.normalise_eps, scale=config.routed_scale,
-            ngroups=config.ngroups, topk_groups=config.topk_groups,
-        )  # fmt: skip
-        y = experts(
-            x if self.latent_in is None else self.latent_in(x), weights, indices,
-            self.in_proj.weight, self.out_proj.weight, activation=config.activation, gated=config.gated,
-        )  # fmt: skip
+        y = self._routed(x)
         y = y if self.latent_out is None else self.latent_out(y)
         if self.shared is None:
             return y
         shared = self.shared.read(x)
         return y + (shared if self.shared_gate is None else shared * sigmoid(self.shared_gate(x)))
+
+    def product_step_(
+        self,
+        x: Float[Tensor, "b d"] | Normed,
+        state: Empty,
+        slots: Slots = None,
+        delta_t: Float[Tensor, " b"] | None = None,
+    ) -> Product | Float[Tensor, "b d"]:
+        routed = self._routed(x)
+        y = routed if self.latent_out is None else Product(self.latent_out, routed)
+        if self.shared is None:
+            return y
+        plain = has_linear_ends(self.shared)
+        shared = self.shared.product_step_(x, state) if plain else self.shared.read(divided(x))
+        if self.shared_gate is not None:
+            shared = made(shared) * sigmoid(self.shared_gate(x))
+        return plus(made(y), shared)
+
+    def has_plain_ends(self) -> bool:
+        return super().has_plain_ends() and (self.shared is None or has_linear_ends(self.shared))
 
     def flops_per_token(self, context: int) -> int:
         config = self.config
@@ -148,6 +162,19 @@ class MoE(ChannelMixer):
         always = sum(part.weight.numel() for part in dense if part is not None)
         active = always + stacks // config.nexperts * config.top_k
         return 2 * active + (0 if self.shared is None else self.shared.flops_per_token(context))
+
+    def _routed(self, x: Float[Tensor, "*b d"] | Normed) -> Float[Tensor, "*b w"]:
+        """What the chosen experts give, before `latent_out`."""
+        config = self.config
+        weights, indices = topk_router(
+            x, self.router.weight, top_k=config.top_k, score=config.score, bias=self.router_bias,
+            normalise=config.normalise, eps=config.normalise_eps, scale=config.routed_scale,
+            ngroups=config.ngroups, topk_groups=config.topk_groups,
+        )  # fmt: skip
+        return experts(
+            x if self.latent_in is None else self.latent_in(x), weights, indices,
+            self.in_proj.weight, self.out_proj.weight, activation=config.activation, gated=config.gated,
+        )  # fmt: skip
 
 
 def _check_groups(config: MoEConfig) -> None:

@@ -16,7 +16,10 @@ from everstate.core.config import Config
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
-from everstate.mixers.base import Mixer, State, parse_mixer
+from everstate.mixers.base import LinearEnds, Mixer, State, has_linear_ends, parse_mixer
+from everstate.mixers.modules import Product, made, plus
+from everstate.ops import Normed
+from everstate.ops.norm.normed import divided
 
 
 class ParallelConfig(Config):
@@ -28,7 +31,7 @@ class ParallelConfig(Config):
     """Name -> table of a mixer, such as `{"ssm": {"type": "mamba2"}, "attn": {"type": "attention"}}`."""
 
 
-class Parallel(Mixer):
+class Parallel(LinearEnds):
     """`y = sum_i mixer_i(x)`; the state is the tuple of their states, in order."""
 
     Config = ParallelConfig
@@ -65,18 +68,36 @@ class Parallel(Mixer):
         ys, states = zip(*(part(x, before, packing, delta_t) for part, before in parts), strict=True)
         return sum(ys[1:], start=ys[0]), states
 
-    def step_(
+    def product_step_(
         self,
-        x: Float[Tensor, "b d"],
+        x: Float[Tensor, "b d"] | Normed,
         state: State,
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
-    ) -> Float[Tensor, "b d"]:
-        ys = [part.step_(x, pool, slots, delta_t) for part, pool in zip(self._parts(), state, strict=True)]
-        return sum(ys[1:], start=ys[0])
+    ) -> Product | Float[Tensor, "b d"]:
+        y: Product | Tensor | None = None
+        for part, pool in zip(self._parts(), state, strict=True):
+            own = _step_part_(part, x, pool, slots, delta_t)
+            y = own if y is None else plus(made(y), own)
+        assert y is not None
+        return y
+
+    def has_plain_ends(self) -> bool:
+        return all(has_linear_ends(part) for part in self._parts())
+
+    def narrow(self, state: State, dtype: torch.dtype) -> State:
+        return tuple(part.narrow(own, dtype) for part, own in zip(self._parts(), state, strict=True))
 
     def flops_per_token(self, context: int) -> int:
         return sum(part.flops_per_token(context) for part in self._parts())
 
     def _parts(self) -> Iterator[Mixer]:
         return iter(cast("list[Mixer]", list(self.mixers.values())))
+
+
+def _step_part_(
+    part: Mixer, x: Float[Tensor, "b d"] | Normed, state: State, slots: Slots, delta_t: Float[Tensor, " b"] | None
+) -> Product | Float[Tensor, "b d"]:
+    if has_linear_ends(part):
+        return part.product_step_(x, state, slots, delta_t)
+    return part.step_(divided(x), state, slots, delta_t)

@@ -12,7 +12,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.errors import RequestError
 from everstate.core.kernels import refusal
 from everstate.core.packing import Packing
-from everstate.core.state import Slots, map_state, named_tensors
+from everstate.core.state import Slots, named_tensors
 from everstate.mixers import Mixer, State, build_mixer
 from everstate.mixers.base import allocate_, cast_
 from everstate.mixers.modules import Linear, Norm, build_norm, is_plain, is_untouched, scaled
@@ -173,7 +173,7 @@ class LM(nn.Module):
         state = tuple(block.mixer.init_state(batch, context=context) for block in self.layers)
         if dtype is None:
             return state
-        return tuple(_narrowed(block.mixer, part, dtype) for block, part in zip(self.layers, state, strict=True))
+        return tuple(block.mixer.narrow(part, dtype) for block, part in zip(self.layers, state, strict=True))
 
     def forward(
         self,
@@ -301,21 +301,3 @@ class LM(nn.Module):
                 f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}; "
                 "ids go from 0 to vocab_size - 1: use the tokenizer that belongs to the model"
             )
-
-
-def _narrowed(mixer: Mixer, state: State, dtype: torch.dtype) -> State:
-    """The state with what `mixer.narrows` names in `dtype`. Raises `RequestError` where nothing can be stepped so."""
-
-    def keep(tensor: Tensor) -> Tensor:
-        # A cache of attention has the dtype of the weights.
-        kept = (dtype, torch.bfloat16, torch.float16)
-        if tensor.dtype in kept or not (tensor.is_floating_point() or tensor.is_complex()):
-            return tensor
-        raise RequestError(
-            f"{type(mixer).__name__} cannot keep its state in {dtype}, only in {tensor.dtype}; leave the dtype out"
-        )
-
-    if not mixer.narrows or dtype not in (torch.bfloat16, torch.float16):
-        return map_state(keep, state)
-    parts = state._asdict().items()
-    return type(state)(*(part.to(dtype) if name in mixer.narrows else part for name, part in parts))

@@ -15,7 +15,7 @@ from torch import Tensor
 from everstate.core.state import Slots
 from everstate.mixers import State
 from everstate.mixers.base import has_linear_ends
-from everstate.mixers.modules import Norm, Product, RMSNorm, is_plain, is_untouched
+from everstate.mixers.modules import Norm, Product, RMSNorm, is_plain, is_untouched, made
 from everstate.ops import Normed
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def step_blocks_(
         added = _add_and_norm(x, y, model.norm, model.config.residual_multiplier)
         if added is not None:
             return added[1]
-    return model.finish(x, _made(y))
+    return model.finish(x, None if y is None else made(y))
 
 
 def _step_block_(
@@ -49,9 +49,10 @@ def _step_block_(
     """The residual stream with what the block before gave, and what this one gives."""
     mixer = block.mixer
     if not block.is_plain or not has_linear_ends(mixer):
-        x, h = block.take(x, _made(y), dtype)
+        x, h = block.take(x, None if y is None else made(y), dtype)
         return x, block.give(mixer.step_(h, state, slots, delta_t))
-    x, read = _add_and_norm(x, y, block.norm, block.multiplier) or block.take(x, _made(y), dtype)
+    added = _add_and_norm(x, y, block.norm, block.multiplier)
+    x, read = added or block.take(x, None if y is None else made(y), dtype)
     return x, mixer.product_step_(read, state, slots, delta_t)
 
 
@@ -64,8 +65,3 @@ def _add_and_norm(
     if not isinstance(norm, RMSNorm) or not is_untouched(norm, RMSNorm, "add", "forward"):
         return None
     return y.add_to(x, norm, multiplier)
-
-
-def _made(y: Given) -> Float[Tensor, "b d"] | None:
-    """What a block gives, be it made yet or not."""
-    return y.value() if isinstance(y, Product) else y

@@ -55,6 +55,21 @@ def silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
+@triton.jit
+def divisor_of(squares, row, parts, eps, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """What the products of a row out of a norm are still to be multiplied by; see `Normed`."""
+    at = tl.arange(0, PARTS)
+    return tl.rsqrt(tl.sum(tl.load(squares + row * parts + at, mask=at < parts, other=0.0), 0) / WIDTH + eps)
+
+
+@triton.jit
+def divisors_of(squares, rows, parts, eps, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """The same of many rows."""
+    at = tl.arange(0, PARTS)
+    own = tl.load(squares + rows[:, None] * parts + at[None, :], mask=(at < parts)[None, :], other=0.0)
+    return tl.rsqrt(tl.sum(own, 1) / WIDTH + eps)
+
+
 def launch_options(device: torch.device) -> dict[str, bool]:
     """What a kernel with `start_next` and `wait_for_last` is launched with; see `core.kernels.overlapping`."""
     return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}

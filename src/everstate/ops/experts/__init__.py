@@ -12,13 +12,14 @@ from everstate.core.op import anywhere, op
 from everstate.ops.activations import Activation, activate
 from everstate.ops.experts.limits import accepts, accepts_router
 from everstate.ops.experts.route import Score, route
+from everstate.ops.norm.normed import Normed, divided
 
 __all__ = ["Score", "experts", "route", "topk_router"]
 
 
 @op
 def experts(
-    x: Float[Tensor, "*t d"],
+    x: Float[Tensor, "*t d"] | Normed,
     weights: Float[Tensor, "*t k"],
     indices: Int[Tensor, "*t k"],
     w_in: Float[Tensor, "e f2 d"],
@@ -29,10 +30,12 @@ def experts(
 ) -> Float[Tensor, "*t d"]:
     """Compute `y = sum_k weights[k] w_out[i] act(w_in[i] x)` over the experts `i = indices[k]` of each token.
 
-    With `gated`, f2 = 2 f and the first half of `w_in` makes the gate (`activate`); `route` makes the rest.
+    With `gated`, f2 = 2 f and the first half of `w_in` makes the gate (`activate`); `route` makes the rest. Of x out of
+    a norm, `Normed.divided()` is meant.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538).
     """
+    x = divided(x)
     dtype, ys = state_dtype(x.dtype), []
     for token, shares, chosen in zip(
         x.to(dtype).flatten(0, -2), weights.to(dtype).flatten(0, -2), indices.flatten(0, -2).tolist(), strict=True
@@ -46,7 +49,7 @@ def experts(
 
 @op
 def topk_router(
-    x: Float[Tensor, "*t d"],
+    x: Float[Tensor, "*t d"] | Normed,
     weight: Float[Tensor, "e d"],
     *,
     top_k: int,
@@ -60,8 +63,11 @@ def topk_router(
 ) -> tuple[Float[Tensor, "*t k"], Int[Tensor, "*t k"]]:
     """`route` of the logits `W x`, in float32 throughout (float64 for float64 inputs).
 
-    A rounded logit would send a token to another expert. Source: Shazeer et al. 2017 (arXiv 1701.06538), section 2.
+    A rounded logit would send a token to another expert. Of x out of a norm, `Normed.divided()` is meant.
+
+    Source: Shazeer et al. 2017 (arXiv 1701.06538), section 2.
     """
+    x = divided(x)
     dtype = state_dtype(x.dtype)
     return route(
         linear(x.to(dtype), weight.to(dtype)), top_k=top_k, score=score, bias=bias, normalise=normalise, eps=eps,

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from everstate.core.kernels import refusal, shared_memory
-from everstate.ops.limits import step_refusal
+from everstate.ops.limits import refusal_of_strides, step_refusal
+from everstate.ops.norm.normed import Normed, as_normed
 
 SHARED_MEMORY = 96 * 1024
 """Bytes of shared memory that a product takes."""
@@ -17,9 +18,12 @@ ROUTED, CHOICES = 64, 32
 """Tokens up to which one launch chooses faster than PyTorch, and experts of each that it unrolls the choice of."""
 
 
-def accepts(x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, **settings: Any) -> str | None:
+def accepts(
+    x: Tensor | Normed, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, **settings: Any
+) -> str | None:
     """Why the kernels of `experts` do not serve these arguments, or None."""
-    why = refusal(x, weights, w_in, w_out)
+    x, squares, _ = as_normed(x)
+    why = refusal(x, squares, weights, w_in, w_out) or refusal_of_strides(squares)
     if why is not None:
         return why
     if shared_memory(x.device) < SHARED_MEMORY:
@@ -32,9 +36,10 @@ def accepts(x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Te
 
 
 def accepts_router(
-    x: Tensor, weight: Tensor, *, top_k: int, bias: Tensor | None = None, ngroups: int = 1, **settings: Any
+    x: Tensor | Normed, weight: Tensor, *, top_k: int, bias: Tensor | None = None, ngroups: int = 1, **settings: Any
 ) -> str | None:
     """Why the kernel of `topk_router` does not serve these arguments, or None."""
+    x, squares, _ = as_normed(x)
     rows = x.numel() // max(x.shape[-1], 1)
     if not 0 < rows <= ROUTED:
         return f"takes 1 to {ROUTED} tokens, not {rows}"
@@ -45,4 +50,4 @@ def accepts_router(
         )
     if not weight.is_contiguous():
         return "takes weights that lie row by row in memory"
-    return step_refusal(x, weight, bias)
+    return step_refusal(x, weight, bias, squares) or refusal_of_strides(squares)

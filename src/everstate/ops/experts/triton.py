@@ -19,12 +19,16 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
 from everstate.ops.activations import Activation
+from everstate.ops.linear import limits
+from everstate.ops.norm.normed import Normed, as_normed
 from everstate.ops.triton_common import dot
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
-from everstate.ops.triton_rows import dense, follow_last, launch_options
+from everstate.ops.triton_rows import dense, divisor_of, divisors_of, follow_last, launch_options
 
 FEW = 32
 """Rows up to which each is served by itself."""
+TOGETHER: tl.constexpr = tl.constexpr(4)
+"""Turns of a loop whose weights are asked for at once."""
 GEMV = 4096
 """Numbers of a matrix that a program has on their way at once."""
 RANKED = 8192
@@ -32,7 +36,7 @@ RANKED = 8192
 
 
 def experts(
-    x: Float[Tensor, "*t d"],
+    x: Float[Tensor, "*t d"] | Normed,
     weights: Float[Tensor, "*t k"],
     indices: Int[Tensor, "*t k"],
     w_in: Float[Tensor, "e f2 d"],
@@ -42,30 +46,47 @@ def experts(
     gated: bool = True,
 ) -> Float[Tensor, "*t d"]:
     """See `everstate.ops.experts`."""
+    x, squares, eps = as_normed(x)
     tokens, shares, chosen = (t.flatten(0, -2) for t in (x, weights, indices))
     ins, outs = w_in.to(x.dtype), w_out.to(x.dtype)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (tokens, shares, ins, outs))
-    if not keep and chosen.numel() <= FEW:
-        return _few(tokens, shares, chosen, ins, outs, activation, gated).view(x.shape)
-    return _experts(tokens, shares, chosen, ins, outs, activation, gated, keep)[0].view(x.shape)
+    few = not keep and chosen.numel() <= FEW
+    if squares is not None and not few and (keep or _holds_too_many(squares, chosen, len(ins), x.dtype)):
+        tokens, squares = Normed(tokens, squares, eps).divided(), None
+    if few:
+        return _few(tokens, squares, eps, shares, chosen, ins, outs, activation, gated).view(x.shape)
+    return _experts(tokens, shares, chosen, ins, outs, squares, eps, activation, gated, keep)[0].view(x.shape)
+
+
+def _holds_too_many(squares: Float[Tensor, "t parts"], chosen: Tensor, experts: int, dtype: torch.dtype) -> bool:
+    """Whether the sums of squares of a tile of rows are more than a program should hold."""
+    return _rows_of_tile(chosen.numel(), experts, dtype) * power_of_2(squares.shape[1]) > limits.SQUARES
+
+
+def _rows_of_tile(rows: int, experts: int, dtype: torch.dtype) -> int:
+    """About as many as an expert has, or the matrix units multiply nothing."""
+    least, most = (32, 64) if dtype == torch.float32 else (16, 128)
+    return min(max(power_of_2(rows // experts), least), most)
 
 
 @kernel_op("experts_few")
 def _few(
-    x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, activation: str, gated: bool
-) -> Tensor:
+    x: Tensor, squares: Tensor | None, eps: float, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor,
+    activation: str, gated: bool,
+) -> Tensor:  # fmt: skip
     (tokens, width), top_k, d_hidden = x.shape, indices.shape[1], w_out.shape[2]
     y = x.new_empty(tokens, width)
     if tokens == 0:
         return y
     x, weights, indices, w_in, w_out = (dense(t) for t in (x, weights, indices, w_in, w_out))
     hidden = x.new_empty(tokens * top_k, d_hidden, dtype=torch.float32)
+    parts = 0 if squares is None else squares.shape[1]
     block_k, rows = _gemv_tile(width, tokens * top_k, d_hidden, x.device)
     launch(
         _few_up_kernel, (tokens * top_k, cdiv(d_hidden, rows)),
-        x, indices, w_in, hidden, x.stride(0), indices.stride(0), *w_in.stride()[:2],
-        TOP_K=top_k, D=width, F=d_hidden, ACTIVATION=activation, GATED=gated, BLOCK_N=rows, BLOCK_K=block_k,
-        num_warps=4, **launch_options(x.device),
+        x, squares, indices, w_in, hidden, x.stride(0), parts, eps, indices.stride(0), *w_in.stride()[:2],
+        PARTS=power_of_2(max(parts, 1)), TOP_K=top_k, D=width, F=d_hidden, ACTIVATION=activation, GATED=gated,
+        BLOCK_N=rows, BLOCK_K=block_k, num_warps=4, **launch_options(x.device),
     )  # fmt: skip
     block_k, rows = _gemv_tile(d_hidden, tokens, width, x.device)
     launch(
@@ -77,7 +98,10 @@ def _few(
 
 
 @_few.register_fake
-def _(x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, activation: str, gated: bool) -> Tensor:
+def _(
+    x: Tensor, squares: Tensor | None, eps: float, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor,
+    activation: str, gated: bool,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape)
 
 
@@ -92,8 +116,9 @@ def _gemv_tile(summed: int, pairs: int, rows: int, device: torch.device) -> tupl
 
 @kernel_op("experts")
 def _experts(
-    x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, activation: str, gated: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, squares: Tensor | None, eps: float,
+    activation: str, gated: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, and for the gradients: what the first product gave to each row, the row in each place, each expert's first."""
     call = _Call(x, weights, indices, w_in, w_out)
     logits = x.new_empty(call.rows if keep else 0, w_in.shape[1])
@@ -101,15 +126,16 @@ def _experts(
         empty = indices.new_empty(0, dtype=torch.int32)
         return torch.empty_like(call.x), logits, empty, torch.zeros_like(w_in[:, 0, 0], dtype=torch.int32)
     order, starts = _sort(call.indices, call.experts)
-    hidden = call.up(order, starts, logits if keep else None, activation, gated)
+    hidden = call.up(order, starts, Normed(call.x, squares, eps), logits if keep else None, activation, gated)
     parts = call.product(hidden, call.w_out, call.w_out.stride(2), call.w_out.stride(1), order, starts, scatter=True)
     return call.summed(parts, call.weights), logits, order, starts
 
 
 @_experts.register_fake
 def _(
-    x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, activation: str, gated: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, squares: Tensor | None, eps: float,
+    activation: str, gated: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, places = indices.numel(), lambda n: indices.new_empty(n, dtype=torch.int32)
     logits = x.new_empty(rows if keep else 0, w_in.shape[1])
     return x.new_empty(x.shape), logits, places(rows), places(w_in.shape[0] + 1)
@@ -147,13 +173,13 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:5], *output[1:])
-    ctx.settings = inputs[5:7]
+    ctx.settings = inputs[7:9]
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dy: Tensor, *others: None) -> tuple[Tensor | None, ...]:
     dx, dweights, dw_in, dw_out = _backward(dy, *ctx.saved_tensors, *ctx.settings)
-    return dx, dweights, None, dw_in, dw_out, None, None, None
+    return dx, dweights, None, dw_in, dw_out, None, None, None, None, None
 
 
 _experts.register_autograd(_differentiate, setup_context=_save)
@@ -167,25 +193,27 @@ class _Call:
         self.w_in, self.w_out = dense(w_in), dense(w_out)
         self.top_k, self.experts, self.rows = indices.shape[1], len(w_in), indices.numel()
         self.float32 = x.dtype == torch.float32
-        # About as many rows as an expert has, or the tensor cores multiply nothing.
-        least, most = (32, 64) if self.float32 else (16, 128)
-        self.block_m = min(max(power_of_2(self.rows // self.experts), least), most)
+        self.block_m = _rows_of_tile(self.rows, self.experts, x.dtype)
         self.tiles = cdiv(self.rows, self.block_m) + self.experts
         self.shared: dict[str, Any] = {
             "EXPERTS": self.experts, "BLOCK_E": power_of_2(self.experts), "TOP_K": self.top_k,
             "BLOCK_M": self.block_m, "PRECISION": "tf32x3" if self.float32 else "tf32",
         }  # fmt: skip
 
-    def up(self, order: Tensor, starts: Tensor, logits: Tensor | None, activation: str, gated: bool) -> Tensor:
+    def up(
+        self, order: Tensor, starts: Tensor, x: Normed, logits: Tensor | None, activation: str, gated: bool
+    ) -> Tensor:
         """`act(w_in x)` of each row, in the order of experts."""
         width, d_hidden = self.x.shape[1], self.w_out.shape[2]
+        parts = 0 if x.squares is None else x.squares.shape[1]
         hidden = self.x.new_empty(self.rows, d_hidden)
         tile = self._tile(d_hidden, width, 2 if gated else 1)
         grid = (self.tiles * cdiv(d_hidden, tile["BLOCK_N"]),)
         launch(
             _up_kernel, grid,
-            self.x, self.w_in, order, starts, logits, hidden, self.x.stride(0), *self.w_in.stride()[:2],
-            D=width, F=d_hidden, ACTIVATION=activation, GATED=gated, **self.shared, **tile,
+            x.x, x.squares, self.w_in, order, starts, logits, hidden, x.x.stride(0), parts, x.eps,
+            *self.w_in.stride()[:2], D=width, F=d_hidden, PARTS=power_of_2(max(parts, 1)), ACTIVATION=activation,
+            GATED=gated, **self.shared, **tile, **launch_options(x.x.device),
         )  # fmt: skip
         return hidden
 
@@ -205,7 +233,7 @@ class _Call:
         launch(
             _product_kernel, grid,
             a, b, order, starts, out, a.stride(0), b.stride(0), b_k, b_n,
-            K=summed, N=columns, GATHER=gather, SCATTER=scatter, **self.shared, **tile,
+            K=summed, N=columns, GATHER=gather, SCATTER=scatter, **self.shared, **tile, **launch_options(a.device),
         )  # fmt: skip
         return out
 
@@ -250,7 +278,7 @@ class _Call:
         launch(
             _sum_kernel, (tokens, cdiv(width, block)),
             parts, weights, out, 0 if weights is None else weights.stride(0),
-            TOP_K=self.top_k, D=width, BLOCK=block, num_warps=4,
+            TOP_K=self.top_k, D=width, BLOCK=block, num_warps=4, **launch_options(out.device),
         )  # fmt: skip
         return out
 
@@ -289,15 +317,18 @@ def _sort(indices: Int[Tensor, "t k"], experts: int) -> tuple[Int[Tensor, " rows
     launch(
         _rank_kernel, (programs + cdiv(experts + 1, 32),),
         chosen, order, starts, rows, programs, EXPERTS=experts, BLOCK=32, WIDE=256, num_warps=4,
+        **launch_options(chosen.device),
     )  # fmt: skip
     return order, starts
 
 
 @triton.jit
 def _rank_kernel(
-    chosen, order, starts, rows, programs, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+    chosen, order, starts, rows, programs, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A row's place is how many come before it; an expert's start is that of a row before all of its own."""
+    follow_last(OVERLAP)
     of_row = tl.program_id(0) < programs
     at = tl.where(of_row, tl.program_id(0), tl.program_id(0) - programs) * BLOCK + tl.arange(0, BLOCK)
     inside = at < tl.where(of_row, rows, EXPERTS + 1)
@@ -355,12 +386,13 @@ def _rows_of(starts, tile, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M
 
 @triton.jit
 def _up_kernel(
-    x, w_in, order, starts, logits, hidden, x_row, w_expert, w_row,
-    D: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    x, squares, w_in, order, starts, logits, hidden, x_row, parts, eps, w_expert, w_row,
+    D: tl.constexpr, F: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of rows of one expert and tile of hidden channels: gate, up and activation."""
+    follow_last(OVERLAP)
     COLUMNS: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = 2 * F if GATED else F
     expert, first, end = _rows_of(starts, tl.program_id(0) // COLUMNS, EXPERTS, BLOCK_E, BLOCK_M)
@@ -380,6 +412,9 @@ def _up_kernel(
             if GATED:
                 right = tl.load(b + F * w_row + start, mask=(start + k < D)[:, None], other=0.0)
                 up = dot(left, right, up, PRECISION)
+        if squares is not None:
+            divisor = divisors_of(squares, token, parts, eps, D, PARTS)[:, None]
+            gate, up = gate * divisor, up * divisor
         inside = (row < end)[:, None] & (n < F)[None, :]
         out = row.to(tl.int64)[:, None]
         if logits is not None:
@@ -397,9 +432,10 @@ def _product_kernel(
     a, b, order, starts, out, a_row, b_expert, b_k, b_n,
     K: tl.constexpr, N: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of rows of one expert and tile of columns."""
+    follow_last(OVERLAP)
     COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     expert, first, end = _rows_of(starts, tl.program_id(0) // COLUMNS, EXPERTS, BLOCK_E, BLOCK_M)
     if expert < EXPERTS:
@@ -474,8 +510,11 @@ def _weight_kernel(
 
 
 @triton.jit
-def _sum_kernel(parts, weights, out, w_token, TOP_K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(
+    parts, weights, out, w_token, TOP_K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """One program per token and block of channels."""
+    follow_last(OVERLAP)
     token, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for i in range(TOP_K):
@@ -488,9 +527,9 @@ def _sum_kernel(parts, weights, out, w_token, TOP_K: tl.constexpr, D: tl.constex
 
 @triton.jit
 def _few_up_kernel(
-    x, indices, w_in, hidden, x_row, i_token, w_expert, w_row,
-    TOP_K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    x, squares, indices, w_in, hidden, x_row, parts, eps, i_token, w_expert, w_row,
+    PARTS: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per row and some hidden channels."""
     follow_last(OVERLAP)
@@ -500,14 +539,15 @@ def _few_up_kernel(
     b = w_in + expert * w_expert + (n % F)[:, None] * w_row + k[None, :]
     gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up = gate
-    for start in range(0, D, BLOCK_K):
+    for start in tl.range(0, D, BLOCK_K, loop_unroll_factor=TOGETHER):
         u = tl.load(x + token * x_row + start + k, mask=start + k < D, other=0.0).to(tl.float32)[None, :]
         gate += u * tl.load(b + start, mask=(start + k < D)[None, :], other=0.0).to(tl.float32)
         if GATED:
             up += u * tl.load(b + F * w_row + start, mask=(start + k < D)[None, :], other=0.0).to(tl.float32)
-    active = _act(tl.sum(gate, 1), ACTIVATION)
+    divisor = 1.0 if squares is None else divisor_of(squares, token, parts, eps, D, PARTS)
+    active = _act(tl.sum(gate, 1) * divisor, ACTIVATION)
     if GATED:
-        active = active * tl.sum(up, 1)
+        active = active * (tl.sum(up, 1) * divisor)
     tl.store(hidden + row.to(tl.int64) * F + n, active, mask=n < F)
 
 
@@ -525,7 +565,7 @@ def _few_down_kernel(
         tl.arange(0, BLOCK_K),
     )
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for i in range(TOP_K):
+    for i in tl.range(0, TOP_K, loop_unroll_factor=TOGETHER):
         expert = tl.load(indices + token * i_token + i).to(tl.int64)
         share = tl.load(weights + token * w_token + i).to(tl.float32)
         b = w_out + expert * w_expert + (n % D)[:, None] * w_row + k[None, :]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from everstate.core.kernels import counters, kernel_op
 from everstate.ops.experts.route import Score
+from everstate.ops.norm.normed import Normed, as_normed
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
-from everstate.ops.triton_rows import dense_rows, launch_options, start_next, wait_for_last
+from everstate.ops.triton_rows import dense_rows, divisor_of, launch_options, start_next, wait_for_last
 
 NONE: tl.constexpr = tl.constexpr(-float("inf"))
 """The chance of an expert that has been chosen, or is none."""
@@ -26,7 +27,7 @@ PIECE = 2048
 
 
 def topk_router(
-    x: Float[Tensor, "*t d"],
+    x: Float[Tensor, "*t d"] | Normed,
     weight: Float[Tensor, "e d"],
     *,
     top_k: int,
@@ -39,25 +40,28 @@ def topk_router(
     topk_groups: int = 1,
 ) -> tuple[Float[Tensor, "*t k"], Int[Tensor, "*t k"]]:
     """See `everstate.ops.topk_router`."""
-    made = _router(dense_rows(x), weight, bias, top_k, score, normalise, eps, scale, ngroups, topk_groups)
+    x, squares, norm_eps = as_normed(x)
+    made = _router(
+        dense_rows(x), squares, norm_eps, weight, bias, top_k, score, normalise, eps, scale, ngroups, topk_groups
+    )
     weights, indices = (t.view(*x.shape[:-1], top_k) for t in made)
     return weights, indices
 
 
 @kernel_op("topk_router")
 def _router(
-    x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, score: str, normalise: bool, eps: float, scale: float,
-    ngroups: int, topk_groups: int,
+    x: Tensor, squares: Tensor | None, norm_eps: float, weight: Tensor, bias: Tensor | None, top_k: int, score: str,
+    normalise: bool, eps: float, scale: float, ngroups: int, topk_groups: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     count, width = weight.shape
     weights, indices = _results(x, top_k)
     logits = weights.new_empty(len(x), count)
-    parts = cdiv(count, EXPERTS)
+    parts, summed = cdiv(count, EXPERTS), 0 if squares is None else squares.shape[-1]
     launch(
         _router_kernel, (len(x) * parts,),
-        x, weight, bias, logits, weights, indices, counters(x.device, len(x)), x.stride(0), eps, scale,
-        PARTS=parts, COUNT=count, WIDTH=width, TOP_K=top_k, SCORE=score, NORMALISE=normalise,
-        GROUPS=ngroups, KEPT=topk_groups, BLOCK_E=EXPERTS, BLOCK_D=min(power_of_2(width), PIECE),
+        x, squares, weight, bias, logits, weights, indices, counters(x.device, len(x)), x.stride(0), summed, norm_eps,
+        eps, scale, SUMMED=power_of_2(max(summed, 1)), PARTS=parts, COUNT=count, WIDTH=width, TOP_K=top_k, SCORE=score,
+        NORMALISE=normalise, GROUPS=ngroups, KEPT=topk_groups, BLOCK_E=EXPERTS, BLOCK_D=min(power_of_2(width), PIECE),
         BLOCK=power_of_2(count), BLOCK_K=power_of_2(top_k), num_warps=4,
         **launch_options(x.device),
     )  # fmt: skip
@@ -66,8 +70,8 @@ def _router(
 
 @_router.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, score: str, normalise: bool, eps: float, scale: float,
-    ngroups: int, topk_groups: int,
+    x: Tensor, squares: Tensor | None, norm_eps: float, weight: Tensor, bias: Tensor | None, top_k: int, score: str,
+    normalise: bool, eps: float, scale: float, ngroups: int, topk_groups: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _results(x, top_k)
 
@@ -78,10 +82,10 @@ def _results(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _router_kernel(
-    x, weight, bias, logits, weights, indices, arrived, x_row, eps, scale,
-    PARTS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr,
-    NORMALISE: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    x, squares, weight, bias, logits, weights, indices, arrived, x_row, summed, norm_eps, eps, scale,
+    SUMMED: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
+    SCORE: tl.constexpr, NORMALISE: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per token and some experts; the last of a token chooses for it."""
     start_next(OVERLAP)
@@ -97,7 +101,10 @@ def _router_kernel(
         inside = start + d < WIDTH
         w = tl.load(own + start, mask=known & inside[None, :], other=0.0).to(tl.float32)
         sums += w * tl.load(x + start + d, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tl.store(logits + row * COUNT + e, tl.sum(sums, 1), mask=e < COUNT)
+    logit_of = tl.sum(sums, 1)
+    if squares is not None:
+        logit_of = logit_of * divisor_of(squares, row, summed, norm_eps, WIDTH, SUMMED)
+    tl.store(logits + row * COUNT + e, logit_of, mask=e < COUNT)
     tl.debug_barrier()
     if tl.atomic_add(arrived + row, 1, sem="acq_rel", scope="gpu") == PARTS - 1:
         tl.store(arrived + row, 0)  # as the next kernel wants to find it

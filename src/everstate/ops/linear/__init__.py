@@ -69,11 +69,16 @@ def linear_add_rms_norm(
     norm: Float[Tensor, " n"],
     *,
     scale: Float[Tensor, " n"] | None = None,
+    addend: Float[Tensor, "b n"] | None = None,
     eps: float = 1e-5,
     multiplier: float = 1.0,
 ) -> tuple[Float[Tensor, "b n"], Normed]:
-    """`add_rms_norm` of a residual stream and what `linear` gives: the last of one layer, and the first of the next."""
+    """`add_rms_norm` of a residual stream and what `linear` gives: the last of one layer, and the first of the next.
+
+    What else the layer gives, such as that of another mixer beside it, is the `addend`.
+    """
     y = linear.reference(x, weight, bias, scale=scale)
+    y = y if addend is None else y + addend
     summed, normed = add_rms_norm.reference(residual, y, norm, eps=eps, multiplier=multiplier)
     return summed, Normed(normed)
 

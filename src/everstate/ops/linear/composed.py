@@ -34,17 +34,24 @@ def linear_add_rms_norm(
     norm: Float[Tensor, " n"],
     *,
     scale: Float[Tensor, " n"] | None = None,
+    addend: Float[Tensor, "b n"] | None = None,
     eps: float = 1e-5,
     multiplier: float = 1.0,
 ) -> tuple[Float[Tensor, "b n"], Normed]:
     """See `everstate.ops.linear_add_rms_norm`."""
-    return add_and_norm(linear(x, weight, bias, scale=scale), residual, norm, eps, multiplier)
+    return add_and_norm(linear(x, weight, bias, scale=scale), addend, residual, norm, eps, multiplier)
 
 
 def add_and_norm(
-    y: Float[Tensor, "b n"], residual: Float[Tensor, "b n"], norm: Float[Tensor, " n"], eps: float, multiplier: float
+    y: Float[Tensor, "b n"],
+    addend: Float[Tensor, "b n"] | None,
+    residual: Float[Tensor, "b n"],
+    norm: Float[Tensor, " n"],
+    eps: float,
+    multiplier: float,
 ) -> tuple[Float[Tensor, "b n"], Normed]:
     """What `linear_add_rms_norm` does with its outputs."""
+    y = y if addend is None else y + addend
     summed, normed = add_rms_norm(residual, y, norm, eps=eps, multiplier=multiplier)
     return summed, Normed(normed)
 

@@ -94,7 +94,9 @@ def accepts_add(
     norm: Tensor,
     *,
     scale: Tensor | None = None,
+    addend: Tensor | None = None,
     **settings: Any,
 ) -> str | None:
     """Why the kernels of `linear_add_rms_norm` do not serve these arguments, or None."""
-    return accepts_linear(x, weight, bias, scale=scale) or step_refusal(residual, norm) or accepts_norm(residual, norm)
+    refused = accepts_linear(x, weight, bias, scale=scale) or step_refusal(residual, norm, addend)
+    return refused or accepts_norm(residual, norm)

@@ -73,6 +73,7 @@ def linear_add_rms_norm(
     norm: Float[Tensor, " n"],
     *,
     scale: Float[Tensor, " n"] | None = None,
+    addend: Float[Tensor, "b n"] | None = None,
     eps: float = 1e-5,
     multiplier: float = 1.0,
 ) -> tuple[Float[Tensor, "b n"], Normed]:
@@ -80,8 +81,8 @@ def linear_add_rms_norm(
     whole = as_normed(x)
     rows = whole.x
     if not divides(len(rows), len(weight), _blocks(rows, weight), rows.dtype, rows.device):
-        return add_and_norm(_linear(*whole, weight, bias, scale), residual, norm, eps, multiplier)
-    y, summed, squares = _linear_add(*whole, weight, bias, scale, residual, norm, multiplier)
+        return add_and_norm(_linear(*whole, weight, bias, scale), addend, residual, norm, eps, multiplier)
+    y, summed, squares = _linear_add(*whole, weight, bias, scale, addend, residual, norm, multiplier)
     return summed, Normed(y, squares, eps)
 
 
@@ -120,16 +121,17 @@ def _(
 @kernel_op("linear_add_rms_norm")
 def _linear_add(
     x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
-    residual: Tensor, norm: Tensor, multiplier: float,
+    addend: Tensor | None, residual: Tensor, norm: Tensor, multiplier: float,
 ) -> list[Tensor]:  # fmt: skip
-    ends = Ends(squares, eps, bias, scale, residual=Residual(residual.contiguous(), norm, multiplier))
+    stream = Residual(residual.contiguous(), None if addend is None else addend.contiguous(), norm, multiplier)
+    ends = Ends(squares, eps, bias, scale, residual=stream)
     return [t for t in _run(dense(x), weight, ends) if t is not None]
 
 
 @_linear_add.register_fake
 def _(
     x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
-    residual: Tensor, norm: Tensor, multiplier: float,
+    addend: Tensor | None, residual: Tensor, norm: Tensor, multiplier: float,
 ) -> list[Tensor]:  # fmt: skip
     return [t for t in _written(x, weight, residual) if t is not None]
 
@@ -206,7 +208,7 @@ def _piece(row: int, most: int) -> int:
 def _linear_kernel(
     x, weight, x_row, bias, scale, squares, parts, eps,
     taps, conv_bias, pool, slots, pool_slot, pool_d, pool_k, start, channels,
-    stream, norm, multiplier, y, summed, block_squares, rows, outputs,
+    stream, addend, norm, multiplier, y, summed, block_squares, rows, outputs,
     K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -222,7 +224,7 @@ def _linear_kernel(
     of_layer = constants(bias, scale, taps, conv_bias, norm, n, outputs, start, channels, TAPS)
     wait_for_last(OVERLAP)
     of_token = given(
-        squares, parts, stream, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows, outputs,
+        squares, parts, stream, addend, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows, outputs,
         TAPS, PARTS,
     )  # fmt: skip
     sums = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
@@ -238,7 +240,7 @@ def _linear_kernel(
             u = _numbers(x + row * x_row, piece * BLOCK_K + k, LINES, K, BLOCK_K).to(tl.float32)
             sums += tl.where((b == row)[None, :], tl.sum(w * u, 1)[:, None], 0.0)
     finish(
-        sums, of_layer, of_token, squares, eps, pool_k, stream, multiplier, y, summed, block_squares,
+        sums, of_layer, of_token, squares, eps, pool_k, stream, addend, multiplier, y, summed, block_squares,
         n, b, rows, outputs, tl.program_id(0), tl.num_programs(0), K, TAPS, SILU,
     )  # fmt: skip
 

@@ -25,9 +25,11 @@ class Convolution(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """A residual stream that takes the outputs in, `multiplier` times, and the weight of the norm behind it."""
+    """A residual stream that takes the outputs and an addend in, `multiplier` times, and the weight of the norm behind
+    it."""
 
     stream: Float[Tensor, "b n"]
+    addend: Float[Tensor, "b n"] | None
     norm: Float[Tensor, " n"]
     multiplier: float
 
@@ -59,7 +61,7 @@ class Ends(NamedTuple):
         channels, taps = (0, 0) if conv is None else conv.taps.shape
         if conv is not None:
             convolved = (conv.taps, conv.bias, conv.state, conv.slots, *conv.state.stride(), conv.start, channels)
-        added = (None, None, 1.0) if residual is None else residual
+        added = (None, None, None, 1.0) if residual is None else residual
         values = (self.bias, self.scale, self.squares, parts, self.eps, *convolved, *added, *written, *written.y.shape)
         constants = {"TAPS": taps, "SILU": conv is not None and conv.activated, "PARTS": power_of_2(max(parts, 1))}
         return values, constants
@@ -89,24 +91,28 @@ def constants(bias, scale, taps, conv_bias, norm, n, outputs, start, channels, T
 
 @triton.jit
 def given(
-    squares, parts, stream, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows, outputs,
+    squares, parts, stream, addend, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows, outputs,
     TAPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """What belongs to the token: sums of squares, the residual stream, and what `_window` gives; n where there is none.
+    """What belongs to the token: sums of squares, the residual stream and its addend, and what `_window` gives; n where
+    there is none.
 
     Only asked for: it is added up where it is needed.
     """
-    sums, before, past, mine, window = n, n, n, n, ()
+    sums, before, more, past, mine, window = n, n, n, n, n, ()
     at = tl.arange(0, PARTS)
     if squares is not None:
         inside = (b < rows)[:, None] & (at < parts)[None, :]
         sums = tl.load(squares + b[:, None] * parts + at[None, :], mask=inside, other=0.0).to(tl.float32)
     if stream is not None:
         inside = (n < outputs)[:, None] & (b < rows)[None, :]
-        before = tl.load(stream + b.to(tl.int64)[None, :] * outputs + n[:, None], mask=inside, other=0.0)
+        at_output = b.to(tl.int64)[None, :] * outputs + n[:, None]
+        before = tl.load(stream + at_output, mask=inside, other=0.0)
+        if addend is not None:
+            more = tl.load(addend + at_output, mask=inside, other=0.0)
     if TAPS > 0:
         past, mine, window = _window(pool, slots, n - start, b, pool_slot, pool_d, pool_k, rows, channels, TAPS)
-    return sums, before, past, mine, window
+    return sums, before, more, past, mine, window
 
 
 @triton.jit
@@ -125,18 +131,20 @@ def _window(pool, slots, d, b, pool_slot, pool_d, pool_k, rows, channels, TAPS: 
 
 @triton.jit
 def finish(
-    sums, of_layer, of_token, squares, eps, pool_k, stream, multiplier, y, summed, block_squares,
+    sums, of_layer, of_token, squares, eps, pool_k, stream, addend, multiplier, y, summed, block_squares,
     n, b, rows, outputs, block, blocks, K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """All that stands behind a block of a product; `constants` and `given` gave what it takes."""
     factor, offset, conv_offset, factors, weigh = of_layer
-    parts, before, past, mine, window = of_token
+    parts, before, more, past, mine, window = of_token
     if squares is not None:
         sums = sums * tl.rsqrt(tl.sum(parts, 1) / K + eps)[None, :]
     sums = sums * factor[:, None] + offset[:, None]
     inside = (n < outputs)[:, None] & (b < rows)[None, :]
     at = b.to(tl.int64)[None, :] * outputs + n[:, None]
     if stream is not None:
+        if addend is not None:
+            sums += more.to(tl.float32)
         total = (before.to(tl.float32) + sums * multiplier).to(summed.dtype.element_ty)
         tl.store(summed + at, total, mask=inside)
         total = tl.where(inside, total.to(tl.float32), 0.0)

@@ -106,7 +106,7 @@ def _tiles(t: Float[Tensor, "rows k"], rows: int, columns: int) -> Tiles:
 def _tiles_kernel(
     x, w, weight, split_sums, arrived, bias, scale, squares, parts, eps,
     taps, conv_bias, pool, slots, pool_slot, pool_d, pool_k, start, channels,
-    stream, norm, multiplier, y, summed, block_squares, rows, outputs,
+    stream, addend, norm, multiplier, y, summed, block_squares, rows, outputs,
     K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -119,8 +119,8 @@ def _tiles_kernel(
     # What the end needs is on its way during the product; of a split sum the last program alone needs it.
     if SPLITS == 1:
         of_token = given(
-            squares, parts, stream, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows, outputs,
-            TAPS, PARTS,
+            squares, parts, stream, addend, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows,
+            outputs, TAPS, PARTS,
         )  # fmt: skip
     sums = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
     for first in tl.range(0, K // SPLITS, BLOCK_K):
@@ -133,17 +133,17 @@ def _tiles_kernel(
         sums = dot(tile, u.T, sums, "tf32")
     if SPLITS == 1:
         finish(
-            sums, of_layer, of_token, squares, eps, pool_k, stream, multiplier, y, summed, block_squares,
+            sums, of_layer, of_token, squares, eps, pool_k, stream, addend, multiplier, y, summed, block_squares,
             n, b, rows, outputs, block, tl.num_programs(0), K, TAPS, SILU,
         )  # fmt: skip
     elif _is_last(sums, split_sums, arrived, block, split, BLOCK_N, BLOCK_B, SPLITS):
         of_token = given(
-            squares, parts, stream, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows, outputs,
-            TAPS, PARTS,
+            squares, parts, stream, addend, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows,
+            outputs, TAPS, PARTS,
         )  # fmt: skip
         finish(
             _join(split_sums, block, BLOCK_N, BLOCK_B, SPLITS), of_layer, of_token, squares, eps, pool_k, stream,
-            multiplier, y, summed, block_squares, n, b, rows, outputs, block, tl.num_programs(0) // SPLITS,
+            addend, multiplier, y, summed, block_squares, n, b, rows, outputs, block, tl.num_programs(0) // SPLITS,
             K, TAPS, SILU,
         )  # fmt: skip
 
