@@ -159,11 +159,12 @@ def gradients(name: str, backend: str, example: Example, **more: Any) -> list[Te
 
 
 ONE_TOKEN = {
-    "argmax", "linear", "linear_add_rms_norm", "linear_conv_step_", "mamba1_step_", "mamba2_step_", "topk_router",
+    "argmax", "experts_add_rms_norm", "linear", "linear_activate", "linear_add_rms_norm", "linear_conv_step_",
+    "mamba1_step_", "mamba2_step_", "topk_router",
 }  # fmt: skip
 """Ops of one token that belong to no scan. The laws draw many rows, cut them along time and differentiate; the kernels
-of these take a few rows and no gradients. `tests/ops/test_decode_triton.py` and `test_router_triton.py` hold them to
-their references."""
+of these take a few rows and no gradients. `tests/ops/test_decode_triton.py`, `test_experts_few_triton.py` and
+`test_router_triton.py` hold them to their references."""
 
 
 def test_every_op_has_an_example() -> None:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from everstate.core.op import Op
 from everstate.mixers import MIXERS
 from everstate.mixers.mamba2 import Mamba2
 from everstate.mixers.modules import Linear, RMSNorm
 from everstate.models import LM, ModelConfig
-from everstate.ops import Normed, linear, use
+from everstate.ops import Normed, linear, linear_activate, use
 
 
 def side_by_side(*types: str) -> dict[str, Any]:
@@ -33,6 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "mixers": {"both": side_by_side("mamba2", "attention", "mlp")},
     },
     "mamba2 both mlp": {"mixers": {"both": side_by_side("mamba2", "s4d")}},
+    "mamba2 2 * (experts) mamba2": {"mixers": {"experts": {"type": "moe", "nexperts": 4, "d_shared": 128}}},
     "mamba2 2 * (moe) mamba2": {"mixers": {"moe": {"type": "moe", "nexperts": 4, "d_shared": 128, "d_latent": 64}}},
     "2 * (mamba2 moe) mamba2": {
         "mixers": {"moe": {"type": "moe", "nexperts": 4, "d_shared": 128, "shared_gate": True}}
@@ -88,13 +90,18 @@ def test_numbers_that_may_overflow_have_kernels_too(layout: str, kernel_device: 
 
 def test_a_norm_is_left_to_the_next_linear_map(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
     seen: list[bool] = []
-    accepts = linear.implementations[0].accepts
 
-    def looks(x: Tensor | Normed, *args: Any, **settings: Any) -> str | None:
-        seen.append(isinstance(x, Normed) and x.squares is not None)
-        return accepts(x, *args, **settings)
+    def look(op: Op[..., Any]) -> None:
+        accepts = op.implementations[0].accepts
 
-    monkeypatch.setattr(linear.implementations[0], "accepts", looks)
+        def looks(x: Tensor | Normed, *args: Any, **settings: Any) -> str | None:
+            seen.append(isinstance(x, Normed) and x.squares is not None)
+            return accepts(x, *args, **settings)
+
+        monkeypatch.setattr(op.implementations[0], "accepts", looks)
+
+    look(linear_activate)
+    look(linear)
     stepped(built("mlp mlp", kernel_device, torch.bfloat16), drawn(1, 1, kernel_device))
     assert seen == [False, True, True]  # of the first norm; of the second layer; of the head
 

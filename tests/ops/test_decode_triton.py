@@ -16,7 +16,9 @@ from everstate.ops import (
     argmax,
     causal_conv1d_step_,
     gated_rms_norm,
+    glu,
     linear,
+    linear_activate,
     linear_add_rms_norm,
     linear_conv_step_,
     mamba1_step_,
@@ -217,6 +219,59 @@ def test_a_step_of_mamba2(
         assert torch.equal(here[[1, 3]], pool[[1, 3]])
 
 
+ACTIVATED = {"relu2": False, "silu": True, "gelu": True, "gelu_tanh": True}
+"""Activations, and whether a test has a gate for them."""
+
+
+@pytest.mark.parametrize("how", WEIGHTS)
+@pytest.mark.parametrize("activation", ACTIVATED)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype", "tolerance"),
+    [(1, 72, torch.float32, 1e-5), (3, 1100, torch.bfloat16, 2e-2), (6, 256, torch.bfloat16, 2e-2),
+     (16, 2048, torch.float16, 2e-3), (20, 256, torch.bfloat16, 2e-2), (70, 128, torch.float32, 1e-5)],
+)  # fmt: skip
+def test_a_linear_map_with_an_activation(
+    rows: int, width: int, dtype: torch.dtype, tolerance: float, backend: str, activation: Any, how: str, splits: int,
+    kernel_device: torch.device,
+) -> None:  # fmt: skip
+    draw, gated = draws(kernel_device, dtype), ACTIVATED[activation]
+    x, weight, bias = draw(rows, width), draw(140, width) / 8, draw(140)
+    weight, scale = stored(weight, how)
+    bias = bias if scale is None else bias.float()
+    for u, bias_ in ((x, None), (undivided(x, 3, 0.5), bias)):
+        arguments, settings = (u, weight, bias_), {"scale": scale, "activation": activation, "gated": gated}
+        with use(backend):
+            if backend == "triton" and rows > 64:
+                with pytest.raises(BackendError, match="takes 1 to 64 rows, not 70"):
+                    linear_activate(*arguments, **settings)
+                continue
+            got = linear_activate(*arguments, **settings)
+        assert got.dtype is dtype and got.shape == (rows, 70 if gated else 140)
+        close(got, exact(linear_activate, *arguments, **settings), tolerance)
+
+
+def test_a_gate_of_few_rows_is_made_in_the_launch_of_its_product(
+    monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    kernels = pytest.importorskip("everstate.ops.linear.triton")
+    seen: list[int] = []
+    monkeypatch.setattr(kernels, "glu", lambda h, activation: seen.append(len(h)) or glu(h, activation))
+    draw = draws(kernel_device, torch.bfloat16)
+    for rows in (1, 4, 6, 40):
+        x, weight = draw(3, rows, 256)[1], draw(136, 256) / 8
+        with use("triton"):
+            got = linear_activate(x, weight, gated=True)
+        close(got, exact(linear_activate, x, weight, gated=True), 2e-2)
+    assert seen == [6, 40]
+
+
+def test_gates_for_as_many_outputs(kernel_device: torch.device) -> None:
+    x, weight = torch.ones(2, 8, device=kernel_device), torch.ones(7, 8, device=kernel_device)
+    with use("triton"), pytest.raises(BackendError, match="gates for as many outputs, not 7 in all"):
+        linear_activate(x, weight, gated=True)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), LOW)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("rows", "width"), [(1, 72), (4, 72), (6, 256), (20, 256), (35, 256)])
@@ -327,6 +382,10 @@ def test_kernels_of_a_step_say_what_they_give(kernel_device: torch.device) -> No
     few = draw(3, 72), None, 0.0, draw(40, 72), None, None
     many = (draw(6, 256).bfloat16(), None, 0.0, draw(80, 256).bfloat16(), None, None)
     for given, outputs in ((few, 40), (many, 80)):
+        for activated in (("relu2", False), ("silu", True)):
+            torch.library.opcheck(
+                linear_kernels._linear_activate._op, (*given, *activated), test_utils="test_faketensor"
+            )
         for addend in (None, draw(len(given[0]), outputs)):
             residual = addend, draw(len(given[0]), outputs), draw(outputs), 0.5
             torch.library.opcheck(linear_kernels._linear_add._op, (*given, *residual), test_utils="test_faketensor")

@@ -21,7 +21,7 @@ from everstate.core.errors import ConfigError, RequestError
 from everstate.core.packing import Packing
 from everstate.core.registry import Registry
 from everstate.core.state import Slots, gather, map_state, scatter_
-from everstate.mixers.modules import Product, Special, is_plain, is_untouched, made
+from everstate.mixers.modules import Special, Unmade, is_plain, is_untouched, made
 from everstate.ops import Normed
 
 State = Any
@@ -136,7 +136,7 @@ class LinearEnds(Mixer):
         state: State,
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
-    ) -> Product | Float[Tensor, "b d"]:
+    ) -> Unmade | Float[Tensor, "b d"]:
         """`step_`, but for a linear map at its end."""
 
     def has_plain_ends(self) -> bool:

@@ -16,8 +16,8 @@ from everstate.core.errors import ConfigError
 from everstate.core.state import Slots
 from everstate.mixers.base import ChannelMixer, Empty, LinearEnds
 from everstate.mixers.modules import Linear, Multiplier, Product, init_linear_, scaled
-from everstate.ops import Normed, glu
-from everstate.ops.activations import ACTIVATIONS, Activation
+from everstate.ops import Normed, glu, linear_activate
+from everstate.ops.activations import Activation, activate
 
 
 class MLPConfig(Config):
@@ -61,7 +61,8 @@ class MLP(LinearEnds, ChannelMixer):
         if config.gate_multiplier != 1.0:
             gate, up = h.chunk(2, -1)
             h = torch.cat([gate * config.gate_multiplier, up], -1)
-        return scaled(self.out_proj(self._activate(h)), config.out_multiplier)
+        h = glu(h, config.activation) if config.gated else activate(h, config.activation, False)
+        return scaled(self.out_proj(h), config.out_multiplier)
 
     def product_step_(
         self,
@@ -70,12 +71,10 @@ class MLP(LinearEnds, ChannelMixer):
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Product:
-        width, multiplier = self.out_proj.in_features, self.config.gate_multiplier
-        h = self.in_proj.step(x, behind=((width, multiplier), (width, 1.0)) if self.config.gated else 1.0)
-        return Product(self.out_proj, self._activate(h), self.config.out_multiplier)
-
-    def _activate(self, h: Float[Tensor, "*b f2"]) -> Float[Tensor, "*b f"]:
-        return glu(h, self.config.activation) if self.config.gated else ACTIVATIONS[self.config.activation](h)
+        config, width = self.config, self.out_proj.in_features
+        scale, bias = self.in_proj.folded(1.0, ((width, config.gate_multiplier), (width, 1.0)) if config.gated else 1.0)
+        h = linear_activate(x, self.in_proj.weight, bias, scale=scale, activation=config.activation, gated=config.gated)
+        return Product(self.out_proj, h, config.out_multiplier)
 
     def flops_per_token(self, context: int) -> int:
         return 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, NamedTuple, TypeAlias, TypeGuard
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, TypeAlias, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -180,8 +182,23 @@ def is_plain(part: nn.Module | None) -> TypeGuard[Linear]:
     return type(part) is Linear and is_untouched(part, Linear, "forward", "step", "folded") and not has_hooks(part)
 
 
-class Product(NamedTuple):
-    """`behind * linear(x) + addend` of one token, not made yet: a residual stream may take it in where it is made."""
+class Unmade(ABC):
+    """What a layer gives to one token, not made yet: a residual stream may take it in where it is made."""
+
+    @abstractmethod
+    def value(self) -> Float[Tensor, "b n"]:
+        """What it is when it is made."""
+
+    @abstractmethod
+    def add_to(
+        self, residual: Float[Tensor, "b n"], norm: RMSNorm, multiplier: float
+    ) -> tuple[Float[Tensor, "b n"], Normed]:
+        """`residual + multiplier value()`, and its norm in the dtype of what was read; see `ops.add_rms_norm`."""
+
+
+@dataclass(frozen=True)
+class Product(Unmade):
+    """`behind * linear(x) + addend`."""
 
     linear: Linear
     x: Float[Tensor, "b k"] | Normed
@@ -189,7 +206,6 @@ class Product(NamedTuple):
     addend: Float[Tensor, "b n"] | None = None
 
     def value(self) -> Float[Tensor, "b n"]:
-        """What it is when it is made."""
         x = self.x
         if isinstance(x, Normed) and not is_plain(self.linear):
             x = x.divided()
@@ -199,7 +215,6 @@ class Product(NamedTuple):
     def add_to(
         self, residual: Float[Tensor, "b n"], norm: RMSNorm, multiplier: float
     ) -> tuple[Float[Tensor, "b n"], Normed]:
-        """`residual + multiplier value()`, and its norm in the dtype of x; see `everstate.ops.linear_add_rms_norm`."""
         scale, bias = self.linear.folded(1.0, self.behind)
         return linear_add_rms_norm(
             self.x, self.linear.weight, bias, residual, norm.factor(), scale=scale, addend=self.addend, eps=norm.eps,
@@ -207,16 +222,16 @@ class Product(NamedTuple):
         )  # fmt: skip
 
 
-def made(y: Float[Tensor, "b n"] | Product) -> Float[Tensor, "b n"]:
+def made(y: Float[Tensor, "b n"] | Unmade) -> Float[Tensor, "b n"]:
     """What a layer gives, be it made yet or not."""
-    return y.value() if isinstance(y, Product) else y
+    return y.value() if isinstance(y, Unmade) else y
 
 
-def plus(before: Float[Tensor, "b n"], y: Float[Tensor, "b n"] | Product) -> Float[Tensor, "b n"] | Product:
+def plus(before: Float[Tensor, "b n"], y: Float[Tensor, "b n"] | Unmade) -> Float[Tensor, "b n"] | Product:
     """The sum of what one layer gives and what another beside it gives."""
     if not isinstance(y, Product):
-        return before + y
-    return y._replace(addend=before if y.addend is None else before + y.addend)
+        return before + made(y)
+    return replace(y, addend=before if y.addend is None else before + y.addend)
 
 
 NormKind = Literal["rms", "rms1p", "layer"]

@@ -5,8 +5,10 @@ Sources: Shazeer et al. 2017 (arXiv 1701.06538); Dai et al. 2024, "DeepSeekMoE" 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import sigmoid
@@ -16,8 +18,8 @@ from everstate.core.errors import ConfigError
 from everstate.core.state import Slots
 from everstate.mixers.base import ChannelMixer, Empty, LinearEnds, divide, has_linear_ends
 from everstate.mixers.mlp import MLP, MLPConfig, default_d_hidden
-from everstate.mixers.modules import Linear, Product, Special, init_linear_, made, plus, uniform_
-from everstate.ops import Normed, experts, topk_router
+from everstate.mixers.modules import Linear, Product, RMSNorm, Special, Unmade, init_linear_, made, plus, uniform_
+from everstate.ops import Normed, experts, experts_add_rms_norm, topk_router
 from everstate.ops.activations import Activation
 from everstate.ops.experts import Score
 from everstate.ops.norm.normed import divided
@@ -128,7 +130,7 @@ class MoE(LinearEnds, ChannelMixer):
             self.shared.init_(generator)
 
     def read(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        y = self._routed(x)
+        y = self._experts(x, *self._choose(x))
         y = y if self.latent_out is None else self.latent_out(y)
         if self.shared is None:
             return y
@@ -141,13 +143,24 @@ class MoE(LinearEnds, ChannelMixer):
         state: Empty,
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
+    ) -> Unmade | Float[Tensor, "b d"]:
+        chosen = self._choose(x)
+        if self.latent_in is not None or self.shared_gate is not None:
+            return self.joined(x, *chosen)
+        if self.shared is not None and (self.shared.in_proj.scale is not None or not has_linear_ends(self.shared)):
+            return self.joined(x, *chosen)
+        return Mixture(self, x, *chosen)
+
+    def joined(
+        self, x: Float[Tensor, "b d"] | Normed, weights: Float[Tensor, "b k"], indices: Int[Tensor, "b k"]
     ) -> Product | Float[Tensor, "b d"]:
-        routed = self._routed(x)
+        """What these experts and the shared one give, for one token."""
+        routed = self._experts(x, weights, indices)
         y = routed if self.latent_out is None else Product(self.latent_out, routed)
         if self.shared is None:
             return y
         plain = has_linear_ends(self.shared)
-        shared = self.shared.product_step_(x, state) if plain else self.shared.read(divided(x))
+        shared = self.shared.product_step_(x, Empty()) if plain else self.shared.read(divided(x))
         if self.shared_gate is not None:
             shared = made(shared) * sigmoid(self.shared_gate(x))
         return plus(made(y), shared)
@@ -163,17 +176,45 @@ class MoE(LinearEnds, ChannelMixer):
         active = always + stacks // config.nexperts * config.top_k
         return 2 * active + (0 if self.shared is None else self.shared.flops_per_token(context))
 
-    def _routed(self, x: Float[Tensor, "*b d"] | Normed) -> Float[Tensor, "*b w"]:
-        """What the chosen experts give, before `latent_out`."""
+    def _choose(self, x: Float[Tensor, "*b d"] | Normed) -> tuple[Float[Tensor, "*b k"], Int[Tensor, "*b k"]]:
+        """Weights and indices of the experts of each token."""
         config = self.config
-        weights, indices = topk_router(
+        return topk_router(
             x, self.router.weight, top_k=config.top_k, score=config.score, bias=self.router_bias,
             normalise=config.normalise, eps=config.normalise_eps, scale=config.routed_scale,
             ngroups=config.ngroups, topk_groups=config.topk_groups,
         )  # fmt: skip
+
+    def _experts(
+        self, x: Float[Tensor, "*b d"] | Normed, weights: Float[Tensor, "*b k"], indices: Int[Tensor, "*b k"]
+    ) -> Float[Tensor, "*b w"]:
+        """What these experts give, before `latent_out`."""
         return experts(
             x if self.latent_in is None else self.latent_in(x), weights, indices,
-            self.in_proj.weight, self.out_proj.weight, activation=config.activation, gated=config.gated,
+            self.in_proj.weight, self.out_proj.weight, activation=self.config.activation, gated=self.config.gated,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mixture(Unmade):
+    """What experts that are chosen, and a shared one, give to one token."""
+
+    moe: MoE
+    x: Float[Tensor, "b d"] | Normed
+    weights: Float[Tensor, "b k"]
+    indices: Int[Tensor, "b k"]
+
+    def value(self) -> Float[Tensor, "b d"]:
+        return made(self.moe.joined(self.x, self.weights, self.indices))
+
+    def add_to(
+        self, residual: Float[Tensor, "b d"], norm: RMSNorm, multiplier: float
+    ) -> tuple[Float[Tensor, "b d"], Normed]:
+        moe, shared = self.moe, self.moe.shared
+        return experts_add_rms_norm(
+            self.x, self.weights, self.indices, moe.in_proj.weight, moe.out_proj.weight, residual, norm.factor(),
+            shared=None if shared is None else (shared.in_proj.weight, shared.out_proj.weight),
+            activation=moe.config.activation, gated=moe.config.gated, eps=norm.eps, multiplier=multiplier,
         )  # fmt: skip
 
 

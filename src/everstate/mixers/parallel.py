@@ -17,7 +17,7 @@ from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.mixers.base import LinearEnds, Mixer, State, has_linear_ends, parse_mixer
-from everstate.mixers.modules import Product, made, plus
+from everstate.mixers.modules import Unmade, made, plus
 from everstate.ops import Normed
 from everstate.ops.norm.normed import divided
 
@@ -74,8 +74,8 @@ class Parallel(LinearEnds):
         state: State,
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
-    ) -> Product | Float[Tensor, "b d"]:
-        y: Product | Tensor | None = None
+    ) -> Unmade | Float[Tensor, "b d"]:
+        y: Unmade | Tensor | None = None
         for part, pool in zip(self._parts(), state, strict=True):
             own = _step_part_(part, x, pool, slots, delta_t)
             y = own if y is None else plus(made(y), own)
@@ -97,7 +97,7 @@ class Parallel(LinearEnds):
 
 def _step_part_(
     part: Mixer, x: Float[Tensor, "b d"] | Normed, state: State, slots: Slots, delta_t: Float[Tensor, " b"] | None
-) -> Product | Float[Tensor, "b d"]:
+) -> Unmade | Float[Tensor, "b d"]:
     if has_linear_ends(part):
         return part.product_step_(x, state, slots, delta_t)
     return part.step_(divided(x), state, slots, delta_t)

@@ -15,13 +15,13 @@ from torch import Tensor
 from everstate.core.state import Slots
 from everstate.mixers import State
 from everstate.mixers.base import has_linear_ends
-from everstate.mixers.modules import Norm, Product, RMSNorm, is_plain, is_untouched, made
+from everstate.mixers.modules import Norm, RMSNorm, Unmade, is_untouched, made
 from everstate.ops import Normed
 
 if TYPE_CHECKING:
     from everstate.models.lm import LM, Block
 
-Given: TypeAlias = Float[Tensor, "b d"] | Product | None
+Given: TypeAlias = Float[Tensor, "b d"] | Unmade | None
 """What a block gives the residual stream, before its multiplier; None before the first block."""
 
 
@@ -60,7 +60,7 @@ def _add_and_norm(
     x: Float[Tensor, "b d"], y: Given, norm: Norm, multiplier: float
 ) -> tuple[Float[Tensor, "b d"], Normed] | None:
     """The residual stream with y, and the norm of it, if they can be made in one launch."""
-    if not isinstance(y, Product) or not is_plain(y.linear):
+    if not isinstance(y, Unmade):
         return None
     if not isinstance(norm, RMSNorm) or not is_untouched(norm, RMSNorm, "add", "forward"):
         return None

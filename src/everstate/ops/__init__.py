@@ -8,9 +8,9 @@ from everstate.ops.attention import AttentionState, attention, attention_step_
 from everstate.ops.conv1d import causal_conv1d, causal_conv1d_step_
 from everstate.ops.cross_entropy import linear_cross_entropy
 from everstate.ops.delta import gated_delta_scan, gated_delta_step_
-from everstate.ops.experts import experts, route, topk_router
+from everstate.ops.experts import experts, experts_add_rms_norm, route, topk_router
 from everstate.ops.glu import gated, glu
-from everstate.ops.linear import linear, linear_add_rms_norm, linear_conv_step_
+from everstate.ops.linear import linear, linear_activate, linear_add_rms_norm, linear_conv_step_
 from everstate.ops.linear_scan import linear_scan, linear_step_
 from everstate.ops.lti_conv import lti_conv
 from everstate.ops.lti_diagonal import lti_diagonal, lti_diagonal_step_, lti_kernel_diagonal
@@ -42,12 +42,14 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step_",
     "experts",
+    "experts_add_rms_norm",
     "gated",
     "gated_delta_scan",
     "gated_delta_step_",
     "gated_rms_norm",
     "glu",
     "linear",
+    "linear_activate",
     "linear_add_rms_norm",
     "linear_conv_step_",
     "linear_cross_entropy",

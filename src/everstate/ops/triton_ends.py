@@ -18,7 +18,7 @@ def leave(
 ) -> Float[Tensor, "b l d"]:  # fmt: skip
     """`norm(y silu(z))`, or `norm(y) silu(z)` if the norm is `before`, or `y silu(z)`; and the product with that."""
     if scale is None:
-        out = glu.apply(z.flatten(0, 1), y.flatten(0, 1), True).view(y.shape)
+        out = glu.apply(z.flatten(0, 1), y.flatten(0, 1), "silu").view(y.shape)
     else:
         out = norm.normalise(y, z, scale, eps, groups, _mode(before))
     return out if out_proj is None else nn.functional.linear(out, out_proj.to(out.dtype))
@@ -38,8 +38,8 @@ def leave_gradients(
     else:
         dy, dscale = torch.empty_like(y), None
         gate, up, dgate, dup = (t.flatten(0, 1) for t in (z, y, dz, dy))
-        glu.differentiate(dout, gate, up, dgate, dup, True)
-        again = None if again is None else glu.apply(gate, up, True)
+        glu.differentiate(dout, gate, up, dgate, dup, "silu")
+        again = None if again is None else glu.apply(gate, up, "silu")
     if out_proj is None or again is None:
         return dy, dscale, None
     return dy, dscale, (rows.T @ again.view(-1, y.shape[2])).to(out_proj.dtype)

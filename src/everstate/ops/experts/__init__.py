@@ -10,11 +10,14 @@ from torch.nn.functional import linear
 from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.ops.activations import Activation, activate
-from everstate.ops.experts.limits import accepts, accepts_router
+from everstate.ops.experts.limits import accepts, accepts_add, accepts_router
 from everstate.ops.experts.route import Score, route
+from everstate.ops.linear import linear as linear_map
+from everstate.ops.linear import linear_activate
+from everstate.ops.norm import add_rms_norm
 from everstate.ops.norm.normed import Normed, divided
 
-__all__ = ["Score", "experts", "route", "topk_router"]
+__all__ = ["Score", "experts", "experts_add_rms_norm", "route", "topk_router"]
 
 
 @op
@@ -48,6 +51,31 @@ def experts(
 
 
 @op
+def experts_add_rms_norm(
+    x: Float[Tensor, "t d"] | Normed,
+    weights: Float[Tensor, "t k"],
+    indices: Int[Tensor, "t k"],
+    w_in: Float[Tensor, "e f2 d"],
+    w_out: Float[Tensor, "e d f"],
+    residual: Float[Tensor, "t d"],
+    norm: Float[Tensor, " d"],
+    *,
+    shared: tuple[Float[Tensor, "s2 d"], Float[Tensor, "d s"]] | None = None,
+    activation: Activation = "silu",
+    gated: bool = True,
+    eps: float = 1e-5,
+    multiplier: float = 1.0,
+) -> tuple[Float[Tensor, "t d"], Normed]:
+    """`add_rms_norm` of a residual stream and what `experts` give, and a `shared` one, which sees every token."""
+    y = experts.reference(x, weights, indices, w_in, w_out, activation=activation, gated=gated)
+    if shared is not None:
+        hidden = linear_activate.reference(x, shared[0], activation=activation, gated=gated)
+        y = y + linear_map.reference(hidden, shared[1])
+    summed, normed = add_rms_norm.reference(residual, y, norm, eps=eps, multiplier=multiplier)
+    return summed, Normed(normed)
+
+
+@op
 def topk_router(
     x: Float[Tensor, "*t d"] | Normed,
     weight: Float[Tensor, "e d"],
@@ -77,4 +105,6 @@ def topk_router(
 
 experts.add("triton", "everstate.ops.experts.triton:experts", accepts)
 experts.add("torch", "everstate.ops.experts.grouped:experts", anywhere)
+experts_add_rms_norm.add("triton", "everstate.ops.experts.triton_few:experts_add_rms_norm", accepts_add)
+experts_add_rms_norm.add("torch", "everstate.ops.experts.composed:experts_add_rms_norm", anywhere)
 topk_router.add("triton", "everstate.ops.experts.triton_router:topk_router", accepts_router)

@@ -8,10 +8,13 @@ from torch import Tensor
 
 from everstate.core.kernels import refusal, shared_memory
 from everstate.ops.limits import refusal_of_strides, step_refusal
+from everstate.ops.norm.limits import accepts_norm
 from everstate.ops.norm.normed import Normed, as_normed
 
 SHARED_MEMORY = 96 * 1024
 """Bytes of shared memory that a product takes."""
+FEW = 32
+"""Rows (a token and one of its experts) up to which each reads the weights of its expert by itself."""
 MOST = 4096
 """Experts whose counts a program looks through."""
 ROUTED, CHOICES = 64, 32
@@ -33,6 +36,22 @@ def accepts(
     if indices.numel() >= 2**31:
         return f"counts up to 2^31 rows, not {indices.numel()}"
     return None
+
+
+def accepts_add(
+    x: Tensor | Normed, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, residual: Tensor, norm: Tensor,
+    *, shared: tuple[Tensor, Tensor] | None = None, **settings: Any,
+) -> str | None:  # fmt: skip
+    """Why the kernels of `experts_add_rms_norm` do not serve these arguments, or None."""
+    if not 0 < indices.numel() <= FEW:
+        return f"takes 1 to {FEW} tokens and experts of theirs, not {indices.numel()}"
+    matrices = (w_in, w_out, *(shared or ()))
+    if any(matrix.dtype != as_normed(x).x.dtype for matrix in matrices):
+        return "takes weights of the dtype of x"
+    if not all(matrix.is_contiguous() for matrix in matrices):
+        return "takes weights that lie row by row in memory"
+    refused = accepts(x, weights, indices, w_in, w_out) or step_refusal(residual, norm, weights, *matrices)
+    return refused or accepts_norm(residual, norm)
 
 
 def accepts_router(

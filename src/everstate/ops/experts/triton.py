@@ -4,7 +4,7 @@ A *row* is a token and one of its experts. Rows are sorted by expert on the devi
 in the cumulative counts, and as many programs are launched as there can be tiles at most: the surplus ends at once. The
 rows of x are read where they lie, and results are written to where the token will sum them, best expert first.
 
-Few rows (`few`) are not sorted: each reads the weights of its expert by itself, which is all there is to read.
+Few rows are not sorted (`triton_few.py`).
 
 Everything is summed in a fixed order, and nothing in a row depends on the other rows.
 """
@@ -17,20 +17,17 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from everstate.core.kernels import kernel_op, processors
+from everstate.core.kernels import kernel_op
 from everstate.ops.activations import Activation
+from everstate.ops.experts.limits import FEW
+from everstate.ops.experts.triton_few import few
 from everstate.ops.linear import limits
 from everstate.ops.norm.normed import Normed, as_normed
+from everstate.ops.triton_activations import act, act_slope
 from everstate.ops.triton_common import dot
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
-from everstate.ops.triton_rows import dense, divisor_of, divisors_of, follow_last, launch_options
+from everstate.ops.triton_rows import dense, divisors_of, follow_last, launch_options
 
-FEW = 32
-"""Rows up to which each is served by itself."""
-TOGETHER: tl.constexpr = tl.constexpr(4)
-"""Turns of a loop whose weights are asked for at once."""
-GEMV = 4096
-"""Numbers of a matrix that a program has on their way at once."""
 RANKED = 8192
 """Rows up to which a row counts those before it, which is one launch; more are sorted by PyTorch."""
 
@@ -50,11 +47,10 @@ def experts(
     tokens, shares, chosen = (t.flatten(0, -2) for t in (x, weights, indices))
     ins, outs = w_in.to(x.dtype), w_out.to(x.dtype)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (tokens, shares, ins, outs))
-    few = not keep and chosen.numel() <= FEW
-    if squares is not None and not few and (keep or _holds_too_many(squares, chosen, len(ins), x.dtype)):
+    if not keep and chosen.numel() <= FEW:
+        return few(Normed(tokens, squares, eps), shares, chosen, ins, outs, activation, gated).view(x.shape)
+    if squares is not None and (keep or _holds_too_many(squares, chosen, len(ins), x.dtype)):
         tokens, squares = Normed(tokens, squares, eps).divided(), None
-    if few:
-        return _few(tokens, squares, eps, shares, chosen, ins, outs, activation, gated).view(x.shape)
     return _experts(tokens, shares, chosen, ins, outs, squares, eps, activation, gated, keep)[0].view(x.shape)
 
 
@@ -67,51 +63,6 @@ def _rows_of_tile(rows: int, experts: int, dtype: torch.dtype) -> int:
     """About as many as an expert has, or the matrix units multiply nothing."""
     least, most = (32, 64) if dtype == torch.float32 else (16, 128)
     return min(max(power_of_2(rows // experts), least), most)
-
-
-@kernel_op("experts_few")
-def _few(
-    x: Tensor, squares: Tensor | None, eps: float, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor,
-    activation: str, gated: bool,
-) -> Tensor:  # fmt: skip
-    (tokens, width), top_k, d_hidden = x.shape, indices.shape[1], w_out.shape[2]
-    y = x.new_empty(tokens, width)
-    if tokens == 0:
-        return y
-    x, weights, indices, w_in, w_out = (dense(t) for t in (x, weights, indices, w_in, w_out))
-    hidden = x.new_empty(tokens * top_k, d_hidden, dtype=torch.float32)
-    parts = 0 if squares is None else squares.shape[1]
-    block_k, rows = _gemv_tile(width, tokens * top_k, d_hidden, x.device)
-    launch(
-        _few_up_kernel, (tokens * top_k, cdiv(d_hidden, rows)),
-        x, squares, indices, w_in, hidden, x.stride(0), parts, eps, indices.stride(0), *w_in.stride()[:2],
-        PARTS=power_of_2(max(parts, 1)), TOP_K=top_k, D=width, F=d_hidden, ACTIVATION=activation, GATED=gated,
-        BLOCK_N=rows, BLOCK_K=block_k, num_warps=4, **launch_options(x.device),
-    )  # fmt: skip
-    block_k, rows = _gemv_tile(d_hidden, tokens, width, x.device)
-    launch(
-        _few_down_kernel, (tokens, cdiv(width, rows)),
-        hidden, weights, indices, w_out, y, weights.stride(0), indices.stride(0), *w_out.stride()[:2],
-        TOP_K=top_k, D=width, F=d_hidden, BLOCK_N=rows, BLOCK_K=block_k, num_warps=4, **launch_options(x.device),
-    )  # fmt: skip
-    return y
-
-
-@_few.register_fake
-def _(
-    x: Tensor, squares: Tensor | None, eps: float, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor,
-    activation: str, gated: bool,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape)
-
-
-def _gemv_tile(summed: int, pairs: int, rows: int, device: torch.device) -> tuple[int, int]:
-    """How many columns and rows of a matrix a program reads at once, fewer rows to fill the GPU."""
-    block_k = min(power_of_2(summed), 1024)
-    block_n = max(GEMV // block_k, 1)
-    while block_n > 1 and pairs * cdiv(rows, block_n) < 4 * processors(device):
-        block_n //= 2
-    return block_k, block_n
 
 
 @kernel_op("experts")
@@ -290,10 +241,10 @@ class _Call:
             return {"BLOCK_N": fill(columns, 32), "BLOCK_K": fill(summed, 32), "num_warps": 4, "num_stages": 2}
         if self.block_m <= 32:
             return {
-                "BLOCK_N": fill(columns, 64 // products),
+                "BLOCK_N": fill(columns, 128 // products),
                 "BLOCK_K": fill(summed, 128),
                 "num_warps": 4,
-                "num_stages": 4,
+                "num_stages": 3,
             }
         warps = 8 if self.block_m == 128 else 4
         return {
@@ -342,33 +293,6 @@ def _rank_kernel(
         place += tl.sum(((theirs[None, :] < key[:, None]) | earlier).to(tl.int32), 1)
     tl.store(order + place, at, mask=inside & of_row)
     tl.store(starts + at, place, mask=inside & (at <= EXPERTS) & (mine < 0))
-
-
-@triton.jit
-def _act(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return x * tl.sigmoid(x)
-    if ACTIVATION == "relu2":
-        positive = tl.maximum(x, 0.0)
-        return positive * positive
-    if ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x * (1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0))
-
-
-@triton.jit
-def _act_slope(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        part = tl.sigmoid(x)
-        return part * (1.0 + x * (1.0 - part))
-    if ACTIVATION == "relu2":
-        return 2.0 * tl.maximum(x, 0.0)
-    if ACTIVATION == "gelu":
-        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    part = 1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0)
-    return part + x * 2.0 * part * (1.0 - part) * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
 
 
 @triton.jit
@@ -421,7 +345,7 @@ def _up_kernel(
             tl.store(logits + out * WIDTH + n[None, :], gate.to(x.dtype.element_ty), mask=inside)
             if GATED:
                 tl.store(logits + out * WIDTH + F + n[None, :], up.to(x.dtype.element_ty), mask=inside)
-        gate = _act(gate, ACTIVATION)
+        gate = act(gate, ACTIVATION)
         if GATED:
             gate = gate * up
         tl.store(hidden + out * F + n[None, :], gate.to(x.dtype.element_ty), mask=inside)
@@ -472,7 +396,7 @@ def _slope_kernel(
         f = start + tl.arange(0, BLOCK)
         upstream = tl.load(dhidden + row * F + f, mask=f < F, other=0.0).to(tl.float32)
         gate = tl.load(logits + row * WIDTH + f, mask=f < F, other=0.0).to(tl.float32)
-        active, slope = _act(gate, ACTIVATION), _act_slope(gate, ACTIVATION)
+        active, slope = act(gate, ACTIVATION), act_slope(gate, ACTIVATION)
         if GATED:
             up = tl.load(logits + row * WIDTH + F + f, mask=f < F, other=0.0).to(tl.float32)
             dup = upstream * weight * active
@@ -523,53 +447,3 @@ def _sum_kernel(
             part = part * tl.load(weights + token * w_token + i).to(tl.float32)
         acc += part
     tl.store(out + token * D + d, acc.to(out.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def _few_up_kernel(
-    x, squares, indices, w_in, hidden, x_row, parts, eps, i_token, w_expert, w_row,
-    PARTS: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """One program per row and some hidden channels."""
-    follow_last(OVERLAP)
-    row, n, k = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    token = (row // TOP_K).to(tl.int64)
-    expert = tl.load(indices + token * i_token + row % TOP_K).to(tl.int64)
-    b = w_in + expert * w_expert + (n % F)[:, None] * w_row + k[None, :]
-    gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    up = gate
-    for start in tl.range(0, D, BLOCK_K, loop_unroll_factor=TOGETHER):
-        u = tl.load(x + token * x_row + start + k, mask=start + k < D, other=0.0).to(tl.float32)[None, :]
-        gate += u * tl.load(b + start, mask=(start + k < D)[None, :], other=0.0).to(tl.float32)
-        if GATED:
-            up += u * tl.load(b + F * w_row + start, mask=(start + k < D)[None, :], other=0.0).to(tl.float32)
-    divisor = 1.0 if squares is None else divisor_of(squares, token, parts, eps, D, PARTS)
-    active = _act(tl.sum(gate, 1) * divisor, ACTIVATION)
-    if GATED:
-        active = active * (tl.sum(up, 1) * divisor)
-    tl.store(hidden + row.to(tl.int64) * F + n, active, mask=n < F)
-
-
-@triton.jit
-def _few_down_kernel(
-    hidden, weights, indices, w_out, y, w_token, i_token, w_expert, w_row,
-    TOP_K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """One program per token and some channels of y, with all experts of the token."""
-    follow_last(OVERLAP)
-    token, n, k = (
-        tl.program_id(0).to(tl.int64),
-        tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N),
-        tl.arange(0, BLOCK_K),
-    )
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for i in tl.range(0, TOP_K, loop_unroll_factor=TOGETHER):
-        expert = tl.load(indices + token * i_token + i).to(tl.int64)
-        share = tl.load(weights + token * w_token + i).to(tl.float32)
-        b = w_out + expert * w_expert + (n % D)[:, None] * w_row + k[None, :]
-        for start in range(0, F, BLOCK_K):
-            h = tl.load(hidden + (token * TOP_K + i) * F + start + k, mask=start + k < F, other=0.0)
-            acc += (h * share)[None, :] * tl.load(b + start, mask=(start + k < F)[None, :], other=0.0).to(tl.float32)
-    tl.store(y + token * D + n, tl.sum(acc, 1).to(y.dtype.element_ty), mask=n < D)

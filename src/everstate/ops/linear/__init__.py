@@ -1,4 +1,5 @@
-"""A linear map, with a short convolution or a residual stream and its norm behind it, and with weights of 8 bits."""
+"""A linear map, with an activation, a short convolution or a residual stream and its norm behind it, and with weights
+of 8 bits."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from torch import Tensor
 from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.state import Slots
+from everstate.ops.activations import Activation, activate
 from everstate.ops.conv1d import causal_conv1d_step_
-from everstate.ops.linear.limits import accepts_add, accepts_conv_step, accepts_linear
+from everstate.ops.linear.limits import accepts_activate, accepts_add, accepts_conv_step, accepts_linear
 from everstate.ops.norm import add_rms_norm
 from everstate.ops.norm.normed import Normed, divided
 
@@ -33,6 +35,20 @@ def linear(
     y = torch.einsum("...k,nk->...n", x.to(dtype), weight.to(dtype))
     y = y if scale is None else y * scale.to(dtype)
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
+@op
+def linear_activate(
+    x: Float[Tensor, "*b k"] | Normed,
+    weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"],
+    bias: Float[Tensor, " n"] | None = None,
+    *,
+    scale: Float[Tensor, " n"] | None = None,
+    activation: Activation = "silu",
+    gated: bool = False,
+) -> Float[Tensor, "*b f"]:
+    """`activate` of what `linear` gives: the first half of an MLP. With `gated`, n = 2 f, otherwise n = f."""
+    return activate(linear.reference(x, weight, bias, scale=scale), activation, gated)
 
 
 @op
@@ -85,6 +101,8 @@ def linear_add_rms_norm(
 
 linear.add("triton", "everstate.ops.linear.triton:linear", accepts_linear)
 linear.add("torch", "everstate.ops.linear.composed:linear", anywhere)
+linear_activate.add("triton", "everstate.ops.linear.triton:linear_activate", accepts_activate)
+linear_activate.add("torch", "everstate.ops.linear.composed:linear_activate", anywhere)
 linear_conv_step_.add("triton", "everstate.ops.linear.triton:linear_conv_step_", accepts_conv_step)
 linear_conv_step_.add("torch", "everstate.ops.linear.composed:linear_conv_step_", anywhere)
 linear_add_rms_norm.add("triton", "everstate.ops.linear.triton:linear_add_rms_norm", accepts_add)

@@ -6,7 +6,9 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from everstate.core.state import Slots
+from everstate.ops.activations import Activation, activate
 from everstate.ops.conv1d import causal_conv1d_step_
+from everstate.ops.glu import glu
 from everstate.ops.norm import add_rms_norm
 from everstate.ops.norm.normed import Normed, divided
 
@@ -24,6 +26,20 @@ def linear(
         return nn.functional.linear(x, weight, bias)
     y = nn.functional.linear(x, weight.to(x.dtype)) * scale  # in the precision of the scale
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def linear_activate(
+    x: Float[Tensor, "*b k"] | Normed,
+    weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"],
+    bias: Float[Tensor, " n"] | None = None,
+    *,
+    scale: Float[Tensor, " n"] | None = None,
+    activation: Activation = "silu",
+    gated: bool = False,
+) -> Float[Tensor, "*b f"]:
+    """See `everstate.ops.linear_activate`."""
+    y = linear(x, weight, bias, scale=scale)
+    return glu(y, activation) if gated else activate(y, activation, False)
 
 
 def linear_add_rms_norm(

@@ -42,6 +42,21 @@ def accepts_linear(
     return refused or (refusal_of_tiles(x.dtype, x.shape[-1], x.device) if rows > FEW else None)
 
 
+def accepts_activate(
+    x: Tensor | Normed,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    gated: bool = False,
+    **settings: Any,
+) -> str | None:
+    """Why the kernels of `linear_activate` do not serve these arguments, or None."""
+    if gated and len(weight) % 2:
+        return f"takes gates for as many outputs, not {len(weight)} in all"
+    return accepts_linear(x, weight, bias, scale=scale)
+
+
 def refusal_of_tiles(dtype: torch.dtype, width: int, device: torch.device) -> str | None:
     """Why rows of this dtype and width are not for the kernel of matrix products."""
     if dtype.itemsize != 2:

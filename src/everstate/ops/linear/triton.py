@@ -11,6 +11,8 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
+from everstate.ops.activations import Activation
+from everstate.ops.glu import glu
 from everstate.ops.linear.composed import add_and_norm, convolve_
 from everstate.ops.linear.limits import FEW, divides, refusal_of_tiles
 from everstate.ops.linear.triton_ends import Convolution, Ends, Residual, Written, constants, finish, given
@@ -40,6 +42,22 @@ def linear(
 ) -> Float[Tensor, "*b n"]:
     """See `everstate.ops.linear`."""
     return _linear(*as_normed(x), weight, bias, scale)
+
+
+def linear_activate(
+    x: Float[Tensor, "*b k"] | Normed,
+    weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"],
+    bias: Float[Tensor, " n"] | None = None,
+    *,
+    scale: Float[Tensor, " n"] | None = None,
+    activation: Activation = "silu",
+    gated: bool = False,
+) -> Float[Tensor, "*b f"]:
+    """See `everstate.ops.linear_activate`."""
+    whole = as_normed(x)
+    if gated and not _one_by_one(dense_rows(whole.x), weight):  # a tile of matrix products would be half gates
+        return glu(_linear(*whole, weight, bias, scale), activation)
+    return _linear_activate(*whole, weight, bias, scale, activation, gated)
 
 
 def linear_conv_step_(
@@ -101,6 +119,23 @@ def _(
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
+@kernel_op("linear_activate")
+def _linear_activate(
+    x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
+    activation: str, gated: bool,
+) -> Tensor:  # fmt: skip
+    ends = Ends(squares, eps, bias, scale, activation=activation, gated=gated)
+    return _run(dense_rows(x), weight, ends).y.view(*x.shape[:-1], -1)
+
+
+@_linear_activate.register_fake
+def _(
+    x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
+    activation: str, gated: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], len(weight) // (1 + gated))
+
+
 @kernel_op("linear_conv_step_", mutates={"state"})
 def _linear_conv(
     x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
@@ -133,30 +168,32 @@ def _(
     x: Tensor, squares: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
     addend: Tensor | None, residual: Tensor, norm: Tensor, multiplier: float,
 ) -> list[Tensor]:  # fmt: skip
-    return [t for t in _written(x, weight, residual) if t is not None]
+    return [t for t in _written(x, weight, stream=residual) if t is not None]
 
 
 def _run(x: Float[Tensor, "b k"], weight: Float[Tensor, "n k"] | Int8[Tensor, "n k"], ends: Ends) -> Written:
     """Launch the kernel for so many rows."""
-    outputs, width = weight.shape
-    written = _written(x, weight, None if ends.residual is None else ends.residual.stream)
+    stream = None if ends.residual is None else ends.residual.stream
+    written = _written(x, weight, stream=stream, gated=ends.gated)
     arguments, settings = ends.arguments(written)
     if not _one_by_one(x, weight):
         run_tiles(x, weight, arguments, settings)
         return written
-    sizes, options = _sizes(weight)
+    sizes, options = _sizes(weight, ends.gated)
     launch(
-        _linear_kernel, (cdiv(outputs, sizes["BLOCK_N"]),),
-        x, weight, x.stride(0), *arguments, K=width, **settings, ROWS=len(x), BLOCK_B=power_of_2(len(x)), **sizes,
-        **options, **launch_options(x.device),
+        _linear_kernel, (cdiv(len(weight), sizes["BLOCK_N"]),),
+        x, weight, x.stride(0), *arguments, K=weight.shape[1], **settings, GATED=ends.gated, ROWS=len(x),
+        BLOCK_B=power_of_2(len(x)), **sizes, **options, **launch_options(x.device),
     )  # fmt: skip
     return written
 
 
-def _written(x: Float[Tensor, "b k"], weight: Tensor, stream: Tensor | None) -> Written:
+def _written(
+    x: Float[Tensor, "b k"], weight: Tensor, *, stream: Float[Tensor, "b n"] | None = None, gated: bool = False
+) -> Written:
     """Memory for what a kernel writes."""
     rows = x.shape[0]  # `len(x)` would be a number, and a compiler should serve any
-    y = x.new_empty(rows, len(weight))
+    y = x.new_empty(rows, len(weight) // (1 + gated))
     if stream is None:
         return Written(y)
     summed = stream.new_empty(stream.shape, dtype=torch.promote_types(stream.dtype, y.dtype))
@@ -177,7 +214,7 @@ def _one_by_one(x: Float[Tensor, "b k"], weight: Tensor) -> bool:
     return rows <= few or (rows <= FEW and refusal_of_tiles(x.dtype, width, x.device) is not None)
 
 
-def _sizes(weight: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+def _sizes(weight: Tensor, gated: bool = False) -> tuple[dict[str, int], dict[str, int]]:
     """Tiles and warps, as they were fastest.
 
     All warps of a program share its rows, one for each 1 to 3 KB, and so read x once. Of 8 bits a thread takes 16
@@ -191,6 +228,7 @@ def _sizes(weight: Tensor) -> tuple[dict[str, int], dict[str, int]]:
         piece = _piece(row, HELD)
         warps = max(min(power_of_2(row + 1) // 2048, piece // 512, 8), 1)
         n = power_of_2(cdiv((HELD if row < LONG else 2 * HELD) * warps, row))
+    n = max(n, 1 + gated)
     pieces, ahead = cdiv(row, piece), max(MOST * warps // (n * piece), 1)
     tile = {"BLOCK_N": n, "BLOCK_K": piece // size, "AHEAD": min(pieces, ahead), "LINES": n if size == 1 else 1}
     return tile, {"num_warps": warps}
@@ -209,19 +247,25 @@ def _linear_kernel(
     x, weight, x_row, bias, scale, squares, parts, eps,
     taps, conv_bias, pool, slots, pool_slot, pool_d, pool_k, start, channels,
     stream, addend, norm, multiplier, y, summed, block_squares, rows, outputs,
-    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_B: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per block of outputs, for all rows; the first AHEAD pieces of its weights are asked for at once."""
     start_next(OVERLAP)
     PIECES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    n, k, b = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_B)
-    own = weight + tl.program_id(0).to(tl.int64) * BLOCK_N * K + tl.arange(0, BLOCK_N)[:, None] * K
+    OUTPUTS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    first = tl.program_id(0) * OUTPUTS
+    n, k, b = first + tl.arange(0, OUTPUTS), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_B)
+    i = tl.arange(0, BLOCK_N)
+    mine, line = first + i, i
+    if GATED:  # behind the row of each gate that of what it is for, which lies as far away as there are outputs
+        mine, line = first + i // 2, i // 2 + (i % 2).to(tl.int64) * outputs
+    own = weight + first.to(tl.int64) * K + line[:, None] * K
     held = ()
     for piece in tl.static_range(AHEAD):
-        held = held + (_weights(own, n, piece * BLOCK_K + k, outputs, K, BLOCK_K),)  # type: ignore[assignment]
-    of_layer = constants(bias, scale, taps, conv_bias, norm, n, outputs, start, channels, TAPS)
+        held = held + (_weights(own, mine, piece * BLOCK_K + k, outputs, K, BLOCK_K),)  # type: ignore[assignment]
+    of_layer = constants(bias, scale, taps, conv_bias, norm, n, outputs, start, channels, TAPS, GATED)
     wait_for_last(OVERLAP)
     of_token = given(
         squares, parts, stream, addend, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows, outputs,
@@ -235,13 +279,16 @@ def _linear_kernel(
             part += held[piece].to(tl.float32) * u
         sums += tl.where((b == row)[None, :], tl.sum(part, 1)[:, None], 0.0)
     for piece in tl.static_range(AHEAD, PIECES):
-        w = _weights(own, n, piece * BLOCK_K + k, outputs, K, BLOCK_K).to(tl.float32)
+        w = _weights(own, mine, piece * BLOCK_K + k, outputs, K, BLOCK_K).to(tl.float32)
         for row in tl.static_range(ROWS):
             u = _numbers(x + row * x_row, piece * BLOCK_K + k, LINES, K, BLOCK_K).to(tl.float32)
             sums += tl.where((b == row)[None, :], tl.sum(w * u, 1)[:, None], 0.0)
+    ups = sums
+    if GATED:
+        sums, ups = tl.split(tl.trans(tl.reshape(sums, (OUTPUTS, 2, BLOCK_B)), (0, 2, 1)))
     finish(
-        sums, of_layer, of_token, squares, eps, pool_k, stream, addend, multiplier, y, summed, block_squares,
-        n, b, rows, outputs, tl.program_id(0), tl.num_programs(0), K, TAPS, SILU,
+        sums, ups, of_layer, of_token, squares, eps, pool_k, stream, addend, multiplier, y, summed, block_squares,
+        n, b, rows, outputs, tl.program_id(0), tl.num_programs(0), K, TAPS, SILU, ACTIVATION, GATED,
     )  # fmt: skip
 
 

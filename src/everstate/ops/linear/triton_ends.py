@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.state import Slots
+from everstate.ops.triton_activations import act
 from everstate.ops.triton_launch import power_of_2
 from everstate.ops.triton_rows import silu
 
@@ -52,8 +53,10 @@ class Ends(NamedTuple):
     scale: Float[Tensor, " n"] | None
     conv: Convolution | None = None
     residual: Residual | None = None
+    activation: str = ""
+    gated: bool = False
 
-    def arguments(self, written: Written) -> tuple[tuple[object, ...], dict[str, int | bool]]:
+    def arguments(self, written: Written) -> tuple[tuple[object, ...], dict[str, int | str]]:
         """Those of a kernel for it, in their order, and its constants."""
         conv, residual = self.conv, self.residual
         parts = 0 if self.squares is None else self.squares.shape[1]
@@ -63,22 +66,36 @@ class Ends(NamedTuple):
             convolved = (conv.taps, conv.bias, conv.state, conv.slots, *conv.state.stride(), conv.start, channels)
         added = (None, None, None, 1.0) if residual is None else residual
         values = (self.bias, self.scale, self.squares, parts, self.eps, *convolved, *added, *written, *written.y.shape)
-        constants = {"TAPS": taps, "SILU": conv is not None and conv.activated, "PARTS": power_of_2(max(parts, 1))}
+        constants: dict[str, int | str] = {
+            "TAPS": taps, "SILU": conv is not None and conv.activated, "PARTS": power_of_2(max(parts, 1)),
+            "ACTIVATION": self.activation,
+        }  # fmt: skip
         return values, constants
 
 
 @triton.jit
-def constants(bias, scale, taps, conv_bias, norm, n, outputs, start, channels, TAPS: tl.constexpr):
-    """What belongs to the layer: what outputs are multiplied by and what is added, before the convolution and in it,
-    and their weight in the norm behind."""
-    inside, d = n < outputs, n - start
-    convolved = (d >= 0) & (d < channels)
+def _affine(bias, scale, n, inside):
+    """What outputs are multiplied by, and what is added."""
     factor, offset = tl.full((n.shape[0],), 1.0, tl.float32), tl.zeros((n.shape[0],), tl.float32)
-    conv_offset, factors, weigh = offset, (), factor
     if scale is not None:
         factor = tl.load(scale + n, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         offset = tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    return factor, offset
+
+
+@triton.jit
+def constants(
+    bias, scale, taps, conv_bias, norm, n, outputs, start, channels, TAPS: tl.constexpr, GATED: tl.constexpr
+):  # fmt: skip
+    """What belongs to the layer: what outputs are multiplied by and what is added, before the convolution and in it,
+    and their weight in the norm behind; and the first two of what a gate is for."""
+    inside, d = n < outputs, n - start
+    convolved = (d >= 0) & (d < channels)
+    factor, offset = _affine(bias, scale, n, inside)
+    conv_offset, factors, weigh, of_up = tl.zeros((n.shape[0],), tl.float32), (), factor, (factor, offset)
+    if GATED:
+        of_up = _affine(bias, scale, outputs + n, inside)
     if conv_bias is not None:
         conv_offset = tl.load(conv_bias + d, mask=convolved, other=0.0).to(tl.float32)
     for j in tl.static_range(TAPS):
@@ -86,7 +103,7 @@ def constants(bias, scale, taps, conv_bias, norm, n, outputs, start, channels, T
         factors = factors + (tap,)  # type: ignore[assignment]
     if norm is not None:
         weigh = tl.load(norm + n, mask=inside, other=0.0).to(tl.float32)
-    return factor, offset, conv_offset, factors, weigh
+    return factor, offset, conv_offset, factors, weigh, of_up
 
 
 @triton.jit
@@ -131,15 +148,24 @@ def _window(pool, slots, d, b, pool_slot, pool_d, pool_k, rows, channels, TAPS: 
 
 @triton.jit
 def finish(
-    sums, of_layer, of_token, squares, eps, pool_k, stream, addend, multiplier, y, summed, block_squares,
+    sums, ups, of_layer, of_token, squares, eps, pool_k, stream, addend, multiplier, y, summed, block_squares,
     n, b, rows, outputs, block, blocks, K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """All that stands behind a block of a product; `constants` and `given` gave what it takes."""
-    factor, offset, conv_offset, factors, weigh = of_layer
+    """All that stands behind a block of a product, and with a gate of what that is for; `constants` and `given` gave
+    what it takes."""
+    factor, offset, conv_offset, factors, weigh, of_up = of_layer
     parts, before, more, past, mine, window = of_token
     if squares is not None:
-        sums = sums * tl.rsqrt(tl.sum(parts, 1) / K + eps)[None, :]
+        divisor = tl.rsqrt(tl.sum(parts, 1) / K + eps)[None, :]
+        sums = sums * divisor
+        if GATED:
+            ups = ups * divisor
     sums = sums * factor[:, None] + offset[:, None]
+    if ACTIVATION != "":
+        sums = act(sums, ACTIVATION)
+    if GATED:
+        sums = sums * (ups * of_up[0][:, None] + of_up[1][:, None])
     inside = (n < outputs)[:, None] & (b < rows)[None, :]
     at = b.to(tl.int64)[None, :] * outputs + n[:, None]
     if stream is not None:

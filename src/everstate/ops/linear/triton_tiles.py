@@ -107,14 +107,14 @@ def _tiles_kernel(
     x, w, weight, split_sums, arrived, bias, scale, squares, parts, eps,
     taps, conv_bias, pool, slots, pool_slot, pool_d, pool_k, start, channels,
     stream, addend, norm, multiplier, y, summed, block_squares, rows, outputs,
-    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
+    K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per block of outputs and part of the sum, for all rows, which are filled up to BLOCK_B with zeros."""
     start_next(OVERLAP)
     block, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     n, b = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_B)
-    of_layer = constants(bias, scale, taps, conv_bias, norm, n, outputs, start, channels, TAPS)
+    of_layer = constants(bias, scale, taps, conv_bias, norm, n, outputs, start, channels, TAPS, False)
     wait_for_last(OVERLAP)
     # What the end needs is on its way during the product; of a split sum the last program alone needs it.
     if SPLITS == 1:
@@ -133,18 +133,18 @@ def _tiles_kernel(
         sums = dot(tile, u.T, sums, "tf32")
     if SPLITS == 1:
         finish(
-            sums, of_layer, of_token, squares, eps, pool_k, stream, addend, multiplier, y, summed, block_squares,
-            n, b, rows, outputs, block, tl.num_programs(0), K, TAPS, SILU,
+            sums, sums, of_layer, of_token, squares, eps, pool_k, stream, addend, multiplier, y, summed, block_squares,
+            n, b, rows, outputs, block, tl.num_programs(0), K, TAPS, SILU, ACTIVATION, False,
         )  # fmt: skip
     elif _is_last(sums, split_sums, arrived, block, split, BLOCK_N, BLOCK_B, SPLITS):
         of_token = given(
             squares, parts, stream, addend, pool, slots, pool_slot, pool_d, pool_k, n, b, start, channels, rows,
             outputs, TAPS, PARTS,
         )  # fmt: skip
+        sums = _join(split_sums, block, BLOCK_N, BLOCK_B, SPLITS)
         finish(
-            _join(split_sums, block, BLOCK_N, BLOCK_B, SPLITS), of_layer, of_token, squares, eps, pool_k, stream,
-            addend, multiplier, y, summed, block_squares, n, b, rows, outputs, block, tl.num_programs(0) // SPLITS,
-            K, TAPS, SILU,
+            sums, sums, of_layer, of_token, squares, eps, pool_k, stream, addend, multiplier, y, summed, block_squares,
+            n, b, rows, outputs, block, tl.num_programs(0) // SPLITS, K, TAPS, SILU, ACTIVATION, False,
         )  # fmt: skip
 
 
