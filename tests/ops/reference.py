@@ -21,6 +21,8 @@ def wide(value: Any) -> Any:
     """An argument in float64, where it is made of such numbers."""
     if isinstance(value, Normed):
         return Normed(*map(wide, value))
+    if type(value) is tuple:
+        return tuple(map(wide, value))
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

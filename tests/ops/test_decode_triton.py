@@ -268,7 +268,10 @@ def test_a_gate_of_few_rows_is_made_in_the_launch_of_its_product(
 
 def test_gates_for_as_many_outputs(kernel_device: torch.device) -> None:
     x, weight = torch.ones(2, 8, device=kernel_device), torch.ones(7, 8, device=kernel_device)
-    with use("triton"), pytest.raises(BackendError, match="gates for as many outputs, not 7 in all"):
+    with (
+        use("triton"),
+        pytest.raises(BackendError, match="as many gates as up projections, not 7 rows"),
+    ):
         linear_activate(x, weight, gated=True)
 
 

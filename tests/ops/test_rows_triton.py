@@ -73,7 +73,7 @@ def test_a_gate_lies_where_it_was_projected(kernel_device: torch.device) -> None
         assert error(one, true) <= allowed
 
 
-def test_no_rows_are_left_to_pytorch(kernel_device: torch.device) -> None:
+def test_an_empty_batch_is_left_to_pytorch(kernel_device: torch.device) -> None:
     h = normal(kernel_device, 2, 8, seed=0)
     assert glu.explain(h[:0], "silu")["triton"] == "was given no rows"
     assert torch.equal(glu(h[:0]), h[:0, :4])

@@ -86,7 +86,6 @@ class Attention(LinearEnds):
     """`q_proj k_proj v_proj`, optional convolution, norm and rotation, attention, optional gate, `out_proj`."""
 
     Config = AttentionConfig
-    ends = ("q_proj", "k_proj", "v_proj", "gate_proj", "out_proj")
     no_decay = frozenset({"conv_bias"})
 
     def __init__(self, d_model: int, config: AttentionConfig) -> None:
@@ -194,6 +193,9 @@ class Attention(LinearEnds):
         if self.gate_proj is not None:
             y = y * sigmoid(self.gate_proj.step(x, before=before))
         return Product(self.out_proj, y, config.out_multiplier)
+
+    def parts(self) -> tuple[nn.Module | None, ...]:
+        return self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.out_proj
 
     def flops_per_token(self, context: int) -> int:
         linears = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.out_proj)

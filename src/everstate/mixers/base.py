@@ -7,7 +7,7 @@ empty, so a model is one loop without branches.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
@@ -20,7 +20,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError, RequestError
 from everstate.core.packing import Packing
 from everstate.core.registry import Registry
-from everstate.core.state import Slots, gather, map_state, scatter_
+from everstate.core.state import Slots, gather, scatter_
 from everstate.mixers.modules import Special, Unmade, is_plain, is_untouched, made
 from everstate.ops import Normed
 
@@ -68,23 +68,6 @@ class Mixer(Special, ABC):
         `context` bounds how many past tokens attention keeps; other mixers keep none and do not read it.
         """
 
-    def narrow(self, state: State, dtype: torch.dtype) -> State:
-        """The state with what `narrows` names in `dtype`. Raises `RequestError` where nothing can be stepped so."""
-
-        def keep(tensor: Tensor) -> Tensor:
-            # A cache of attention has the dtype of the weights.
-            kept = (dtype, torch.bfloat16, torch.float16)
-            if tensor.dtype in kept or not (tensor.is_floating_point() or tensor.is_complex()):
-                return tensor
-            raise RequestError(
-                f"{type(self).__name__} cannot keep its state in {dtype}, only in {tensor.dtype}; leave the dtype out"
-            )
-
-        if not self.narrows or dtype not in (torch.bfloat16, torch.float16):
-            return map_state(keep, state)
-        parts = state._asdict().items()
-        return type(state)(*(part.to(dtype) if name in self.narrows else part for name, part in parts))
-
     @abstractmethod
     def forward(
         self,
@@ -123,11 +106,8 @@ class Mixer(Special, ABC):
 
 
 class LinearEnds(Mixer):
-    """A mixer whose step begins with linear maps and, as a rule, ends with one. On a GPU the norm before it may be left
-    for the first to divide, and a residual stream may take in what the last gives, in their launches."""
-
-    ends: ClassVar[tuple[str, ...]] = ("in_proj", "out_proj")
-    """The attributes that hold the linear maps with which the step begins and ends; some may be None."""
+    """A mixer whose step reads through linear maps, a router or experts, to which the division of a norm may be left on
+    a GPU, and may give something `Unmade`, which a residual stream takes in where it is made."""
 
     @abstractmethod
     def product_step_(
@@ -137,12 +117,11 @@ class LinearEnds(Mixer):
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Unmade | Float[Tensor, "b d"]:
-        """`step_`, but for a linear map at its end."""
+        """`step_`, but what it gives may not be made yet."""
 
-    def has_plain_ends(self) -> bool:
-        """Whether these linear maps are as they were built, and nobody looks at their calls."""
-        parts = [getattr(self, name) for name in self.ends]
-        return all(part is None or is_plain(part) for part in parts)
+    @abstractmethod
+    def parts(self) -> Iterable[nn.Module | None]:
+        """The linear maps and mixers whose calls `product_step_` stands for; None for one that is not there."""
 
     def step_(
         self, x: Float[Tensor, "b d"], state: State, slots: Slots = None, delta_t: Float[Tensor, " b"] | None = None
@@ -153,15 +132,18 @@ class LinearEnds(Mixer):
 
 def has_linear_ends(mixer: Mixer) -> TypeGuard[LinearEnds]:
     """Whether `product_step_` says all that `step_` does: somebody may have put more in its place, or in a part's."""
-    return isinstance(mixer, LinearEnds) and is_untouched(mixer, LinearEnds, "step_") and mixer.has_plain_ends()
+    if not isinstance(mixer, LinearEnds) or not is_untouched(mixer, LinearEnds, "step_"):
+        return False
+    parts = (part for part in mixer.parts() if part is not None)
+    return all(has_linear_ends(part) if isinstance(part, Mixer) else is_plain(part) for part in parts)
 
 
-class ChannelMixer(Mixer):
+class ChannelMixer(LinearEnds):
     """A mixer that looks at one token alone: its state is empty, and how much time passes says nothing to it."""
 
     @abstractmethod
     def read(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """What `forward` and `step_` do to each token."""
+        """What `forward` does to each token; `product_step_` does the same to one."""
 
     def init_state(self, batch: int, *, context: int | None = None) -> Empty:
         return Empty()
@@ -174,11 +156,6 @@ class ChannelMixer(Mixer):
         delta_t: Float[Tensor, "b l"] | None = None,
     ) -> tuple[Float[Tensor, "b l d"], Empty]:
         return self.read(x), state
-
-    def step_(
-        self, x: Float[Tensor, "b d"], state: Empty, slots: Slots = None, delta_t: Float[Tensor, " b"] | None = None
-    ) -> Float[Tensor, "b d"]:
-        return self.read(x)
 
 
 def step_by_forward(

@@ -137,6 +137,9 @@ class Mamba1(LinearEnds):
         )
         return Product(self.out_proj, y)
 
+    def parts(self) -> tuple[nn.Module, ...]:
+        return self.in_proj, self.out_proj
+
     def flops_per_token(self, context: int) -> int:
         linears = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
         matrices = sum(linear.weight.numel() for linear in linears) + self.conv_weight.numel()

@@ -162,6 +162,9 @@ class Mamba2(LinearEnds):
             y = leave(y, z, layer, gated, gated_rms_norm) if gate is None else y.flatten(-2)
         return Product(self.out_proj, y, config.out_multiplier)
 
+    def parts(self) -> tuple[nn.Module, ...]:
+        return self.in_proj, self.out_proj
+
     def flops_per_token(self, context: int) -> int:
         projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv_weight.numel())
         return projections + 5 * self.d_inner * self.config.d_state

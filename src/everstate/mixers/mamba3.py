@@ -137,6 +137,9 @@ class Mamba3(LinearEnds):
     ) -> Product:
         return Product(self.out_proj, mamba3_step_(self.in_proj(x), state, slots, delta_t, layer=self._layer()))
 
+    def parts(self) -> tuple[nn.Module, ...]:
+        return self.in_proj, self.out_proj
+
     def flops_per_token(self, context: int) -> int:
         projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
         return projections + (1 + 4 * self.rank) * self.d_inner * self.config.d_state

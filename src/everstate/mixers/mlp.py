@@ -9,15 +9,17 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from everstate.core.config import Config
 from everstate.core.errors import ConfigError
 from everstate.core.state import Slots
-from everstate.mixers.base import ChannelMixer, Empty, LinearEnds
-from everstate.mixers.modules import Linear, Multiplier, Product, init_linear_, scaled
-from everstate.ops import Normed, glu, linear_activate
-from everstate.ops.activations import Activation, activate
+from everstate.mixers.base import ChannelMixer, Empty, has_linear_ends
+from everstate.mixers.modules import Linear, Multiplier, Product, init_linear_, is_untouched, scaled
+from everstate.ops import Normed, linear_activate
+from everstate.ops.activations import Activation
+from everstate.ops.glu import activated
+from everstate.ops.norm.normed import divided
 
 
 class MLPConfig(Config):
@@ -37,7 +39,7 @@ class MLPConfig(Config):
     """Of the output."""
 
 
-class MLP(LinearEnds, ChannelMixer):
+class MLP(ChannelMixer):
     """`in_proj`, activation, `out_proj`. It looks at one token alone, so elapsed time has no effect on it."""
 
     Config = MLPConfig
@@ -61,8 +63,7 @@ class MLP(LinearEnds, ChannelMixer):
         if config.gate_multiplier != 1.0:
             gate, up = h.chunk(2, -1)
             h = torch.cat([gate * config.gate_multiplier, up], -1)
-        h = glu(h, config.activation) if config.gated else activate(h, config.activation, False)
-        return scaled(self.out_proj(h), config.out_multiplier)
+        return scaled(self.out_proj(activated(h, config.activation, config.gated)), config.out_multiplier)
 
     def product_step_(
         self,
@@ -70,11 +71,16 @@ class MLP(LinearEnds, ChannelMixer):
         state: Empty,
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
-    ) -> Product:
+    ) -> Product | Float[Tensor, "b d"]:
+        if not has_linear_ends(self) or not is_untouched(self, MLP, "read"):
+            return self.read(divided(x))
         config, width = self.config, self.out_proj.in_features
         scale, bias = self.in_proj.folded(1.0, ((width, config.gate_multiplier), (width, 1.0)) if config.gated else 1.0)
         h = linear_activate(x, self.in_proj.weight, bias, scale=scale, activation=config.activation, gated=config.gated)
         return Product(self.out_proj, h, config.out_multiplier)
+
+    def parts(self) -> tuple[nn.Module, ...]:
+        return self.in_proj, self.out_proj
 
     def flops_per_token(self, context: int) -> int:
         return 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from everstate.core.dtypes import state_dtype
 from everstate.core.kernels import kept
 from everstate.ops import Normed, add_rms_norm, linear, linear_add_rms_norm, rms_norm
+from everstate.ops.norm.normed import divided
 
 
 class Special(nn.Module):
@@ -200,21 +201,21 @@ class Unmade(ABC):
 class Product(Unmade):
     """`behind * linear(x) + addend`."""
 
-    linear: Linear
+    linear: nn.Module
+    """A `Linear`, or what somebody put in its place."""
     x: Float[Tensor, "b k"] | Normed
     behind: float = 1.0
     addend: Float[Tensor, "b n"] | None = None
 
     def value(self) -> Float[Tensor, "b n"]:
-        x = self.x
-        if isinstance(x, Normed) and not is_plain(self.linear):
-            x = x.divided()
-        y = self.linear(x) if self.behind == 1.0 else self.linear.step(x, behind=self.behind)
+        linear, x = self.linear, self.x
+        y = linear.step(x, behind=self.behind) if is_plain(linear) else scaled(linear(divided(x)), self.behind)
         return y if self.addend is None else self.addend + y
 
     def add_to(
         self, residual: Float[Tensor, "b n"], norm: RMSNorm, multiplier: float
     ) -> tuple[Float[Tensor, "b n"], Normed]:
+        assert is_plain(self.linear)
         scale, bias = self.linear.folded(1.0, self.behind)
         return linear_add_rms_norm(
             self.x, self.linear.weight, bias, residual, norm.factor(), scale=scale, addend=self.addend, eps=norm.eps,

@@ -16,9 +16,21 @@ from torch.nn.functional import sigmoid
 from everstate.core.config import Config
 from everstate.core.errors import ConfigError
 from everstate.core.state import Slots
-from everstate.mixers.base import ChannelMixer, Empty, LinearEnds, divide, has_linear_ends
+from everstate.mixers.base import ChannelMixer, Empty, divide, has_linear_ends
 from everstate.mixers.mlp import MLP, MLPConfig, default_d_hidden
-from everstate.mixers.modules import Linear, Product, RMSNorm, Special, Unmade, init_linear_, made, plus, uniform_
+from everstate.mixers.modules import (
+    Linear,
+    Product,
+    RMSNorm,
+    Special,
+    Unmade,
+    init_linear_,
+    is_plain,
+    is_untouched,
+    made,
+    plus,
+    uniform_,
+)
 from everstate.ops import Normed, experts, experts_add_rms_norm, topk_router
 from everstate.ops.activations import Activation
 from everstate.ops.experts import Score
@@ -84,11 +96,10 @@ class Router(Special):
         uniform_(self.weight, self.weight.shape[1] ** -0.5, generator)
 
 
-class MoE(LinearEnds, ChannelMixer):
+class MoE(ChannelMixer):
     """`router`, the chosen experts, and a shared one. It looks at one token alone: elapsed time has no effect on it."""
 
     Config = MoEConfig
-    ends = ("latent_in", "latent_out", "shared_gate")
     router_bias: Tensor | None
 
     def __init__(self, d_model: int, config: MoEConfig) -> None:
@@ -144,12 +155,10 @@ class MoE(LinearEnds, ChannelMixer):
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Unmade | Float[Tensor, "b d"]:
+        if not is_untouched(self, MoE, "read"):
+            return self.read(divided(x))
         chosen = self._choose(x)
-        if self.latent_in is not None or self.shared_gate is not None:
-            return self.joined(x, *chosen)
-        if self.shared is not None and (self.shared.in_proj.scale is not None or not has_linear_ends(self.shared)):
-            return self.joined(x, *chosen)
-        return Mixture(self, x, *chosen)
+        return Mixture(self, x, *chosen) if self._is_plain_sum() else self.joined(x, *chosen)
 
     def joined(
         self, x: Float[Tensor, "b d"] | Normed, weights: Float[Tensor, "b k"], indices: Int[Tensor, "b k"]
@@ -159,14 +168,13 @@ class MoE(LinearEnds, ChannelMixer):
         y = routed if self.latent_out is None else Product(self.latent_out, routed)
         if self.shared is None:
             return y
-        plain = has_linear_ends(self.shared)
-        shared = self.shared.product_step_(x, Empty()) if plain else self.shared.read(divided(x))
+        shared = self.shared.product_step_(x, Empty())
         if self.shared_gate is not None:
             shared = made(shared) * sigmoid(self.shared_gate(x))
         return plus(made(y), shared)
 
-    def has_plain_ends(self) -> bool:
-        return super().has_plain_ends() and (self.shared is None or has_linear_ends(self.shared))
+    def parts(self) -> tuple[nn.Module | None, ...]:
+        return self.latent_in, self.latent_out, self.shared_gate, self.shared
 
     def flops_per_token(self, context: int) -> int:
         config = self.config
@@ -184,6 +192,15 @@ class MoE(LinearEnds, ChannelMixer):
             normalise=config.normalise, eps=config.normalise_eps, scale=config.routed_scale,
             ngroups=config.ngroups, topk_groups=config.topk_groups,
         )  # fmt: skip
+
+    def _is_plain_sum(self) -> bool:
+        """Whether what is given is the sum of what experts give, each by its own weights and nothing else."""
+        if self.latent_in is not None or self.shared_gate is not None:
+            return False
+        if self.shared is None:
+            return True
+        ends = self.shared.in_proj, self.shared.out_proj
+        return has_linear_ends(self.shared) and all(is_plain(part) and part.scale is None for part in ends)
 
     def _experts(
         self, x: Float[Tensor, "*b d"] | Normed, weights: Float[Tensor, "*b k"], indices: Int[Tensor, "*b k"]

@@ -5,7 +5,6 @@ Source: Zuo et al. 2025, "Falcon-H1" (arXiv 2507.22448), section 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -13,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from everstate.core.config import Config
-from everstate.core.errors import ConfigError
+from everstate.core.errors import ConfigError, RequestError
 from everstate.core.packing import Packing
-from everstate.core.state import Slots
+from everstate.core.state import Slots, map_state
 from everstate.mixers.base import LinearEnds, Mixer, State, has_linear_ends, parse_mixer
 from everstate.mixers.modules import Unmade, made, plus
 from everstate.ops import Normed
@@ -51,11 +50,11 @@ class Parallel(LinearEnds):
             self.mixers[name] = mixer_class(d_model, part)
 
     def init_(self, generator: torch.Generator) -> None:
-        for part in self._parts():
+        for part in self.parts():
             part.init_(generator)
 
     def init_state(self, batch: int, *, context: int | None = None) -> State:
-        return tuple(part.init_state(batch, context=context) for part in self._parts())
+        return tuple(part.init_state(batch, context=context) for part in self.parts())
 
     def forward(
         self,
@@ -64,7 +63,7 @@ class Parallel(LinearEnds):
         packing: Packing | None = None,
         delta_t: Float[Tensor, "b l"] | None = None,
     ) -> tuple[Float[Tensor, "b l d"], State]:
-        parts = zip(self._parts(), state, strict=True)
+        parts = zip(self.parts(), state, strict=True)
         ys, states = zip(*(part(x, before, packing, delta_t) for part, before in parts), strict=True)
         return sum(ys[1:], start=ys[0]), states
 
@@ -76,23 +75,17 @@ class Parallel(LinearEnds):
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Unmade | Float[Tensor, "b d"]:
         y: Unmade | Tensor | None = None
-        for part, pool in zip(self._parts(), state, strict=True):
+        for part, pool in zip(self.parts(), state, strict=True):
             own = _step_part_(part, x, pool, slots, delta_t)
             y = own if y is None else plus(made(y), own)
         assert y is not None
         return y
 
-    def has_plain_ends(self) -> bool:
-        return all(has_linear_ends(part) for part in self._parts())
-
-    def narrow(self, state: State, dtype: torch.dtype) -> State:
-        return tuple(part.narrow(own, dtype) for part, own in zip(self._parts(), state, strict=True))
-
     def flops_per_token(self, context: int) -> int:
-        return sum(part.flops_per_token(context) for part in self._parts())
+        return sum(part.flops_per_token(context) for part in self.parts())
 
-    def _parts(self) -> Iterator[Mixer]:
-        return iter(cast("list[Mixer]", list(self.mixers.values())))
+    def parts(self) -> list[Mixer]:
+        return cast("list[Mixer]", list(self.mixers.values()))
 
 
 def _step_part_(
@@ -101,3 +94,23 @@ def _step_part_(
     if has_linear_ends(part):
         return part.product_step_(x, state, slots, delta_t)
     return part.step_(divided(x), state, slots, delta_t)
+
+
+def cast_state(mixer: Mixer, state: State, dtype: torch.dtype) -> State:
+    """The state with what `mixer.narrows` names in `dtype`. Raises `RequestError` where nothing can be stepped so."""
+    if isinstance(mixer, Parallel):
+        return tuple(cast_state(part, own, dtype) for part, own in zip(mixer.parts(), state, strict=True))
+
+    def keep(tensor: Tensor) -> Tensor:
+        # A cache of attention has the dtype of the weights.
+        kept = (dtype, torch.bfloat16, torch.float16)
+        if tensor.dtype in kept or not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        raise RequestError(
+            f"{type(mixer).__name__} cannot keep its state in {dtype}, only in {tensor.dtype}; leave the dtype out"
+        )
+
+    if not mixer.narrows or dtype not in (torch.bfloat16, torch.float16):
+        return map_state(keep, state)
+    parts = state._asdict().items()
+    return type(state)(*(part.to(dtype) if name in mixer.narrows else part for name, part in parts))

@@ -16,6 +16,7 @@ from everstate.core.state import Slots, named_tensors
 from everstate.mixers import Mixer, State, build_mixer
 from everstate.mixers.base import allocate_, cast_
 from everstate.mixers.modules import Linear, Norm, build_norm, is_plain, is_untouched, scaled
+from everstate.mixers.parallel import cast_state
 from everstate.models.config import ModelConfig
 from everstate.models.step import step_blocks_
 from everstate.ops import Normed, linear
@@ -173,7 +174,7 @@ class LM(nn.Module):
         state = tuple(block.mixer.init_state(batch, context=context) for block in self.layers)
         if dtype is None:
             return state
-        return tuple(block.mixer.narrow(part, dtype) for block, part in zip(self.layers, state, strict=True))
+        return tuple(cast_state(block.mixer, part, dtype) for block, part in zip(self.layers, state, strict=True))
 
     def forward(
         self,

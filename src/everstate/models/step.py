@@ -1,7 +1,7 @@
 """One token through the blocks of a model with few launches, where kernels serve.
 
-What a block gives is a product that is not made yet: the residual stream takes it in where it is made, together with
-the norm that comes next, whose division is left to the linear map that reads it (decision 0009).
+What a block gives may not be made yet (`Unmade`): the residual stream takes it in where it is made, together with the
+norm that comes next, whose division is left to what reads it (decision 0009).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def step_blocks_(
         added = _add_and_norm(x, y, model.norm, model.config.residual_multiplier)
         if added is not None:
             return added[1]
-    return model.finish(x, None if y is None else made(y))
+    return model.finish(x, _made(y))
 
 
 def _step_block_(
@@ -49,10 +49,9 @@ def _step_block_(
     """The residual stream with what the block before gave, and what this one gives."""
     mixer = block.mixer
     if not block.is_plain or not has_linear_ends(mixer):
-        x, h = block.take(x, None if y is None else made(y), dtype)
+        x, h = block.take(x, _made(y), dtype)
         return x, block.give(mixer.step_(h, state, slots, delta_t))
-    added = _add_and_norm(x, y, block.norm, block.multiplier)
-    x, read = added or block.take(x, None if y is None else made(y), dtype)
+    x, read = _add_and_norm(x, y, block.norm, block.multiplier) or block.take(x, _made(y), dtype)
     return x, mixer.product_step_(read, state, slots, delta_t)
 
 
@@ -65,3 +64,7 @@ def _add_and_norm(
     if not isinstance(norm, RMSNorm) or not is_untouched(norm, RMSNorm, "add", "forward"):
         return None
     return y.add_to(x, norm, multiplier)
+
+
+def _made(y: Given) -> Float[Tensor, "b d"] | None:
+    return None if y is None else made(y)

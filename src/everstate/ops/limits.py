@@ -15,6 +15,13 @@ def step_refusal(state: Tensor, *inputs: Tensor | None) -> str | None:
     return refusal(*inputs, state)
 
 
+def refusal_of_matrices(*matrices: Tensor) -> str | None:
+    """Why kernels that read weights row by row cannot serve, or None."""
+    if all(matrix.is_contiguous() for matrix in matrices):
+        return None
+    return "takes weights that lie row by row in memory"
+
+
 def refusal_of_strides(*vectors: Tensor | None) -> str | None:
     """Why kernels that read these from end to end cannot serve, or None. A copy is too late where kernels overlap."""
     if all(t is None or t.is_contiguous() for t in vectors):

@@ -1,4 +1,5 @@
-"""What kernels of rows share: dense rows; and of one token: rows of a pool, sizes of tiles, silu, when they start."""
+"""What kernels of rows share: dense rows; and of one token: rows of a pool, sizes of tiles, silu, norms that are not
+divided yet, when they start."""
 
 import torch
 import triton
@@ -56,18 +57,24 @@ def silu(x):
 
 
 @triton.jit
-def divisor_of(squares, row, parts, eps, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """What the products of a row out of a norm are still to be multiplied by; see `Normed`."""
-    at = tl.arange(0, PARTS)
-    return tl.rsqrt(tl.sum(tl.load(squares + row * parts + at, mask=at < parts, other=0.0), 0) / WIDTH + eps)
+def rstd(sum_of_squares, eps, WIDTH: tl.constexpr):
+    """What a row of so many numbers is multiplied by in a norm: one over its root mean square."""
+    return tl.rsqrt(sum_of_squares / WIDTH + eps)
 
 
 @triton.jit
-def divisors_of(squares, rows, parts, eps, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """The same of many rows."""
+def rstd_of(squares, row, parts, eps, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """That of a row that is not divided yet; see `Normed`."""
     at = tl.arange(0, PARTS)
-    own = tl.load(squares + rows[:, None] * parts + at[None, :], mask=(at < parts)[None, :], other=0.0)
-    return tl.rsqrt(tl.sum(own, 1) / WIDTH + eps)
+    return rstd(tl.sum(tl.load(squares + row * parts + at, mask=at < parts, other=0.0), 0), eps, WIDTH)
+
+
+@triton.jit
+def rstds_of(squares, rows, parts, eps, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """That of each of many rows."""
+    at = tl.arange(0, PARTS)
+    own = squares + rows.to(tl.int64)[:, None] * parts + at[None, :]
+    return rstd(tl.sum(tl.load(own, mask=(at < parts)[None, :], other=0.0), 1), eps, WIDTH)
 
 
 def launch_options(device: torch.device) -> dict[str, bool]:

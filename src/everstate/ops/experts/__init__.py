@@ -66,7 +66,13 @@ def experts_add_rms_norm(
     eps: float = 1e-5,
     multiplier: float = 1.0,
 ) -> tuple[Float[Tensor, "t d"], Normed]:
-    """`add_rms_norm` of a residual stream and what `experts` give, and a `shared` one, which sees every token."""
+    """`add_rms_norm` of `residual` and `y = experts(x, ...) + w_out act(w_in x)`, with `(w_in, w_out) = shared`.
+
+    The shared expert reads every token with weight 1; with `gated`, s2 = 2 s and the first half makes the gate. Of x
+    out of a norm, `Normed.divided()` is meant.
+
+    Source: Dai et al. 2024 (arXiv 2401.06066), section 3.2.
+    """
     y = experts.reference(x, weights, indices, w_in, w_out, activation=activation, gated=gated)
     if shared is not None:
         hidden = linear_activate.reference(x, shared[0], activation=activation, gated=gated)

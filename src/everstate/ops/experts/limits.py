@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from everstate.core.kernels import refusal, shared_memory
-from everstate.ops.limits import refusal_of_strides, step_refusal
+from everstate.ops.limits import refusal_of_matrices, refusal_of_strides, step_refusal
 from everstate.ops.norm.limits import accepts_norm
 from everstate.ops.norm.normed import Normed, as_normed
 
@@ -44,14 +44,12 @@ def accepts_add(
 ) -> str | None:  # fmt: skip
     """Why the kernels of `experts_add_rms_norm` do not serve these arguments, or None."""
     if not 0 < indices.numel() <= FEW:
-        return f"takes 1 to {FEW} tokens and experts of theirs, not {indices.numel()}"
+        return f"takes 1 to {FEW} rows (a token and one of its experts), not {indices.numel()}"
     matrices = (w_in, w_out, *(shared or ()))
     if any(matrix.dtype != as_normed(x).x.dtype for matrix in matrices):
         return "takes weights of the dtype of x"
-    if not all(matrix.is_contiguous() for matrix in matrices):
-        return "takes weights that lie row by row in memory"
-    refused = accepts(x, weights, indices, w_in, w_out) or step_refusal(residual, norm, weights, *matrices)
-    return refused or accepts_norm(residual, norm)
+    refused = refusal_of_matrices(*matrices) or accepts(x, weights, indices, w_in, w_out)
+    return refused or step_refusal(residual, norm, weights, *matrices) or accepts_norm(residual, norm)
 
 
 def accepts_router(
@@ -67,6 +65,4 @@ def accepts_router(
             f"takes up to {MOST} experts, {CHOICES} of them for a token, in up to {CHOICES} groups, "
             f"not {len(weight)}, {top_k} and {ngroups}"
         )
-    if not weight.is_contiguous():
-        return "takes weights that lie row by row in memory"
-    return step_refusal(x, weight, bias, squares) or refusal_of_strides(squares)
+    return refusal_of_matrices(weight) or step_refusal(x, weight, bias, squares) or refusal_of_strides(squares)

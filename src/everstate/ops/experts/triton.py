@@ -21,12 +21,12 @@ from everstate.core.kernels import kernel_op
 from everstate.ops.activations import Activation
 from everstate.ops.experts.limits import FEW
 from everstate.ops.experts.triton_few import few
-from everstate.ops.linear import limits
+from everstate.ops.linear import limits as linear_limits
 from everstate.ops.norm.normed import Normed, as_normed
 from everstate.ops.triton_activations import act, act_slope
 from everstate.ops.triton_common import dot
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
-from everstate.ops.triton_rows import dense, divisors_of, follow_last, launch_options
+from everstate.ops.triton_rows import dense, follow_last, launch_options, rstds_of
 
 RANKED = 8192
 """Rows up to which a row counts those before it, which is one launch; more are sorted by PyTorch."""
@@ -56,7 +56,7 @@ def experts(
 
 def _holds_too_many(squares: Float[Tensor, "t parts"], chosen: Tensor, experts: int, dtype: torch.dtype) -> bool:
     """Whether the sums of squares of a tile of rows are more than a program should hold."""
-    return _rows_of_tile(chosen.numel(), experts, dtype) * power_of_2(squares.shape[1]) > limits.SQUARES
+    return _rows_of_tile(chosen.numel(), experts, dtype) * power_of_2(squares.shape[1]) > linear_limits.SQUARES
 
 
 def _rows_of_tile(rows: int, experts: int, dtype: torch.dtype) -> int:
@@ -77,7 +77,7 @@ def _experts(
         empty = indices.new_empty(0, dtype=torch.int32)
         return torch.empty_like(call.x), logits, empty, torch.zeros_like(w_in[:, 0, 0], dtype=torch.int32)
     order, starts = _sort(call.indices, call.experts)
-    hidden = call.up(order, starts, Normed(call.x, squares, eps), logits if keep else None, activation, gated)
+    hidden = call.up(order, starts, squares, eps, logits if keep else None, activation, gated)
     parts = call.product(hidden, call.w_out, call.w_out.stride(2), call.w_out.stride(1), order, starts, scatter=True)
     return call.summed(parts, call.weights), logits, order, starts
 
@@ -152,19 +152,20 @@ class _Call:
         }  # fmt: skip
 
     def up(
-        self, order: Tensor, starts: Tensor, x: Normed, logits: Tensor | None, activation: str, gated: bool
-    ) -> Tensor:
+        self, order: Tensor, starts: Tensor, squares: Tensor | None, eps: float, logits: Tensor | None,
+        activation: str, gated: bool,
+    ) -> Tensor:  # fmt: skip
         """`act(w_in x)` of each row, in the order of experts."""
         width, d_hidden = self.x.shape[1], self.w_out.shape[2]
-        parts = 0 if x.squares is None else x.squares.shape[1]
+        parts = 0 if squares is None else squares.shape[1]
         hidden = self.x.new_empty(self.rows, d_hidden)
         tile = self._tile(d_hidden, width, 2 if gated else 1)
         grid = (self.tiles * cdiv(d_hidden, tile["BLOCK_N"]),)
         launch(
             _up_kernel, grid,
-            x.x, x.squares, self.w_in, order, starts, logits, hidden, x.x.stride(0), parts, x.eps,
+            self.x, squares, self.w_in, order, starts, logits, hidden, self.x.stride(0), parts, eps,
             *self.w_in.stride()[:2], D=width, F=d_hidden, PARTS=power_of_2(max(parts, 1)), ACTIVATION=activation,
-            GATED=gated, **self.shared, **tile, **launch_options(x.x.device),
+            GATED=gated, **self.shared, **tile, **launch_options(hidden.device),
         )  # fmt: skip
         return hidden
 
@@ -337,8 +338,8 @@ def _up_kernel(
                 right = tl.load(b + F * w_row + start, mask=(start + k < D)[:, None], other=0.0)
                 up = dot(left, right, up, PRECISION)
         if squares is not None:
-            divisor = divisors_of(squares, token, parts, eps, D, PARTS)[:, None]
-            gate, up = gate * divisor, up * divisor
+            rstd = rstds_of(squares, token, parts, eps, D, PARTS)[:, None]
+            gate, up = gate * rstd, up * rstd
         inside = (row < end)[:, None] & (n < F)[None, :]
         out = row.to(tl.int64)[:, None]
         if logits is not None:

@@ -14,7 +14,7 @@ from everstate.ops.linear.limits import divides
 from everstate.ops.norm.normed import Normed, as_normed
 from everstate.ops.triton_activations import act
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
-from everstate.ops.triton_rows import dense, divisor_of, follow_last, launch_options
+from everstate.ops.triton_rows import dense, follow_last, launch_options, rstd_of
 
 TOGETHER: tl.constexpr = tl.constexpr(4)
 """Turns of a loop whose weights are asked for at once."""
@@ -109,8 +109,8 @@ def _tile(summed: int, pairs: int, rows: int, device: torch.device) -> dict[str,
 
 def _up(
     x: Normed, indices: Tensor, w_in: Tensor, shared_in: Tensor | None, d_hidden: int, activation: str, gated: bool
-) -> Float[Tensor, "t h"]:
-    """The activations of each token: of its experts, best first, and of the shared one."""
+) -> Float[Tensor, "t hidden"]:
+    """The activations of each token, `top_k f + s` of them: of its experts, best first, and of the shared one."""
     (tokens, width), top_k = x.x.shape, indices.shape[1]
     shared = 0 if shared_in is None else len(shared_in) // (1 + gated)
     hidden = x.x.new_empty(tokens, top_k * d_hidden + shared, dtype=torch.float32)
@@ -127,7 +127,7 @@ def _up(
 
 
 def _down(
-    hidden: Float[Tensor, "t h"], weights: Tensor, indices: Tensor, w_out: Tensor, shared_out: Tensor | None,
+    hidden: Float[Tensor, "t hidden"], weights: Tensor, indices: Tensor, w_out: Tensor, shared_out: Tensor | None,
     stream: Tensor | None, norm: Tensor | None, multiplier: float, written: list[Tensor],
 ) -> None:  # fmt: skip
     """What the experts of each token make of its activations, and what is behind that."""
@@ -166,10 +166,10 @@ def _few_up_kernel(
         gate += u * tl.load(b + start, mask=(start + k < D)[None, :], other=0.0).to(tl.float32)
         if GATED:
             up += u * tl.load(b + width * step + start, mask=(start + k < D)[None, :], other=0.0).to(tl.float32)
-    divisor = 1.0 if squares is None else divisor_of(squares, token, parts, eps, D, PARTS)
-    active = act(tl.sum(gate, 1) * divisor, ACTIVATION)
+    rstd = 1.0 if squares is None else rstd_of(squares, token, parts, eps, D, PARTS)
+    active = act(tl.sum(gate, 1) * rstd, ACTIVATION)
     if GATED:
-        active = active * (tl.sum(up, 1) * divisor)
+        active = active * (tl.sum(up, 1) * rstd)
     tl.store(hidden + token * (TOP_K * F + SHARED) + place * F + n, active, mask=n < width)
 
 

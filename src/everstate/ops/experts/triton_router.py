@@ -14,7 +14,7 @@ from everstate.core.kernels import counters, kernel_op
 from everstate.ops.experts.route import Score
 from everstate.ops.norm.normed import Normed, as_normed
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
-from everstate.ops.triton_rows import dense_rows, divisor_of, launch_options, start_next, wait_for_last
+from everstate.ops.triton_rows import dense_rows, launch_options, rstd_of, start_next, wait_for_last
 
 NONE: tl.constexpr = tl.constexpr(-float("inf"))
 """The chance of an expert that has been chosen, or is none."""
@@ -56,13 +56,13 @@ def _router(
     count, width = weight.shape
     weights, indices = _results(x, top_k)
     logits = weights.new_empty(len(x), count)
-    parts, summed = cdiv(count, EXPERTS), 0 if squares is None else squares.shape[-1]
+    programs, parts = cdiv(count, EXPERTS), 0 if squares is None else squares.shape[-1]
     launch(
-        _router_kernel, (len(x) * parts,),
-        x, squares, weight, bias, logits, weights, indices, counters(x.device, len(x)), x.stride(0), summed, norm_eps,
-        eps, scale, SUMMED=power_of_2(max(summed, 1)), PARTS=parts, COUNT=count, WIDTH=width, TOP_K=top_k, SCORE=score,
-        NORMALISE=normalise, GROUPS=ngroups, KEPT=topk_groups, BLOCK_E=EXPERTS, BLOCK_D=min(power_of_2(width), PIECE),
-        BLOCK=power_of_2(count), BLOCK_K=power_of_2(top_k), num_warps=4,
+        _router_kernel, (len(x) * programs,),
+        x, squares, weight, bias, logits, weights, indices, counters(x.device, len(x)), x.stride(0), parts, norm_eps,
+        eps, scale, PARTS=power_of_2(max(parts, 1)), PROGRAMS=programs, COUNT=count, WIDTH=width, TOP_K=top_k,
+        SCORE=score, NORMALISE=normalise, GROUPS=ngroups, KEPT=topk_groups, BLOCK_E=EXPERTS,
+        BLOCK_D=min(power_of_2(width), PIECE), BLOCK=power_of_2(count), BLOCK_K=power_of_2(top_k), num_warps=4,
         **launch_options(x.device),
     )  # fmt: skip
     return weights, indices
@@ -82,14 +82,14 @@ def _results(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _router_kernel(
-    x, squares, weight, bias, logits, weights, indices, arrived, x_row, summed, norm_eps, eps, scale,
-    SUMMED: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
+    x, squares, weight, bias, logits, weights, indices, arrived, x_row, parts, norm_eps, eps, scale,
+    PARTS: tl.constexpr, PROGRAMS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
     SCORE: tl.constexpr, NORMALISE: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per token and some experts; the last of a token chooses for it."""
     start_next(OVERLAP)
-    row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
+    row, part = (tl.program_id(0) // PROGRAMS).to(tl.int64), tl.program_id(0) % PROGRAMS
     e, d = part * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D)
     own = weight + e[:, None] * WIDTH + d[None, :]
     known = (e < COUNT)[:, None]
@@ -103,10 +103,10 @@ def _router_kernel(
         sums += w * tl.load(x + start + d, mask=inside, other=0.0).to(tl.float32)[None, :]
     logit_of = tl.sum(sums, 1)
     if squares is not None:
-        logit_of = logit_of * divisor_of(squares, row, summed, norm_eps, WIDTH, SUMMED)
+        logit_of = logit_of * rstd_of(squares, row, parts, norm_eps, WIDTH, PARTS)
     tl.store(logits + row * COUNT + e, logit_of, mask=e < COUNT)
     tl.debug_barrier()
-    if tl.atomic_add(arrived + row, 1, sem="acq_rel", scope="gpu") == PARTS - 1:
+    if tl.atomic_add(arrived + row, 1, sem="acq_rel", scope="gpu") == PROGRAMS - 1:
         tl.store(arrived + row, 0)  # as the next kernel wants to find it
         at = tl.arange(0, BLOCK)
         # Past the cache of a multiprocessor, which knows nothing of what others write.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
-from everstate.ops.activations import ACTIVATIONS, Activation
+from everstate.ops.activations import ACTIVATIONS, Activation, activate
 from everstate.ops.glu.limits import accepts, accepts_gate
 
 
@@ -24,6 +24,11 @@ def glu(h: Float[Tensor, "*b f2"], activation: Activation = "silu") -> Float[Ten
 
 glu.add("triton", "everstate.ops.glu.triton:glu", accepts)
 glu.add("torch", "everstate.ops.glu.plain:glu", anywhere)
+
+
+def activated(h: Float[Tensor, "*b n"], activation: Activation, gated: bool) -> Float[Tensor, "*b f"]:
+    """`activate` by its fastest implementation: with a gate it is `glu`."""
+    return glu(h, activation) if gated else activate(h, activation, False)
 
 
 @op

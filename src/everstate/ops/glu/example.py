@@ -13,7 +13,7 @@ def _of(activation: Activation) -> Variants:
     return {activation: example}
 
 
-glu: Variants = _of("silu") | _of("relu2") | _of("gelu_tanh")
+glu: Variants = _of("silu") | _of("relu2") | _of("gelu") | _of("gelu_tanh")
 
 
 def _gated(draw: Draw, batch: int, length: int, sequences: int) -> Example:

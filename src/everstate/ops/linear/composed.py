@@ -6,9 +6,9 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from everstate.core.state import Slots
-from everstate.ops.activations import Activation, activate
+from everstate.ops.activations import Activation
 from everstate.ops.conv1d import causal_conv1d_step_
-from everstate.ops.glu import glu
+from everstate.ops.glu import activated
 from everstate.ops.norm import add_rms_norm
 from everstate.ops.norm.normed import Normed, divided
 
@@ -38,8 +38,7 @@ def linear_activate(
     gated: bool = False,
 ) -> Float[Tensor, "*b f"]:
     """See `everstate.ops.linear_activate`."""
-    y = linear(x, weight, bias, scale=scale)
-    return glu(y, activation) if gated else activate(y, activation, False)
+    return activated(linear(x, weight, bias, scale=scale), activation, gated)
 
 
 def linear_add_rms_norm(

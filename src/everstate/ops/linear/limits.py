@@ -10,7 +10,7 @@ from torch import Tensor
 from everstate.core.kernels import capability
 from everstate.core.state import Slots
 from everstate.ops.conv1d.limits import accepts_step
-from everstate.ops.limits import refusal_of_strides, step_refusal
+from everstate.ops.limits import refusal_of_matrices, refusal_of_strides, step_refusal
 from everstate.ops.norm.limits import accepts_norm
 from everstate.ops.norm.normed import Normed, as_normed
 
@@ -34,8 +34,9 @@ def accepts_linear(
         return f"takes 1 to {ROWS} rows, not {rows}"
     if weight.dtype not in (x.dtype, torch.int8):
         return f"takes x and weights of one dtype, not {x.dtype} and {weight.dtype}"
-    if not weight.is_contiguous():
-        return "takes weights that lie row by row in memory"
+    refused = refusal_of_matrices(weight)
+    if refused is not None:
+        return refused
     refused = step_refusal(x, weight, bias, scale, squares) or refusal_of_strides(bias, scale, squares)
     if refused is None and squares is not None:
         refused = _refusal_of_squares(rows, squares.shape[1])
@@ -53,7 +54,7 @@ def accepts_activate(
 ) -> str | None:
     """Why the kernels of `linear_activate` do not serve these arguments, or None."""
     if gated and len(weight) % 2:
-        return f"takes gates for as many outputs, not {len(weight)} in all"
+        return f"takes as many gates as up projections, not {len(weight)} rows of weights in all"
     return accepts_linear(x, weight, bias, scale=scale)
 
 
@@ -77,7 +78,7 @@ def _refusal_of_squares(rows: int, parts: int) -> str | None:
 
 
 def divides(rows: int, width: int, parts: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the division of a norm is best left to the linear map behind it: of so many rows of this width, with so
+    """Whether the division of a norm is best left to what reads it: of so many rows of this width, with so
     many sums of squares each. Numbers of float16 might overflow before."""
     if dtype == torch.float16 or not 0 < rows <= ROWS or _refusal_of_squares(rows, parts) is not None:
         return False

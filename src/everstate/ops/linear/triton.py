@@ -177,6 +177,7 @@ def _run(x: Float[Tensor, "b k"], weight: Float[Tensor, "n k"] | Int8[Tensor, "n
     written = _written(x, weight, stream=stream, gated=ends.gated)
     arguments, settings = ends.arguments(written)
     if not _one_by_one(x, weight):
+        assert not ends.gated, "the kernel of matrix products has no gates"
         run_tiles(x, weight, arguments, settings)
         return written
     sizes, options = _sizes(weight, ends.gated)
@@ -259,7 +260,7 @@ def _linear_kernel(
     n, k, b = first + tl.arange(0, OUTPUTS), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_B)
     i = tl.arange(0, BLOCK_N)
     mine, line = first + i, i
-    if GATED:  # behind the row of each gate that of what it is for, which lies as far away as there are outputs
+    if GATED:  # rows alternate: a gate, then its up projection, `outputs` rows further on
         mine, line = first + i // 2, i // 2 + (i % 2).to(tl.int64) * outputs
     own = weight + first.to(tl.int64) * K + line[:, None] * K
     held = ()

@@ -1,5 +1,5 @@
-"""What stands around a product on a GPU: the division of a norm, factors and offsets of the outputs, and one token of a
-short convolution, or a residual stream with the norm behind it."""
+"""What stands around a product on a GPU: the division of a norm, factors and offsets of the outputs, and an activation
+with or without a gate, or one token of a short convolution, or a residual stream with the norm behind it."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from everstate.core.state import Slots
 from everstate.ops.triton_activations import act
 from everstate.ops.triton_launch import power_of_2
-from everstate.ops.triton_rows import silu
+from everstate.ops.triton_rows import rstd, silu
 
 
 class Convolution(NamedTuple):
@@ -89,7 +89,7 @@ def constants(
     bias, scale, taps, conv_bias, norm, n, outputs, start, channels, TAPS: tl.constexpr, GATED: tl.constexpr
 ):  # fmt: skip
     """What belongs to the layer: what outputs are multiplied by and what is added, before the convolution and in it,
-    and their weight in the norm behind; and the first two of what a gate is for."""
+    and their weight in the norm behind; and `of_up`, factor and offset of the up projection, with a gate."""
     inside, d = n < outputs, n - start
     convolved = (d >= 0) & (d < channels)
     factor, offset = _affine(bias, scale, n, inside)
@@ -152,15 +152,15 @@ def finish(
     n, b, rows, outputs, block, blocks, K: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """All that stands behind a block of a product, and with a gate of what that is for; `constants` and `given` gave
-    what it takes."""
+    """All that stands behind a block of a product; `constants` and `given` gave what it takes. With GATED, `sums` are
+    gates and `ups` up projections."""
     factor, offset, conv_offset, factors, weigh, of_up = of_layer
     parts, before, more, past, mine, window = of_token
     if squares is not None:
-        divisor = tl.rsqrt(tl.sum(parts, 1) / K + eps)[None, :]
-        sums = sums * divisor
+        factors_of_rows = rstd(tl.sum(parts, 1), eps, K)[None, :]
+        sums = sums * factors_of_rows
         if GATED:
-            ups = ups * divisor
+            ups = ups * factors_of_rows
     sums = sums * factor[:, None] + offset[:, None]
     if ACTIVATION != "":
         sums = act(sums, ACTIVATION)

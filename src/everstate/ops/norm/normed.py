@@ -1,4 +1,4 @@
-"""What an RMS norm gives to a linear map, which can do its division."""
+"""What an RMS norm gives to a linear map, a router or experts, which can do its division."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from everstate.core.dtypes import state_dtype
 
 
 class Normed(NamedTuple):
-    """Rows out of an RMS norm, perhaps not divided yet: the linear map that reads them can divide its outputs instead,
-    because `W (x / r) = (W x) / r`.
+    """Rows out of an RMS norm, perhaps not divided yet: what multiplies them by a matrix can divide its outputs
+    instead, because `W (x / r) = (W x) / r`.
 
     x: rows times the weight of the norm, and divided where `squares` is None.
     squares: sums of the squares of parts of each row, before the weight; as many parts as it took.
