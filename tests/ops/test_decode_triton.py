@@ -385,7 +385,7 @@ def test_kernels_of_a_step_say_what_they_give(kernel_device: torch.device) -> No
     few = draw(3, 72), None, 0.0, draw(40, 72), None, None
     many = (draw(6, 256).bfloat16(), None, 0.0, draw(80, 256).bfloat16(), None, None)
     for given, outputs in ((few, 40), (many, 80)):
-        for activated in (("relu2", False), ("silu", True)):
+        for activated in (("relu2", False), ("silu", given is few)):  # a gate of many rows is an op of its own
             torch.library.opcheck(
                 linear_kernels._linear_activate._op, (*given, *activated), test_utils="test_faketensor"
             )

@@ -32,7 +32,8 @@ class Normed(NamedTuple):
         return (self.x.to(state_dtype(self.x.dtype)) * torch.rsqrt(mean + self.eps)).to(self.x.dtype)
 
 
-def as_normed(x: Float[Tensor, "*b k"] | Normed) -> Normed:
+# Plain `Tensor`, because torch.compile traces this on the way to kernels and not through checks of shapes.
+def as_normed(x: Tensor | Normed) -> Normed:
     """Either as rows and what is left to do to them, which is nothing for rows alone."""
     return x if isinstance(x, Normed) else Normed(x)
 
