@@ -18,8 +18,9 @@ from everstate.models import LM, ModelConfig
 from everstate.ops import Normed, linear, linear_activate, use
 
 
-def side_by_side(*types: str) -> dict[str, Any]:
-    return {"type": "parallel", "mixers": {name: {"type": name} for name in types}}
+def side_by_side(*mixers: str | dict[str, Any]) -> dict[str, Any]:
+    tables = [{"type": mixer} if isinstance(mixer, str) else mixer for mixer in mixers]
+    return {"type": "parallel", "mixers": {f"part{i}": table for i, table in enumerate(tables)}}
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -34,7 +35,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "mixers": {"both": side_by_side("mamba2", "attention", "mlp")},
     },
     "mamba2 both mlp": {"mixers": {"both": side_by_side("mamba2", "s4d")}},
+    "both mamba2 both": {"mixers": {"both": side_by_side("mlp", side_by_side("mamba2", "mlp"))}},
     "mamba2 2 * (experts) mamba2": {"mixers": {"experts": {"type": "moe", "nexperts": 4, "d_shared": 128}}},
+    "2 * (moe) mamba2": {
+        "residual_multiplier": 0.4,
+        "norm_eps": 0.5,
+        "mixers": {"moe": {"type": "moe", "nexperts": 4, "d_shared": 128, "activation": "relu2", "gated": False}},
+    },
     "mamba2 2 * (moe) mamba2": {"mixers": {"moe": {"type": "moe", "nexperts": 4, "d_shared": 128, "d_latent": 64}}},
     "2 * (mamba2 moe) mamba2": {
         "mixers": {"moe": {"type": "moe", "nexperts": 4, "d_shared": 128, "shared_gate": True}}
@@ -82,6 +89,16 @@ def test_kernels_step_as_pytorch_does(
     with use("torch", "reference"):
         assert off(got, stepped(model, ids)) <= tolerance
         assert off(got, read(model, ids)) <= tolerance
+
+
+@pytest.mark.parametrize("rows", [2, 6])
+def test_a_shared_expert_of_8_bits(rows: int, kernel_device: torch.device) -> None:
+    mixers = {"moe": {"type": "moe", "nexperts": 4, "d_shared": 128}}
+    model = built("mamba2 2 * (moe) mamba2", kernel_device, mixers=mixers).quantize_()
+    ids = drawn(rows, 2, kernel_device)
+    got = stepped(model, ids)
+    with use("torch", "reference"):
+        assert off(got, stepped(model, ids)) <= 1e-4
 
 
 @pytest.mark.parametrize("layout", ["mamba2 mlp", "mamba3 attention"])
