@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from everstate.core.op import Op
-from everstate.mixers import MIXERS
+from everstate.mixers import MIXERS, build_mixer
+from everstate.mixers.base import ChannelMixer
 from everstate.mixers.mamba2 import Mamba2
+from everstate.mixers.mlp import MLPConfig
 from everstate.mixers.modules import Linear, RMSNorm
 from everstate.models import LM, ModelConfig
 from everstate.ops import Normed, linear, linear_activate, use
@@ -185,6 +187,11 @@ def shared_wrapped(model: LM) -> None:
     shared.in_proj = Wrapped(shared.in_proj)
 
 
+def shared_of_its_own(model: LM) -> None:
+    table = {"type": "mlp", "d_hidden": 128, "bias": True, "activation": "relu2", "out_multiplier": 3.0}
+    model.layers[1].mixer.shared = build_mixer(table, 128, device=model.device)
+
+
 def hooked(model: LM) -> None:
     model.layers[1].mixer.out_proj.register_forward_hook(lambda part, args, y: 2 * y)
 
@@ -257,6 +264,7 @@ def stepping_twice(model: LM) -> None:
         ("mamba2 mlp", read_doubled),
         ("mamba2 shared", read_doubled),
         ("mamba2 shared", shared_wrapped),
+        ("mamba2 shared", shared_of_its_own),
     ],
 )
 def test_parts_that_were_replaced_are_not_passed_over(
@@ -268,6 +276,35 @@ def test_parts_that_were_replaced_are_not_passed_over(
     replace(model)
     after = stepped(model, ids)
     assert off(after, read(model, ids)) <= 1e-3 < 1e-2 < off(after, before)
+
+
+class Own(ChannelMixer):
+    """A layer of one's own of which only `read` is written."""
+
+    Config = MLPConfig
+
+    def __init__(self, d_model: int, config: MLPConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_model))
+
+    def init_(self, generator: torch.Generator) -> None:
+        nn.init.constant_(self.weight, 0.5)
+
+    def read(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+    def flops_per_token(self, context: int) -> int:
+        return self.weight.numel()
+
+
+@pytest.mark.parametrize("layout", ["mamba2 own mamba2", "both mamba2 both"])
+def test_a_layer_of_ones_own_needs_no_step(
+    layout: str, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    monkeypatch.setitem(MIXERS._targets, "own", f"{__name__}:Own")
+    mixers = {"own": {"type": "own"}} if "own" in layout else {"both": side_by_side("mamba2", "own")}
+    model, ids = built(layout, kernel_device, mixers=mixers), drawn(2, 3, kernel_device)
+    assert off(stepped(model, ids), read(model, ids)) <= 1e-4
 
 
 def test_a_step_of_ones_own_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:

@@ -258,8 +258,8 @@ def test_a_gate_of_few_rows_is_made_in_the_launch_of_its_product(
     seen: list[int] = []
     monkeypatch.setattr(kernels, "glu", lambda h, activation: seen.append(len(h)) or glu(h, activation))
     draw = draws(kernel_device, torch.bfloat16)
-    for rows in (1, 4, 6, 40):
-        x, weight = draw(3, rows, 256)[1], draw(136, 256) / 8
+    for rows, width in ((1, 256), (4, 256), (6, 256), (40, 256), (1, 40_000)):  # of the last one row fills a program
+        x, weight = draw(3, rows, width)[1], draw(136, width) / 8
         with use("triton"):
             got = linear_activate(x, weight, gated=True)
         close(got, exact(linear_activate, x, weight, gated=True), 2e-2)

@@ -76,6 +76,19 @@ def test_a_norm_is_left_where_the_next_linear_map_divides(
         close(got, exact(experts_add_rms_norm, **given), 1e-2)
 
 
+def test_arguments_that_lie_otherwise_in_memory(kernel_device: torch.device) -> None:
+    given = draw(kernel_device, torch.float32, 3, 96, 40, 6, 2, d_shared=24)
+    across = lambda t: t.T.contiguous().T
+    for name in ("x", "weights", "indices", "residual"):
+        with use("triton"), torch.no_grad():
+            got = experts_add_rms_norm(**{**given, name: across(given[name])})
+        close(got, exact(experts_add_rms_norm, **given), 1e-5)
+    part = torch.randn(3, 200, generator=torch.Generator().manual_seed(0)).to(kernel_device)[:, 5:101]
+    with use("triton"), torch.no_grad():
+        got = experts_add_rms_norm(**{**given, "x": part})
+    close(got, exact(experts_add_rms_norm, **{**given, "x": part}), 1e-5)
+
+
 def test_kernels_say_what_they_give(kernel_device: torch.device) -> None:
     """Compilers ask them for shapes without running them."""
     kernels = import_module("everstate.ops.experts.triton_few")
@@ -93,10 +106,16 @@ def test_refusals(kernel_device: torch.device) -> None:
     other = draw(kernel_device, torch.float32, 2, 32, 32, 4, 2)
     scattered = {**other, "w_out": other["w_out"].mT.contiguous().mT}
     half = {**other, "shared": (torch.ones(8, 32).half().to(kernel_device), torch.ones(32, 4).half().to(kernel_device))}
-    learning = {**other, "w_in": other["w_in"].requires_grad_()}
+    norm = {**other, "norm": torch.ones(64).to(kernel_device)[::2]}
+    squares = {**other, "x": Normed(other["x"], torch.ones(2, 6).to(kernel_device)[:, ::2], 1e-5)}
+    odd = {**other, "shared": (torch.ones(48, 32).to(kernel_device), torch.ones(32, 16).to(kernel_device))}
+    broad = {**other, "residual": other["residual"][:1]}
+    learning = {**other, "x": other["x"].clone().requires_grad_()}
     for given, why in (
-        (many, r"takes 1 to 32 rows \(a token and one of its experts\), not 34"), (scattered, "row by row in memory"),
+        (many, r"takes 1 to 32 rows \(a token and one of its experts\)"), (scattered, "row by row in memory"),
         (half, "weights of the dtype of x"), (learning, "no gradient for a single token"),
+        (odd, "a shared expert of its width"), (broad, "a residual stream of the shape of x"),
+        (norm, "in one piece of memory"), (squares, "in one piece of memory"),
     ):  # fmt: skip
         with use("triton"), pytest.raises(BackendError, match=why):
             experts_add_rms_norm(**given)

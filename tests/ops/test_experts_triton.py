@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everstate.core.errors import BackendError
 from everstate.core.op import REFERENCE
-from everstate.ops import experts, use
+from everstate.ops import Normed, experts, use
 from everstate.ops.experts import limits
 from everstate.ops.linear import limits as linear_limits
 from tests.ops.reference import exact, undivided
@@ -97,6 +97,16 @@ def test_rows_that_a_norm_has_left_undivided(
             patch.setattr(linear_limits, "SQUARES", held)
             got = experts(**{**inputs, "x": x})
         assert error(got, exact(experts, **{**inputs, "x": x})) <= tolerance
+
+
+def test_undivided_rows_of_more_dimensions(kernel_device: torch.device) -> None:
+    inputs: dict[str, Any] = draw(kernel_device, 6, 64, 24, 4, 2)
+    x = undivided(inputs["x"], 5)
+    folded = {name: inputs[name].unflatten(0, (2, 3)) for name in ("weights", "indices")}
+    split = Normed(x.x.unflatten(0, (2, 3)), x.squares.unflatten(0, (2, 3)), x.eps)
+    with use("triton"), torch.no_grad():
+        got = experts(**{**inputs, **folded, "x": split})
+    assert error(got.flatten(0, 1), exact(experts, **{**inputs, "x": x})) <= 1e-5
 
 
 def test_gradients_of_rows_that_a_norm_has_left_undivided(kernel_device: torch.device) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everstate.core.errors import BackendError
 from everstate.core.kernels import overlapping
-from everstate.ops import topk_router, use
+from everstate.ops import Normed, topk_router, use
 from tests.ops.reference import exact, undivided
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -60,6 +60,16 @@ def test_rows_that_a_norm_has_left_undivided(tokens: int, parts: int, kernel_dev
     expected, chosen = exact(topk_router, x, weight, top_k=3)
     assert torch.equal(indices, chosen)
     torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_lie_otherwise_in_memory(kernel_device: torch.device) -> None:
+    x, weight = draw(kernel_device, 3, 70, 20, torch.float32)
+    with torch.no_grad(), use("triton"):
+        got = topk_router(x.T.contiguous().T, weight, top_k=3)
+        expected = topk_router(x, weight, top_k=3)
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+        with pytest.raises(BackendError, match="in one piece of memory"):
+            topk_router(Normed(x, torch.ones(3, 6).to(x)[:, ::2], 1e-5), weight, top_k=3)
 
 
 def test_many_tokens_choose_as_each_alone(kernel_device: torch.device) -> None:

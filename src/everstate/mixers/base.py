@@ -138,12 +138,12 @@ def has_linear_ends(mixer: Mixer) -> TypeGuard[LinearEnds]:
     return all(has_linear_ends(part) if isinstance(part, Mixer) else is_plain(part) for part in parts)
 
 
-class ChannelMixer(LinearEnds):
+class ChannelMixer(Mixer):
     """A mixer that looks at one token alone: its state is empty, and how much time passes says nothing to it."""
 
     @abstractmethod
     def read(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """What `forward` does to each token; `product_step_` does the same to one."""
+        """What `forward` and `step_` do to each token."""
 
     def init_state(self, batch: int, *, context: int | None = None) -> Empty:
         return Empty()
@@ -156,6 +156,11 @@ class ChannelMixer(LinearEnds):
         delta_t: Float[Tensor, "b l"] | None = None,
     ) -> tuple[Float[Tensor, "b l d"], Empty]:
         return self.read(x), state
+
+    def step_(
+        self, x: Float[Tensor, "b d"], state: Empty, slots: Slots = None, delta_t: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        return self.read(x)
 
 
 def step_by_forward(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from everstate.core.config import Config
 from everstate.core.errors import ConfigError
 from everstate.core.state import Slots
-from everstate.mixers.base import ChannelMixer, Empty, has_linear_ends
+from everstate.mixers.base import ChannelMixer, Empty, LinearEnds, has_linear_ends
 from everstate.mixers.modules import Linear, Multiplier, Product, init_linear_, is_untouched, scaled
 from everstate.ops import Normed, linear_activate
 from everstate.ops.activations import Activation
@@ -39,7 +39,7 @@ class MLPConfig(Config):
     """Of the output."""
 
 
-class MLP(ChannelMixer):
+class MLP(LinearEnds, ChannelMixer):
     """`in_proj`, activation, `out_proj`. It looks at one token alone, so elapsed time has no effect on it."""
 
     Config = MLPConfig

@@ -16,7 +16,7 @@ from torch.nn.functional import sigmoid
 from everstate.core.config import Config
 from everstate.core.errors import ConfigError
 from everstate.core.state import Slots
-from everstate.mixers.base import ChannelMixer, Empty, divide, has_linear_ends
+from everstate.mixers.base import ChannelMixer, Empty, LinearEnds, divide, has_linear_ends
 from everstate.mixers.mlp import MLP, MLPConfig, default_d_hidden
 from everstate.mixers.modules import (
     Linear,
@@ -25,7 +25,6 @@ from everstate.mixers.modules import (
     Special,
     Unmade,
     init_linear_,
-    is_plain,
     is_untouched,
     made,
     plus,
@@ -96,7 +95,7 @@ class Router(Special):
         uniform_(self.weight, self.weight.shape[1] ** -0.5, generator)
 
 
-class MoE(ChannelMixer):
+class MoE(LinearEnds, ChannelMixer):
     """`router`, the chosen experts, and a shared one. It looks at one token alone: elapsed time has no effect on it."""
 
     Config = MoEConfig
@@ -168,7 +167,8 @@ class MoE(ChannelMixer):
         y = routed if self.latent_out is None else Product(self.latent_out, routed)
         if self.shared is None:
             return y
-        shared = self.shared.product_step_(x, Empty())
+        plain = isinstance(self.shared, MLP)
+        shared = self.shared.product_step_(x, Empty()) if plain else self.shared.read(divided(x))
         if self.shared_gate is not None:
             shared = made(shared) * sigmoid(self.shared_gate(x))
         return plus(made(y), shared)
@@ -199,8 +199,13 @@ class MoE(ChannelMixer):
             return False
         if self.shared is None:
             return True
+        if type(self.shared) is not MLP:
+            return False
+        ours, its = self.config, self.shared.config
+        as_ours = MLPConfig(d_hidden=its.d_hidden, activation=ours.activation, gated=ours.gated)
         ends = self.shared.in_proj, self.shared.out_proj
-        return has_linear_ends(self.shared) and all(is_plain(part) and part.scale is None for part in ends)
+        bare = all(type(part) is Linear and part.scale is None and part.bias is None for part in ends)
+        return bare and its == as_ours and has_linear_ends(self.shared)
 
     def _experts(
         self, x: Float[Tensor, "*b d"] | Normed, weights: Float[Tensor, "*b k"], indices: Int[Tensor, "*b k"]

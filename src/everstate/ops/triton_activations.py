@@ -10,7 +10,7 @@ def act(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         y = x * tl.sigmoid(x)
     elif ACTIVATION == "relu2":
-        positive = tl.maximum(x, 0.0)
+        positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         y = positive * positive
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -27,7 +27,7 @@ def act_slope(x, ACTIVATION: tl.constexpr):
         part = tl.sigmoid(x)
         slope = part * (1.0 + x * (1.0 - part))
     elif ACTIVATION == "relu2":
-        slope = 2.0 * tl.maximum(x, 0.0)
+        slope = 2.0 * tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)  # exp(-x^2 / 2) / sqrt(2 pi)
         slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density

@@ -40,16 +40,25 @@ def accepts(
 
 def accepts_add(
     x: Tensor | Normed, weights: Tensor, indices: Tensor, w_in: Tensor, w_out: Tensor, residual: Tensor, norm: Tensor,
-    *, shared: tuple[Tensor, Tensor] | None = None, **settings: Any,
+    *, shared: tuple[Tensor, Tensor] | None = None, gated: bool = True, **settings: Any,
 ) -> str | None:  # fmt: skip
     """Why the kernels of `experts_add_rms_norm` do not serve these arguments, or None."""
     if not 0 < indices.numel() <= FEW:
-        return f"takes 1 to {FEW} rows (a token and one of its experts), not {indices.numel()}"
+        return f"takes 1 to {FEW} rows (a token and one of its experts)"  # a number would be fixed by a compiler
+    rows, squares, _ = as_normed(x)
+    if residual.shape != rows.shape or (shared is not None and not _fits(*shared, rows.shape[-1], gated)):
+        return "takes a residual stream of the shape of x, and a shared expert of its width"
     matrices = (w_in, w_out, *(shared or ()))
-    if any(matrix.dtype != as_normed(x).x.dtype for matrix in matrices):
+    if any(matrix.dtype != rows.dtype for matrix in matrices):
         return "takes weights of the dtype of x"
     refused = refusal_of_matrices(*matrices) or accepts(x, weights, indices, w_in, w_out)
-    return refused or step_refusal(residual, norm, weights, *matrices) or accepts_norm(residual, norm)
+    refused = refused or step_refusal(residual, norm, weights, rows, squares, *matrices)
+    return refused or accepts_norm(residual, norm)
+
+
+def _fits(w_in: Tensor, w_out: Tensor, width: int, gated: bool) -> bool:
+    """Whether these are the weights of an expert of this width."""
+    return w_in.shape == ((1 + gated) * w_out.shape[1], width) and w_out.shape[0] == width
 
 
 def accepts_router(

@@ -44,9 +44,12 @@ def experts(
 ) -> Float[Tensor, "*t d"]:
     """See `everstate.ops.experts`."""
     x, squares, eps = as_normed(x)
+    squares = None if squares is None else squares.flatten(0, -2)
     tokens, shares, chosen = (t.flatten(0, -2) for t in (x, weights, indices))
     ins, outs = w_in.to(x.dtype), w_out.to(x.dtype)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (tokens, shares, ins, outs))
+    keep = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (tokens, squares, shares, ins, outs)
+    )
     if not keep and chosen.numel() <= FEW:
         return few(Normed(tokens, squares, eps), shares, chosen, ins, outs, activation, gated).view(x.shape)
     if squares is not None and (keep or _holds_too_many(squares, chosen, len(ins), x.dtype)):
@@ -61,8 +64,10 @@ def _holds_too_many(squares: Float[Tensor, "t parts"], chosen: Tensor, experts: 
 
 def _rows_of_tile(rows: int, experts: int, dtype: torch.dtype) -> int:
     """About as many as an expert has, or the matrix units multiply nothing."""
-    least, most = (32, 64) if dtype == torch.float32 else (16, 128)
-    return min(max(power_of_2(rows // experts), least), most)
+    size, most = (32, 64) if dtype == torch.float32 else (16, 128)
+    while size < most and rows // experts > size:  # by comparisons, so that a compiler need not fix the number of rows
+        size *= 2
+    return size
 
 
 @kernel_op("experts")

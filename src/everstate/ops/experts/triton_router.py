@@ -77,7 +77,8 @@ def _(
 
 
 def _results(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), top_k, dtype=torch.float32), x.new_empty(len(x), top_k, dtype=torch.int64)
+    rows = x.shape[0]  # `len(x)` would be a number, and a compiler should serve any
+    return x.new_empty(rows, top_k, dtype=torch.float32), x.new_empty(rows, top_k, dtype=torch.int64)
 
 
 @triton.jit

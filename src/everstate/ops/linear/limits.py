@@ -115,4 +115,9 @@ def accepts_add(
 ) -> str | None:
     """Why the kernels of `linear_add_rms_norm` do not serve these arguments, or None."""
     refused = accepts_linear(x, weight, bias, scale=scale) or step_refusal(residual, norm, addend)
-    return refused or accepts_norm(residual, norm)
+    if refused is not None:
+        return refused
+    shape = (as_normed(x).x.shape[0], weight.shape[0])
+    if any(t is not None and t.shape != shape for t in (residual, addend)):
+        return "takes a residual stream and an addend of the shape of the outputs"
+    return accepts_norm(residual, norm)
