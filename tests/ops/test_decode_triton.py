@@ -266,6 +266,17 @@ def test_a_gate_of_few_rows_is_made_in_the_launch_of_its_product(
     assert seen == [6, 40]
 
 
+def test_undivided_rows_of_more_dimensions(kernel_device: torch.device) -> None:
+    draw = draws(kernel_device, torch.float32)
+    x, weight = undivided(draw(4, 72), 3), draw(40, 72)
+    split = Normed(x.x.view(2, 2, 72), x.squares.view(2, 2, 3), x.eps)
+    for op in (linear, linear_activate):
+        with use("triton"):
+            got = op(split, weight)
+        assert got.shape == (2, 2, 40)
+        close(got.flatten(0, 1), exact(op, x, weight), 1e-5)
+
+
 def test_gates_for_as_many_outputs(kernel_device: torch.device) -> None:
     x, weight = torch.ones(2, 8, device=kernel_device), torch.ones(7, 8, device=kernel_device)
     with (

@@ -132,7 +132,8 @@ class LinearEnds(Mixer):
 
 def has_linear_ends(mixer: Mixer) -> TypeGuard[LinearEnds]:
     """Whether `product_step_` says all that `step_` does: somebody may have put more in its place, or in a part's."""
-    if not isinstance(mixer, LinearEnds) or not is_untouched(mixer, LinearEnds, "step_"):
+    own = ChannelMixer if isinstance(mixer, ChannelMixer) else LinearEnds
+    if not isinstance(mixer, LinearEnds) or not is_untouched(mixer, own, "step_"):
         return False
     parts = (part for part in mixer.parts() if part is not None)
     return all(has_linear_ends(part) if isinstance(part, Mixer) else is_plain(part) for part in parts)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from everstate.core.config import Config
 from everstate.core.errors import ConfigError
 from everstate.core.state import Slots
-from everstate.mixers.base import ChannelMixer, Empty, LinearEnds, has_linear_ends
+from everstate.mixers.base import ChannelMixer, Empty, LinearEnds
 from everstate.mixers.modules import Linear, Multiplier, Product, init_linear_, is_untouched, scaled
 from everstate.ops import Normed, linear_activate
 from everstate.ops.activations import Activation
@@ -39,7 +39,7 @@ class MLPConfig(Config):
     """Of the output."""
 
 
-class MLP(LinearEnds, ChannelMixer):
+class MLP(ChannelMixer, LinearEnds):
     """`in_proj`, activation, `out_proj`. It looks at one token alone, so elapsed time has no effect on it."""
 
     Config = MLPConfig
@@ -72,7 +72,7 @@ class MLP(LinearEnds, ChannelMixer):
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Product | Float[Tensor, "b d"]:
-        if not has_linear_ends(self) or not is_untouched(self, MLP, "read"):
+        if not is_untouched(self, MLP, "read"):
             return self.read(divided(x))
         config, width = self.config, self.out_proj.in_features
         scale, bias = self.in_proj.folded(1.0, ((width, config.gate_multiplier), (width, 1.0)) if config.gated else 1.0)

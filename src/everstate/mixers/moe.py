@@ -95,7 +95,7 @@ class Router(Special):
         uniform_(self.weight, self.weight.shape[1] ** -0.5, generator)
 
 
-class MoE(LinearEnds, ChannelMixer):
+class MoE(ChannelMixer, LinearEnds):
     """`router`, the chosen experts, and a shared one. It looks at one token alone: elapsed time has no effect on it."""
 
     Config = MoEConfig
@@ -167,7 +167,7 @@ class MoE(LinearEnds, ChannelMixer):
         y = routed if self.latent_out is None else Product(self.latent_out, routed)
         if self.shared is None:
             return y
-        plain = isinstance(self.shared, MLP)
+        plain = has_linear_ends(self.shared)
         shared = self.shared.product_step_(x, Empty()) if plain else self.shared.read(divided(x))
         if self.shared_gate is not None:
             shared = made(shared) * sigmoid(self.shared_gate(x))
@@ -202,10 +202,13 @@ class MoE(LinearEnds, ChannelMixer):
         if type(self.shared) is not MLP:
             return False
         ours, its = self.config, self.shared.config
-        as_ours = MLPConfig(d_hidden=its.d_hidden, activation=ours.activation, gated=ours.gated)
+        if (its.activation, its.gated) != (ours.activation, ours.gated):
+            return False
+        if (its.gate_multiplier, its.out_multiplier) != (1.0, 1.0):
+            return False
         ends = self.shared.in_proj, self.shared.out_proj
         bare = all(type(part) is Linear and part.scale is None and part.bias is None for part in ends)
-        return bare and its == as_ours and has_linear_ends(self.shared)
+        return bare and has_linear_ends(self.shared)
 
     def _experts(
         self, x: Float[Tensor, "*b d"] | Normed, weights: Float[Tensor, "*b k"], indices: Int[Tensor, "*b k"]

@@ -37,6 +37,15 @@ def tile_of(size: int, width: int, programs: int, device: torch.device, numbers:
     return tile
 
 
+def piece_of(size: int, most: int, *, least: int, part: int) -> int:
+    """In pieces of how much a row of this size is read: the longest, up to `most`, that fill it up by no more than one
+    `part`-th of it; or `least`."""
+    piece = min(power_of_2(size), most)
+    while piece > least and part * cdiv(size, piece) * piece > (part + 1) * size:
+        piece //= 2
+    return piece
+
+
 def warps_of(numbers: int) -> int:
     """Warps of a program whose tile has so many numbers: up to 32 numbers per thread, in loads of 16 bytes."""
     return min(max(numbers // 1024, 1), 8)

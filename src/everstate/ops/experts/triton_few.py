@@ -14,7 +14,7 @@ from everstate.ops.linear.limits import divides
 from everstate.ops.norm.normed import Normed, as_normed
 from everstate.ops.triton_activations import act
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
-from everstate.ops.triton_rows import dense, follow_last, launch_options, rstd_of
+from everstate.ops.triton_rows import dense, follow_last, launch_options, piece_of, rstd_of
 
 TOGETHER: tl.constexpr = tl.constexpr(4)
 """Turns of a loop whose weights are asked for at once."""
@@ -46,7 +46,8 @@ def experts_add_rms_norm(
     multiplier: float = 1.0,
 ) -> tuple[Float[Tensor, "t d"], Normed]:
     """See `everstate.ops.experts_add_rms_norm`."""
-    whole, rows = as_normed(x), as_normed(x).x
+    whole = as_normed(x)
+    rows = whole.x
     given = (*whole, weights, indices, w_in, w_out, *(shared or (None, None)), activation, gated)
     if not divides(len(rows), rows.shape[1], _blocks(rows, w_out), rows.dtype, rows.device):
         return add_and_norm(_few(*given, None, None, 1.0)[0], None, residual, norm, eps, multiplier)
@@ -96,11 +97,8 @@ def _blocks(x: Float[Tensor, "t d"], w_out: Tensor) -> int:
 
 
 def _tile(summed: int, pairs: int, rows: int, device: torch.device) -> dict[str, int]:
-    """How many columns and rows of a matrix a program reads at once: pieces of a row that fill it up by no more than a
-    sixth, and fewer rows where more programs have to fill the GPU."""
-    block_k = min(power_of_2(summed), 1024)
-    while block_k > 256 and 6 * cdiv(summed, block_k) * block_k > 7 * summed:
-        block_k //= 2
+    """How many columns and rows of a matrix a program reads at once, fewer rows to fill the GPU."""
+    block_k = piece_of(summed, 1024, least=256, part=6)
     block_n = max(GEMV // block_k, 1)
     while block_n > 1 and pairs * cdiv(rows, block_n) < 4 * processors(device):
         block_n //= 2

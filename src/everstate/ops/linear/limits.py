@@ -34,12 +34,10 @@ def accepts_linear(
         return f"takes 1 to {ROWS} rows, not {rows}"
     if weight.dtype not in (x.dtype, torch.int8):
         return f"takes x and weights of one dtype, not {x.dtype} and {weight.dtype}"
-    refused = refusal_of_matrices(weight)
-    if refused is not None:
-        return refused
-    refused = step_refusal(x, weight, bias, scale, squares) or refusal_of_strides(bias, scale, squares)
+    refused = refusal_of_matrices(weight) or step_refusal(x, weight, bias, scale, squares)
+    refused = refused or refusal_of_strides(bias, scale, squares)
     if refused is None and squares is not None:
-        refused = _refusal_of_squares(rows, squares.shape[1])
+        refused = _refusal_of_squares(rows, squares.shape[-1])
     return refused or (refusal_of_tiles(x.dtype, x.shape[-1], x.device) if rows > FEW else None)
 
 
@@ -78,8 +76,8 @@ def _refusal_of_squares(rows: int, parts: int) -> str | None:
 
 
 def divides(rows: int, width: int, parts: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the division of a norm is best left to what reads it: of so many rows of this width, with so
-    many sums of squares each. Numbers of float16 might overflow before."""
+    """Whether the division of a norm is best left to what reads it: of so many rows of this width, with so many sums
+    of squares each. Numbers of float16 might overflow before."""
     if dtype == torch.float16 or not 0 < rows <= ROWS or _refusal_of_squares(rows, parts) is not None:
         return False
     return rows <= FEW or refusal_of_tiles(dtype, width, device) is None

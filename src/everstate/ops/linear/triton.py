@@ -19,7 +19,7 @@ from everstate.ops.linear.triton_ends import Convolution, Ends, Residual, Writte
 from everstate.ops.linear.triton_tiles import blocks_of_tiles, run_tiles
 from everstate.ops.norm.normed import Normed, as_normed
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
-from everstate.ops.triton_rows import dense, dense_rows, launch_options, start_next, wait_for_last
+from everstate.ops.triton_rows import dense, dense_rows, launch_options, piece_of, start_next, wait_for_last
 
 HELD = 4096
 """Bytes of weights of a warp: many programs, each with all that it reads in flight, fill a GPU best."""
@@ -224,23 +224,15 @@ def _sizes(weight: Tensor, gated: bool = False) -> tuple[dict[str, int], dict[st
     size, row = weight.element_size(), weight.shape[1] * weight.element_size()
     if size == 1:
         warps, n = 4, 4 if row < HELD else 2
-        piece = _piece(row, 2048 // n)
+        piece = piece_of(row, 2048 // n, least=512, part=8)
     else:
-        piece = _piece(row, HELD)
+        piece = piece_of(row, HELD, least=512, part=8)
         warps = max(min(power_of_2(row + 1) // 2048, piece // 512, 8), 1)
         n = power_of_2(cdiv((HELD if row < LONG else 2 * HELD) * warps, row))
     n = max(n, 1 + gated)
     pieces, ahead = cdiv(row, piece), max(MOST * warps // (n * piece), 1)
     tile = {"BLOCK_N": n, "BLOCK_K": piece // size, "AHEAD": min(pieces, ahead), "LINES": n if size == 1 else 1}
     return tile, {"num_warps": warps}
-
-
-def _piece(row: int, most: int) -> int:
-    """Bytes in which a row is read: from 512 to `most`, the longest that fill it up by no more than an eighth."""
-    piece = min(power_of_2(row), most)
-    while piece > 512 and 8 * cdiv(row, piece) * piece > 9 * row:
-        piece //= 2
-    return piece
 
 
 @triton.jit

@@ -59,7 +59,7 @@ class Ends(NamedTuple):
     def arguments(self, written: Written) -> tuple[tuple[object, ...], dict[str, int | str]]:
         """Those of a kernel for it, in their order, and its constants."""
         conv, residual = self.conv, self.residual
-        parts = 0 if self.squares is None else self.squares.shape[1]
+        parts = 0 if self.squares is None else self.squares.shape[-1]
         convolved: tuple[object, ...] = (None,) * 4 + (0,) * 5
         channels, taps = (0, 0) if conv is None else conv.taps.shape
         if conv is not None:
