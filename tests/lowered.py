@@ -18,6 +18,9 @@ it takes on a GPU that has no more than 99 KiB for a program.
 `python -m tests.lowered compiles 90` names the kernels of `trapezoid_scan` and `ssd_scan` for a GPU of compute
 capability 9.0, and fails with what Triton cannot compile.
 
+`python -m tests.lowered loads` says how often the kernel of `linear_conv_step_` loads, with a pool in each dtype:
+Triton 3.6 may load again for threads that share numbers out otherwise.
+
 `python -m tests.lowered laws` names the kernels of all ops at the sizes of the laws, and fails with what Triton's
 language does not allow: the interpreter runs a kernel as Python, where a name may hold first one tile, then another.
 """
@@ -29,6 +32,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -44,7 +48,7 @@ from everstate.bench.examples import lower
 from everstate.core import kernels
 from everstate.core.kernels import interpreting
 from everstate.core.state import tensors
-from everstate.ops import OPS, triton_launch, use
+from everstate.ops import OPS, linear_conv_step_, triton_launch, use
 from everstate.ops.example import EXAMPLES, Draw, Example
 from everstate.ops.trapezoid.limits import SHARED_MEMORY
 from tests.machine_code import adds_to_nothing, disassembled
@@ -231,6 +235,16 @@ def compiles(capability: str) -> None:
             print(kernel, "compiles")
 
 
+def loads() -> None:
+    """Of one row, whose numbers are multiplied one by one."""
+    empty = partial(torch.empty, dtype=torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        with lowering("make_ttgir", 90) as found, use("triton"):
+            linear_conv_step_(empty(1, 4096), empty(512, 4096), None, empty(256, 4), None, empty(1, 256, 3).to(dtype))
+        for kernel, variants in found.items():
+            print(f"{kernel}_{dtype}", *(text.count("tt.load") for text in variants))
+
+
 def laws() -> None:
     """What the laws draw of all ops, in float32 and in bfloat16, forward, backward and, where an op has a step, of one
     token; then the ops."""
@@ -251,7 +265,7 @@ def laws() -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "sums": sums, "operands": operands, "registers": registers, "cache": cache, "memory": memory,
-    "compiles": compiles, "laws": laws,
+    "compiles": compiles, "loads": loads, "laws": laws,
 }  # fmt: skip
 
 if __name__ == "__main__":

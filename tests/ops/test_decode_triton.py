@@ -160,7 +160,7 @@ def test_a_row_is_the_same_among_others(splits: int, kernel_device: torch.device
 
 
 @pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("taps", [1, 2, 4, 11])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("rows", "width"), [(1, 72), (3, 72), (6, 256), (16, 256), (35, 256)])
 def test_linear_with_a_convolution_behind_it(

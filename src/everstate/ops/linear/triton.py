@@ -230,8 +230,9 @@ def _sizes(weight: Tensor, gated: bool = False) -> tuple[dict[str, int], dict[st
         warps = max(min(power_of_2(row + 1) // 2048, piece // 512, 8), 1)
         n = power_of_2(cdiv((HELD if row < LONG else 2 * HELD) * warps, row))
     n = max(n, 1 + gated)
-    pieces, ahead = cdiv(row, piece), max(MOST * warps // (n * piece), 1)
-    tile = {"BLOCK_N": n, "BLOCK_K": piece // size, "AHEAD": min(pieces, ahead), "LINES": n if size == 1 else 1}
+    pieces, most = cdiv(row, piece), max(MOST * warps // (n * piece), 1)
+    ahead = cdiv(pieces, cdiv(pieces, most))
+    tile = {"BLOCK_N": n, "BLOCK_K": piece // size, "AHEAD": ahead, "LINES": n if size == 1 else 1}
     return tile, {"num_warps": warps}
 
 
@@ -244,7 +245,7 @@ def _linear_kernel(
     GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_B: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of outputs, for all rows; the first AHEAD pieces of its weights are asked for at once."""
+    """One program per block of outputs, for all rows; AHEAD pieces of its weights are on their way at any time."""
     start_next(OVERLAP)
     PIECES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     OUTPUTS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -265,17 +266,18 @@ def _linear_kernel(
         TAPS, PARTS,
     )  # fmt: skip
     sums = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
-    for row in tl.static_range(ROWS):
-        part = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for piece in tl.static_range(AHEAD):
-            u = _numbers(x + row * x_row, piece * BLOCK_K + k, LINES, K, BLOCK_K).to(tl.float32)
-            part += held[piece].to(tl.float32) * u
-        sums += tl.where((b == row)[None, :], tl.sum(part, 1)[:, None], 0.0)
-    for piece in tl.static_range(AHEAD, PIECES):
-        w = _weights(own, mine, piece * BLOCK_K + k, outputs, K, BLOCK_K).to(tl.float32)
+    for first_piece in tl.static_range(0, PIECES, AHEAD):
+        coming = ()
         for row in tl.static_range(ROWS):
-            u = _numbers(x + row * x_row, piece * BLOCK_K + k, LINES, K, BLOCK_K).to(tl.float32)
-            sums += tl.where((b == row)[None, :], tl.sum(w * u, 1)[:, None], 0.0)
+            part = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+            for i in tl.static_range(min(AHEAD, PIECES - first_piece)):
+                at = (first_piece + i) * BLOCK_K + k
+                part += held[i].to(tl.float32) * _numbers(x + row * x_row, at, LINES, K, BLOCK_K).to(tl.float32)
+                if row == ROWS - 1 and first_piece + i + AHEAD < PIECES:  # what takes the place of these weights
+                    next_piece = _weights(own, mine, at + AHEAD * BLOCK_K, outputs, K, BLOCK_K)
+                    coming = coming + (next_piece,)
+            sums += tl.where((b == row)[None, :], tl.sum(part, 1)[:, None], 0.0)
+        held = coming
     ups = sums
     if GATED:
         sums, ups = tl.split(tl.trans(tl.reshape(sums, (OUTPUTS, 2, BLOCK_B)), (0, 2, 1)))
