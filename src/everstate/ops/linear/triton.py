@@ -266,16 +266,16 @@ def _linear_kernel(
         TAPS, PARTS,
     )  # fmt: skip
     sums = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
-    for first_piece in tl.static_range(0, PIECES, AHEAD):
+    for done in tl.static_range(0, PIECES, AHEAD):
         coming = ()
         for row in tl.static_range(ROWS):
             part = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-            for i in tl.static_range(min(AHEAD, PIECES - first_piece)):
-                at = (first_piece + i) * BLOCK_K + k
-                part += held[i].to(tl.float32) * _numbers(x + row * x_row, at, LINES, K, BLOCK_K).to(tl.float32)
-                if row == ROWS - 1 and first_piece + i + AHEAD < PIECES:  # what takes the place of these weights
-                    next_piece = _weights(own, mine, at + AHEAD * BLOCK_K, outputs, K, BLOCK_K)
-                    coming = coming + (next_piece,)
+            for turn in tl.static_range(min(AHEAD, PIECES - done)):
+                at = (done + turn) * BLOCK_K + k
+                part += held[turn].to(tl.float32) * _numbers(x + row * x_row, at, LINES, K, BLOCK_K).to(tl.float32)
+                if row == ROWS - 1 and done + turn + AHEAD < PIECES:  # what takes the place of these weights
+                    later = _weights(own, mine, at + AHEAD * BLOCK_K, outputs, K, BLOCK_K)
+                    coming = coming + (later,)
             sums += tl.where((b == row)[None, :], tl.sum(part, 1)[:, None], 0.0)
         held = coming
     ups = sums
