@@ -30,12 +30,13 @@ def _fresh() -> None:
     torch._dynamo.reset()
 
 
-def small(layout: str | ModelConfig, device: torch.device, **settings: Any) -> LM:
+def small(
+    layout: str, device: torch.device, width: int = 64 if ON_GPU else 32, dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> LM:  # fmt: skip
     for op in OPS.values():
         op.load()
-    if isinstance(layout, str):
-        layout = ModelConfig(d_model=64 if ON_GPU else 32, vocab_size=50, layout=layout)
-    return LM(layout, device=device, **settings)
+    return LM(ModelConfig(d_model=width, vocab_size=50, layout=layout, **settings), device=device, dtype=dtype)
 
 
 def tokens_of(*shape: int) -> Tensor:
@@ -91,9 +92,7 @@ SIDE = {"type": "parallel", "mixers": {"ssm": {"type": "mamba2"}, "attn": {"type
 def test_a_decoding_step_of_many_batch_sizes(
     layout: str, mixers: dict[str, dict[str, Any]], kernel_device: torch.device
 ) -> None:
-    torch.manual_seed(0)
-    config = ModelConfig(d_model=128, vocab_size=50, layout=layout, mixers=mixers)
-    model = small(config, kernel_device, dtype=torch.bfloat16)
+    model = small(layout, kernel_device, 128, torch.bfloat16, mixers=mixers)
     compiled = torch.compile(model.step_, fullgraph=True, backend="aot_eager")
     for rows in (5, 6, 7, 8, 15):
         tokens, mine = tokens_of(rows).to(kernel_device), model.init_state(rows, context=8)

@@ -181,7 +181,8 @@ def finish(
     if TAPS > 0:
         if b.shape[0] < 16:
             # Sums of rows are known to every thread, and Triton 3.6 may let each load all that the convolution has kept
-            # of them. What is stored as it is, is first shared out as stores want it. Products of matrices are already.
+            # of them. What is stored as it is, is first shared out as stores want it. Products of matrices, which have
+            # 16 rows or more, are already.
             tl.store(y + at, out, mask=inside & ~mine)
             inside = mine
         out = _convolve(out, conv_offset, factors, past, mine, window, pool_k, TAPS, SILU)
