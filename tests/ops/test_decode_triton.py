@@ -417,21 +417,43 @@ def test_a_step_of_mamba1(
 ) -> None:
     draw, narrow = draws(kernel_device, dtype), draws(kernel_device, torch.float32)
     rows, channels, d_state = 3, 70, 12
-    x, z, dt, B, C = (draw(rows, n) for n in (channels, channels, channels, d_state, d_state))
+    x, z, B, C = (draw(rows, n) for n in (channels, channels, d_state, d_state))
     A_log, dt_bias, D = narrow(channels, d_state), narrow(channels) - 2, narrow(channels)
     pool, delta_t = narrow(5, channels, d_state).to(state_dtype), narrow(rows).abs()
     slots = torch.tensor([4, 0, 2], device=kernel_device)
-    for settings, where in (({"z": z, "D": D}, slots), ({"delta_t": delta_t}, slots), ({"z": z, "D": D}, None)):
+    low_rank = {"dt_weight": draw(channels, 9) / 3}
+    eight_bits = {"dt_weight": (40 * draw(channels, 9)).to(torch.int8), "dt_scale": narrow(channels).abs() / 120}
+    for settings, where in (
+        ({"z": z, "D": D}, slots), ({"delta_t": delta_t}, slots), ({"z": z, "D": D}, None), (low_rank, None),
+        (eight_bits, slots),
+    ):  # fmt: skip
+        dt = draw(rows, 9 if "dt_weight" in settings else channels)
         here = pool.clone() if where is not None else pool[:rows].clone()
         there = here.double()
         with use(backend):
             got = mamba1_step_(x, dt, A_log, B, C, here, where, dt_bias=dt_bias, **settings)
         expected = exact(mamba1_step_, x, dt, A_log, B, C, there, where, dt_bias=dt_bias, **settings)
         assert got.dtype is dtype and here.dtype is state_dtype
-        low = state_dtype is torch.bfloat16
+        rounded = backend == "torch" and "dt_weight" in settings and dtype is not torch.float32  # the product
+        low = state_dtype is torch.bfloat16 or rounded
         close(got, expected, max(tolerance, 6e-3 if low else 0))
         close(here, there, 6e-3 if low else 1e-5)
         assert where is None or torch.equal(here[[1, 3]], pool[[1, 3]])
+
+
+@pytest.mark.parametrize(("rows", "rank"), [(9, 5), (2, 258)])
+def test_a_step_of_mamba1_of_more_rows_and_of_a_higher_rank(rows: int, rank: int, kernel_device: torch.device) -> None:
+    draw, channels, d_state = draws(kernel_device, torch.float32), 40, 6
+    x, dt, B, C = (draw(rows, n) for n in (channels, rank, d_state, d_state))
+    layer = {"dt_bias": draw(channels) - 2, "dt_weight": draw(channels, rank) / rank, "dt_scale": draw(channels)}
+    A_log, here = draw(channels, d_state), draw(rows, channels, d_state)
+    there = here.double()
+    with use("triton"):
+        got = mamba1_step_(x, dt, A_log, B, C, here, **layer)
+        with pytest.raises(BackendError, match="weights, biases and scales that lie in one piece"):
+            mamba1_step_(x, dt, A_log, B, C, here, **{**layer, "dt_weight": draw(rank, channels).mT})
+    close(got, exact(mamba1_step_, x, dt, A_log, B, C, there, **layer), 1e-5)
+    close(here, there, 1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), LOW)

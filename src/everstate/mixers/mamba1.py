@@ -18,7 +18,16 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.mixers.base import LinearEnds, TimeSteps, forward_by_segments, is_long
-from everstate.mixers.modules import Linear, Product, RMSNorm, init_linear_, inverse_softplus, log_uniform, uniform_
+from everstate.mixers.modules import (
+    Linear,
+    Product,
+    RMSNorm,
+    init_linear_,
+    inverse_softplus,
+    is_plain,
+    log_uniform,
+    uniform_,
+)
 from everstate.ops import Normed, causal_conv1d, linear_conv_step_, mamba1_step_, rms_norm, selective_scan
 
 
@@ -112,7 +121,8 @@ class Mamba1(LinearEnds):
             return forward_by_segments(self, x, state, delta_t)
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv = causal_conv1d(u, self.conv_weight, self.conv_bias, state.conv, activation="silu", packing=packing)
-        dt, B, C = self._select(u)
+        low, B, C = self._select(u)
+        dt = self.dt_proj(low)
         dt_bias: Tensor | None = self.dt_bias
         if delta_t is not None:
             dt, dt_bias = softplus(dt.to(state_dtype(u.dtype)).add(self.dt_bias)) * delta_t.unsqueeze(-1), None
@@ -131,10 +141,15 @@ class Mamba1(LinearEnds):
             x, self.in_proj.weight, self.in_proj.bias, self.conv_weight, self.conv_bias, state.conv, slots,
             activation="silu", scale=self.in_proj.scale,
         )  # fmt: skip
-        dt, B, C = self._select(u)
+        low, B, C = self._select(u)
+        if is_plain(self.dt_proj):
+            dt, of_dt = low, {"dt_weight": self.dt_proj.weight, "dt_scale": self.dt_proj.scale}
+        else:
+            dt, of_dt = self.dt_proj(low), {}
         y = mamba1_step_(
-            u, dt, self.A_log, B, C, state.ssm, slots, dt_bias=self.dt_bias, D=self.D, z=z, delta_t=delta_t
-        )
+            u, dt, self.A_log, B, C, state.ssm, slots,
+            dt_bias=self.dt_bias, D=self.D, z=z, delta_t=delta_t, **of_dt,
+        )  # fmt: skip
         return Product(self.out_proj, y)
 
     def parts(self) -> tuple[nn.Module, ...]:
@@ -147,11 +162,11 @@ class Mamba1(LinearEnds):
 
     def _select(
         self, u: Float[Tensor, "*b e"]
-    ) -> tuple[Float[Tensor, "*b e"], Float[Tensor, "*b n"], Float[Tensor, "*b n"]]:
-        """The step of each channel before its bias and softplus, B and C, all chosen by the token."""
+    ) -> tuple[Float[Tensor, "*b r"], Float[Tensor, "*b n"], Float[Tensor, "*b n"]]:
+        """What `dt_proj` reads, B and C, all chosen by the token."""
         low, B, C = self.x_proj(u).split([self.dt_rank, self.config.d_state, self.config.d_state], -1)
         low, B, C = self._norm(low, self.dt_norm), self._norm(B, self.B_norm), self._norm(C, self.C_norm)
-        return self.dt_proj(low), B, C
+        return low, B, C
 
     def _norm(self, x: Float[Tensor, "*b n"], learned: RMSNorm | None) -> Float[Tensor, "*b n"]:
         if learned is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
@@ -11,6 +11,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.op import anywhere, op
 from everstate.core.packing import Packing, each_sequence
 from everstate.core.state import Slots, gather, scatter_
+from everstate.ops.linear import linear
 from everstate.ops.selective_scan.limits import accepts_mamba1_step, accepts_scan, accepts_step
 
 
@@ -77,7 +78,7 @@ def selective_step_(
 @op
 def mamba1_step_(
     x: Float[Tensor, "b d"],
-    dt: Float[Tensor, "b d"],
+    dt: Float[Tensor, "b r"],
     A_log: Float[Tensor, "d n"],
     B: Float[Tensor, "b n"],
     C: Float[Tensor, "b n"],
@@ -85,16 +86,21 @@ def mamba1_step_(
     slots: Slots = None,
     *,
     dt_bias: Float[Tensor, " d"],
+    dt_weight: Float[Tensor, "d r"] | Int8[Tensor, "d r"] | None = None,
+    dt_scale: Float[Tensor, " d"] | None = None,
     D: Float[Tensor, " d"] | None = None,
     z: Float[Tensor, "b d"] | None = None,
     delta_t: Float[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b d"]:
     """What a Mamba-1 layer does with one token between its projections: `selective_step_` and what leads to it.
 
-    The step is `delta_t softplus(dt + dt_bias)`, with `delta_t` (default 1) the time that passes before this token, and
-    A is `-exp(A_log)`. The rows `slots` of the pool are written in place.
+    With `dt_weight` (and `dt_scale`, as for `linear`) the dt that is given is of low rank r, and their product is taken
+    for it; else r is d. The step is `delta_t softplus(dt + dt_bias)`, with `delta_t` (default 1) the time that passes
+    before this token, and A is `-exp(A_log)`. The rows `slots` of the pool are written in place.
     """
     dtype = state_dtype(x.dtype)
+    if dt_weight is not None:
+        dt = linear.reference(dt.to(dtype), dt_weight, scale=dt_scale)
     dt = softplus(dt.to(dtype) + dt_bias.to(dtype))
     if delta_t is not None:
         dt = dt * delta_t.unsqueeze(-1)

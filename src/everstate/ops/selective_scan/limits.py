@@ -8,7 +8,7 @@ from torch import Tensor
 
 from everstate.core.kernels import refusal
 from everstate.core.state import Slots
-from everstate.ops.limits import step_refusal
+from everstate.ops.limits import refusal_of_strides, step_refusal
 
 LARGEST = 32
 """Numbers in the state of a channel that one thread holds, beside those of A."""
@@ -72,10 +72,13 @@ def accepts_mamba1_step(
     slots: Slots = None,
     *,
     dt_bias: Tensor,
+    dt_weight: Tensor | None = None,
+    dt_scale: Tensor | None = None,
     D: Tensor | None = None,
     z: Tensor | None = None,
     delta_t: Tensor | None = None,
 ) -> str | None:
     """Why the kernel of `mamba1_step_` does not serve these arguments, or None."""
     why = accepts_step(x, dt, A_log, B, C, state, slots, D=D, z=z, dt_bias=dt_bias)
-    return why or step_refusal(state, delta_t)
+    why = why or step_refusal(state, dt_weight, dt_scale, delta_t)
+    return why or refusal_of_strides(A_log, D, dt_bias, dt_weight, dt_scale)

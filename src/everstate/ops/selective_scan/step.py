@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from everstate.core.dtypes import state_dtype
 from everstate.core.state import Slots, gather, scatter_
+from everstate.ops.linear import linear
 
 
 def selective_step_(
@@ -42,7 +43,7 @@ def selective_step_(
 
 def mamba1_step_(
     x: Float[Tensor, "b d"],
-    dt: Float[Tensor, "b d"],
+    dt: Float[Tensor, "b r"],
     A_log: Float[Tensor, "d n"],
     B: Float[Tensor, "b n"],
     C: Float[Tensor, "b n"],
@@ -50,12 +51,16 @@ def mamba1_step_(
     slots: Slots = None,
     *,
     dt_bias: Float[Tensor, " d"],
+    dt_weight: Float[Tensor, "d r"] | Int8[Tensor, "d r"] | None = None,
+    dt_scale: Float[Tensor, " d"] | None = None,
     D: Float[Tensor, " d"] | None = None,
     z: Float[Tensor, "b d"] | None = None,
     delta_t: Float[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b d"]:
     """See `everstate.ops.mamba1_step_`."""
     dtype = state_dtype(x.dtype)
+    if dt_weight is not None:
+        dt = linear(dt, dt_weight, scale=dt_scale)
     dt = softplus(dt.to(dtype) + dt_bias.to(dtype))
     if delta_t is not None:
         dt = dt * delta_t.unsqueeze(-1)
