@@ -10,6 +10,7 @@ import torch
 from everstate.core.errors import ConfigError, RequestError
 from everstate.core.packing import Packing
 from everstate.mixers import Mixer, build_mixer
+from everstate.ops import Rope, attention
 
 
 def build(d_model: int = 16, **settings: Any) -> Mixer:
@@ -153,7 +154,7 @@ def test_a_norm_of_all_heads_is_one_norm_and_its_weight_may_be_added_to_one() ->
         mixer.q_norm.weight.normal_(generator=torch.Generator().manual_seed(1))
     q = mixer.q_proj(X)
     q = q * (q.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (1 + mixer.q_norm.weight)
-    got, _, _ = mixer._heads(mixer.q_proj(X), mixer.k_proj(X), mixer.v_proj(X), torch.zeros(2, 6, dtype=torch.int64))
+    got, _, _ = mixer._heads(mixer.q_proj(X), mixer.k_proj(X), mixer.v_proj(X))
     torch.testing.assert_close(got.flatten(-2), q)
 
 
@@ -163,8 +164,6 @@ def test_the_convolution_runs_over_queries_keys_and_values_before_the_heads() ->
     q, k, v = (linear(X) for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     padded = torch.nn.functional.pad(torch.cat([q, k, v], -1).mT, (2, 0))
     convolved = torch.nn.functional.conv1d(padded, mixer.conv_weight.unsqueeze(1), mixer.conv_bias, groups=48).mT
-    heads = mixer._heads(*convolved.split(16, -1), torch.arange(6).expand(2, 6))
-    from everstate.ops import attention
-
-    wanted = mixer.out_proj(attention(*heads, plain.init_state(2))[0].flatten(-2))
+    heads = (t.unflatten(-1, (2, 8)) for t in convolved.split(16, -1))
+    wanted = mixer.out_proj(attention(*heads, plain.init_state(2), rope=Rope(100.0))[0].flatten(-2))
     torch.testing.assert_close(read(mixer), wanted)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everstate.core.errors import BackendError, RequestError
 from everstate.core.packing import Packing
-from everstate.ops import AttentionState, attention, attention_step_, use
+from everstate.ops import AttentionState, Rope, attention, attention_step_, rotary, use
 from everstate.ops.attention.blocks import FEWEST, MOST
 from tests.largest import Largest
 
@@ -70,6 +70,21 @@ def test_token_t_lies_in_slot_t_mod_s(pieces: list[int]) -> None:
     for t in range(12, 17):
         assert torch.equal(state.k[0, t % 5], k[0, t])
         assert torch.equal(state.v[0, t % 5], v[0, t])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "torch", "reference"])
+@pytest.mark.parametrize("rope", [Rope(), Rope(theta=50.0, interleaved=True, rotary_dim=2)])
+def test_a_rope_turns_queries_and_keys_by_how_many_tokens_were_read_before_and_keeps_keys_so(
+    backend: str, rope: Rope
+) -> None:
+    q, k, v = draw(9)
+    turned = [rotary(t, torch.arange(9).unsqueeze(0), **rope._asdict()) for t in (q, k)]
+    with use(backend):
+        expected, after = attention(*turned, v, empty(9))
+        y, state = attention(q[:, :8], k[:, :8], v[:, :8], empty(9), rope=rope)
+        last = attention_step_(q[:, 8], k[:, 8], v[:, 8], state, rope=rope)
+    torch.testing.assert_close(torch.cat([y, last.unsqueeze(1)], 1), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state, after, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "torch", "reference"])

@@ -12,7 +12,7 @@ from everstate.core.errors import BackendError
 from everstate.core.op import REFERENCE
 from everstate.core.packing import Packing
 from everstate.core.state import clone, map_state, tensors
-from everstate.ops import AttentionState, attention, attention_step_, use
+from everstate.ops import AttentionState, Rope, attention, attention_step_, use
 from everstate.ops.attention import limits
 from tests.ops.upstream import upstream_of
 
@@ -124,7 +124,10 @@ def test_a_compiler_can_trace_it(kernel_device: torch.device) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-STEPS = [(4, 4, 64, {}), (8, 1, 128, {}), (6, 2, 96, {"softcap": 2.0}), (20, 1, 16, {"window": 90})]
+STEPS = [
+    (4, 4, 64, {}), (8, 1, 128, {}), (6, 2, 96, {"softcap": 2.0}), (20, 1, 16, {"window": 90}),
+    (6, 2, 96, {"rope": Rope()}), (4, 1, 64, {"rope": Rope(1e6, True, 48), "window": 90}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
@@ -149,7 +152,8 @@ def test_a_token_of_rows_at_any_position(
     with use("triton"), torch.no_grad():
         y = attention_step_(**now, state=pool, **settings)
     assert error(y, expected) < tolerance
-    assert all(torch.equal(one.double(), other.double()) for one, other in zip(pool, exact[1], strict=True))
+    assert error(pool.k, exact[1].k) <= (tolerance if "rope" in settings else 0.0)  # keys are kept turned
+    assert torch.equal(pool.v.double(), exact[1].v) and torch.equal(pool.pos, exact[1].pos)
 
 
 def test_rows_of_a_pool_are_stepped_where_they_lie(kernel_device: torch.device) -> None:
@@ -189,6 +193,9 @@ def test_what_does_not_fit_is_refused(kernel_device: torch.device) -> None:
             attention_step_(**now, state=small._replace(k=small.k[:, :0], v=small.v[:, :0]))
         with pytest.raises(BackendError, match="last dimension is dense"):
             attention_step_(**now, state=spread)
+        for width in (7, 18):
+            with pytest.raises(BackendError, match=f"turns an even number of a head's 16 numbers, not {width}"):
+                attention_step_(**now, state=small, rope=Rope(rotary_dim=width))
         with pytest.raises(BackendError, match="no gradient for a single token"):
             attention_step_(**{name: t.requires_grad_() for name, t in now.items()}, state=small)
     assert attention(**timed, state=state)[0].isfinite().all()

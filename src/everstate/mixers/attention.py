@@ -5,10 +5,10 @@ Source: Vaswani et al. 2017 (arXiv 1706.03762); see `everstate.ops.attention` an
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import sigmoid
@@ -17,17 +17,17 @@ from everstate.core.config import Config
 from everstate.core.dtypes import state_dtype
 from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
-from everstate.core.state import Slots, gather
+from everstate.core.state import Slots
 from everstate.mixers.base import LinearEnds, divide, refuse_delta_t
 from everstate.mixers.modules import Linear, Multiplier, Product, RMSNorm, init_linear_, scaled, uniform_
 from everstate.ops import (
     AttentionState,
     Normed,
+    Rope,
     attention,
     attention_step_,
     causal_conv1d,
     causal_conv1d_step_,
-    rotary,
 )
 
 
@@ -165,10 +165,8 @@ class Attention(LinearEnds):
             qkv = torch.cat([q, k, v], -1)
             qkv, conv = causal_conv1d(qkv, self.conv_weight, self.conv_bias, state.conv, packing=packing)
             (q, k, v), state = qkv.split(self.widths, -1), state.cache
-        q, k, v = self._heads(q, k, v, _positions(state, x, packing))
-        y, cache = attention(
-            q, k, v, state, window=config.window, scale=config.scale, softcap=config.softcap, packing=packing
-        )
+        q, k, v = self._heads(q, k, v)
+        y, cache = attention(q, k, v, state, **self._settings, packing=packing)
         return self._finish(y, x), cache if conv is None else ConvAttentionState(conv, cache)
 
     def product_step_(
@@ -186,10 +184,7 @@ class Attention(LinearEnds):
             assert self.conv_weight is not None
             qkv = causal_conv1d_step_(torch.cat([q, k, v], -1), self.conv_weight, self.conv_bias, state.conv, slots)
             (q, k, v), state = qkv.split(self.widths, -1), state.cache
-        positions = gather(state.pos, slots).unsqueeze(1)
-        q, k, v = (t[:, 0] for t in self._heads(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), positions))
-        y = attention_step_(q, k, v, state, slots, window=config.window, scale=config.scale, softcap=config.softcap)
-        y = y.flatten(-2)
+        y = attention_step_(*self._heads(q, k, v), state, slots, **self._settings).flatten(-2)
         if self.gate_proj is not None:
             y = y * sigmoid(self.gate_proj.step(x, before=before))
         return Product(self.out_proj, y, config.out_multiplier)
@@ -204,25 +199,24 @@ class Attention(LinearEnds):
         seen = min(context, self.config.window or context)
         return 2 * projections + 4 * self.nheads * self.head_dim * seen
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Those of the ops."""
+        config, rope = self.config, None
+        if config.rope_theta is not None:
+            rope = Rope(config.rope_theta, config.rope_interleaved, self.rotary_dim)
+        return {"window": config.window, "scale": config.scale, "softcap": config.softcap, "rope": rope}
+
     def _heads(
-        self,
-        q: Float[Tensor, "b l q"],
-        k: Float[Tensor, "b l k"],
-        v: Float[Tensor, "b l k"],
-        positions: Int[Tensor, "b l"],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values per head, with norm and rotation."""
+        self, q: Float[Tensor, "*b q"], k: Float[Tensor, "*b k"], v: Float[Tensor, "*b k"]
+    ) -> tuple[Float[Tensor, "*b h p"], Float[Tensor, "*b g p"], Float[Tensor, "*b g p"]]:
+        """Queries, keys and values per head, with norms."""
         whole = self.config.qk_norm == "full"
         if whole:
             q, k = self._norms(q, k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if not whole:
             q, k = self._norms(q, k)
-        theta, interleaved = self.config.rope_theta, self.config.rope_interleaved
-        if theta is not None:
-            both = torch.cat([q, k], 2)
-            both = rotary(both, positions, theta=theta, interleaved=interleaved, rotary_dim=self.rotary_dim)
-            q, k = both.split([self.nheads, self.nheads_kv], 2)
         return q, k, v
 
     def _norms(self, q: Float[Tensor, "*q n"], k: Float[Tensor, "*k m"]) -> tuple[Tensor, Tensor]:
@@ -234,13 +228,6 @@ class Attention(LinearEnds):
         if self.gate_proj is not None:
             y = y * sigmoid(self.gate_proj(x))
         return scaled(self.out_proj(y), self.config.out_multiplier)
-
-
-def _positions(state: AttentionState, x: Float[Tensor, "b l d"], packing: Packing | None) -> Int[Tensor, "b l"]:
-    """How many tokens of its sequence were read before each token."""
-    if packing is None:
-        return state.pos.unsqueeze(1) + torch.arange(x.shape[1], device=x.device)
-    return (state.pos[packing.sequence_ids(x.device)] + packing.positions(x.device)).unsqueeze(0)
 
 
 def _default_nheads(d_model: int, head_dim: int | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from everstate.core.op import OPS, anywhere, on, op, use
 from everstate.ops.argmax import argmax
-from everstate.ops.attention import AttentionState, attention, attention_step_
+from everstate.ops.attention import AttentionState, Rope, attention, attention_step_
 from everstate.ops.conv1d import causal_conv1d, causal_conv1d_step_
 from everstate.ops.cross_entropy import linear_cross_entropy
 from everstate.ops.delta import gated_delta_scan, gated_delta_step_
@@ -33,6 +33,7 @@ __all__ = [
     "Mamba2State",
     "Mamba3Layer",
     "Normed",
+    "Rope",
     "TrapezoidState",
     "add_rms_norm",
     "anywhere",

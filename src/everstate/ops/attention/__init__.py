@@ -26,8 +26,10 @@ from everstate.ops.attention.cache import (
     without,
 )
 from everstate.ops.attention.limits import accepts, accepts_step
+from everstate.ops.attention.rope import Rope, turned
+from everstate.ops.rotary import rotary
 
-__all__ = ["AttentionState", "attention", "attention_step_"]
+__all__ = ["AttentionState", "Rope", "attention", "attention_step_"]
 
 
 @op
@@ -40,12 +42,14 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    rope: Rope | None = None,
     packing: Packing | None = None,
 ) -> tuple[Float[Tensor, "b l h p"], AttentionState]:
     """Compute `y[t] = sum_s softmax_s(cap(scale q[t] . k[s])) v[s]` over the tokens s <= t of the sequence.
 
     Head h uses group h // (heads / groups) of k and v. With a `window` a token sees itself and window - 1 before it.
-    `scale` defaults to p^-0.5; `cap(x) = softcap tanh(x / softcap)`. Keys are kept as given: rotate them before.
+    `scale` defaults to p^-0.5; `cap(x) = softcap tanh(x / softcap)`. With `rope`, q and k are turned by their positions
+    first, and keys are kept so; without, as they are given.
 
     The state is a ring of fixed capacity. It needs `window` slots, or without a window as many as tokens will ever be
     read in pieces; none at all (s = 0) if everything is read in one call, which is the fast way to train. A call that
@@ -54,10 +58,11 @@ def attention(
     Source: Vaswani et al. 2017 (arXiv 1706.03762); Ainslie et al. 2023 (grouped queries, arXiv 2305.13245).
     """
     if packing is not None:
-        settings = {"window": window, "scale": scale, "softcap": softcap}
+        settings = {"window": window, "scale": scale, "softcap": softcap, "rope": rope}
         return each_sequence(attention.reference, packing, {"q": q, "k": k, "v": v}, state, **settings)
     capacity = state.k.shape[1]
     check_memory(state.pos, capacity, window)
+    q, k = turned(q, k, state.pos, rope, turn=rotary.reference)
     dtype, (_, length, heads, headdim) = state_dtype(q.dtype), q.shape
     now = state.pos.unsqueeze(1) + torch.arange(length, device=q.device)
     seen = visible(now, torch.cat([slot_positions(state.pos, capacity, capacity), now], 1), window)
@@ -82,6 +87,7 @@ def attention_step_(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    rope: Rope | None = None,
     pages: Pages = None,
 ) -> Float[Tensor, "b h p"]:
     """One token of `attention` for the rows `slots` of a pool of states, written in place.
@@ -97,6 +103,7 @@ def attention_step_(
     ring = rings(state, slots, pages)
     lost = check_pages(state, slots, pages, ring.pos, window)
     q, k, v = (t.unsqueeze(1) for t in (q, k, v))
+    q, k = turned(q, k, ring.pos, rope, turn=rotary.reference)
     y, after = attention.reference(q, k, v, ring, window=window, scale=scale, softcap=softcap)
     if pages is None:
         scatter_(state, slots, after)

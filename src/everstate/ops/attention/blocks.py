@@ -11,6 +11,7 @@ from torch import Tensor
 from everstate.core.packing import Packing, each_sequence
 from everstate.ops.attention import scores
 from everstate.ops.attention.cache import AttentionState, append, check_memory, slot_positions, spoil, visible
+from everstate.ops.attention.rope import Rope, turned
 
 # Queries handled in one go: with a window about as many as one of them sees, so that at most half of the work is masked
 # out again, but enough for a matrix product and few enough for their scores to stay small.
@@ -26,9 +27,11 @@ def fused(
     window: int | None = None,
     scale: float | None = None,
     softcap: None = None,
+    rope: Rope | None = None,
     packing: Packing | None = None,
 ) -> tuple[Float[Tensor, "b l h p"], AttentionState]:
     """See `everstate.ops.attention`."""
+    q, k = turned(q, k, state.pos, rope, packing)
     causal = partial(scores.fused_causal, scale=scale)
     return _attention(partial(scores.fused, scale=scale), causal, q, k, v, state, window, packing)
 
@@ -42,9 +45,11 @@ def plain(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    rope: Rope | None = None,
     packing: Packing | None = None,
 ) -> tuple[Float[Tensor, "b l h p"], AttentionState]:
     """See `everstate.ops.attention`."""
+    q, k = turned(q, k, state.pos, rope, packing)
     return _attention(partial(scores.plain, scale=scale, softcap=softcap), None, q, k, v, state, window, packing)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from everstate.ops.attention import AttentionState, attention_step_
+from everstate.ops.attention import AttentionState, Rope, attention_step_
 from everstate.ops.example import Draw, Example, Variants
 
 READ = 20
@@ -51,6 +51,15 @@ def _wide_window(draw: Draw, batch: int, length: int, sequences: int) -> Example
     return _example(draw, batch, length, sequences, groups=2, window=70)
 
 
+def _rope(draw: Draw, batch: int, length: int, sequences: int) -> Example:
+    return _example(draw, batch, length, sequences, groups=2, rope=Rope(theta=50.0, rotary_dim=2))
+
+
+def _rope_window(draw: Draw, batch: int, length: int, sequences: int) -> Example:
+    rope = Rope(theta=50.0, interleaved=True, rotary_dim=2)
+    return _example(draw, batch, length, sequences, groups=1, rope=rope, window=7)
+
+
 def _softcap(draw: Draw, batch: int, length: int, sequences: int) -> Example:
     return _example(draw, batch, length, sequences, groups=2, softcap=1.5)
 
@@ -65,6 +74,8 @@ attention: Variants = {
     "fresh": _fresh,
     "window": _window,
     "wide window": _wide_window,
+    "rope": _rope,
+    "rope, window": _rope_window,
     "softcap": _softcap,
     "softcap, window": _softcap_window,
 }

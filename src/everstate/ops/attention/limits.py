@@ -11,6 +11,7 @@ from everstate.core.kernels import capability, refusal, shared_memory
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.ops.attention.cache import AttentionState, Pages, capacity_of
+from everstate.ops.attention.rope import Rope
 from everstate.ops.limits import step_refusal
 
 WIDEST = 256
@@ -27,7 +28,7 @@ SHARED_MEMORY_STEP, SHARED_MEMORY_STEP_WIDE = 80 * 1024, 160 * 1024
 
 def accepts(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState, *, window: int | None = None, scale: float | None = None,
-    softcap: float | None = None, packing: Packing | None = None,
+    softcap: float | None = None, rope: Rope | None = None, packing: Packing | None = None,
 ) -> str | None:  # fmt: skip
     """Why the kernels of `attention` do not serve these arguments, or None."""
     why = refusal(q, k, v, state.k, state.v) or _refusal_of_heads(q, k, v)
@@ -46,8 +47,9 @@ def _sees_all(q: Tensor, window: int | None, packing: Packing | None) -> bool:
 
 
 def accepts_step(
-    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, slots: Slots = None, *, pages: Pages = None, **settings: Any
-) -> str | None:
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, slots: Slots = None, *, rope: Rope | None = None,
+    pages: Pages = None, **settings: Any,
+) -> str | None:  # fmt: skip
     """Why the kernel of `attention_step_` does not serve these arguments, or None."""
     why = step_refusal(state.k, state.v, q, k, v) or _refusal_of_heads(q, k, v)
     if why is not None:
@@ -58,6 +60,9 @@ def accepts_step(
         return f"takes a pool whose last dimension is dense, not one of strides {state.k.stride()}"
     if pages is not None and pages.dtype not in (torch.int32, torch.int64):
         return f"takes pages as int32 or int64, not {str(pages.dtype).removeprefix('torch.')}"
+    width = 0 if rope is None else q.shape[-1] if rope.rotary_dim is None else rope.rotary_dim
+    if width % 2 or width > q.shape[-1]:
+        return f"turns an even number of a head's {q.shape[-1]} numbers, not {width}"
     wide = q.shape[-1] > 128 and q.dtype == torch.float32
     return _refusal_of_memory(q, SHARED_MEMORY_STEP_WIDE if wide else SHARED_MEMORY_STEP)
 

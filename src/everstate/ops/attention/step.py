@@ -22,6 +22,7 @@ from everstate.ops.attention.cache import (
     visible,
     without,
 )
+from everstate.ops.attention.rope import Rope, turned
 
 
 def fused(
@@ -34,10 +35,11 @@ def fused(
     window: int | None = None,
     scale: float | None = None,
     softcap: None = None,
+    rope: Rope | None = None,
     pages: Pages = None,
 ) -> Float[Tensor, "b h p"]:
     """See `everstate.ops.attention_step_`."""
-    return _step_(partial(scores.fused, scale=scale), q, k, v, state, slots, window, pages)
+    return _step_(partial(scores.fused, scale=scale), q, k, v, state, slots, window, rope, pages)
 
 
 def plain(
@@ -50,23 +52,25 @@ def plain(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    rope: Rope | None = None,
     pages: Pages = None,
 ) -> Float[Tensor, "b h p"]:
     """See `everstate.ops.attention_step_`."""
-    return _step_(partial(scores.plain, scale=scale, softcap=softcap), q, k, v, state, slots, window, pages)
+    return _step_(partial(scores.plain, scale=scale, softcap=softcap), q, k, v, state, slots, window, rope, pages)
 
 
 def _step_(
     attend: scores.Attend, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, slots: Slots, window: int | None,
-    pages: Pages,
+    rope: Rope | None, pages: Pages,
 ) -> Tensor:  # fmt: skip
     pos, capacity = gather(state.pos, slots).clone(), capacity_of(state.k, pages)
     read = check_memory(pos, capacity, window)
     lost = check_pages(state, slots, pages, pos, window)
+    queries, turned_keys = turned(q.unsqueeze(1), k.unsqueeze(1), pos, rope)
     # What the token overwrites is one that it does not see: `check_memory` has refused every other case.
-    put_token_(state, slots, pages, pos, k, v)
+    put_token_(state, slots, pages, pos, turned_keys[:, 0], v)
     used = capacity if read is None else min(capacity, read + 1)
     keys, values, _ = rings(state, slots, pages, used)
     seen = visible(pos.unsqueeze(1), slot_positions(pos + 1, capacity, used), window)
-    y = attend(q.unsqueeze(1), keys, values, seen)
+    y = attend(queries, keys, values, seen)
     return without(spoil(y, pos, capacity, window)[:, 0], lost)

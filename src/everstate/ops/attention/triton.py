@@ -24,6 +24,7 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.core.packing import Packing
 from everstate.ops.attention.cache import AttentionState, append, append_packed, check_memory
+from everstate.ops.attention.rope import Rope, turned
 from everstate.ops.attention.triton_step import capped, ring_of, softened
 from everstate.ops.triton_common import LOG2E, dot
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
@@ -39,10 +40,12 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    rope: Rope | None = None,
     packing: Packing | None = None,
 ) -> tuple[Float[Tensor, "b l h p"], AttentionState]:
     """See `everstate.ops.attention`."""
     check_memory(state.pos, state.k.shape[1], window)
+    q, k = turned(q, k, state.pos, rope, packing)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     ends = [] if packing is None else list(packing.cu_seqlens)
     y, _ = _attend(q, k, v, state.k, state.v, state.pos, ends, window, scale, softcap)

@@ -20,9 +20,19 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op, processors
 from everstate.core.state import Slots
 from everstate.ops.attention.cache import AttentionState, Pages, capacity_of
+from everstate.ops.attention.rope import Rope
+from everstate.ops.rotary.triton import frequencies, turned_with, turns_of
 from everstate.ops.triton_common import LOG2E, dot
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
-from everstate.ops.triton_rows import dense, follow_last, launch_options, slot_of
+from everstate.ops.triton_rows import (
+    dense,
+    follow_last,
+    launch_options,
+    reads_early,
+    slot_of,
+    start_next,
+    wait_for_last,
+)
 
 PROGRAMS = 4
 """Programs per multiprocessor that the splits should make."""
@@ -40,17 +50,23 @@ def attention_step_(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    rope: Rope | None = None,
     pages: Pages = None,
 ) -> Float[Tensor, "b h p"]:
     """See `everstate.ops.attention_step_`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _step(q, k, v, state.k, state.v, state.pos, slots, pages, window, scale, softcap)
+    theta, interleaved, width = (1.0, False, 0) if rope is None else rope
+    width = q.shape[-1] if width is None else width
+    return _step(
+        q, k, v, state.k, state.v, state.pos, slots, pages, window, scale, softcap, theta, interleaved, width
+    )  # fmt: skip
 
 
 @kernel_op("attention_step_", mutates={"ring_k", "ring_v", "pos"})
 def _step(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, pos: Tensor, slots: Tensor | None,
-    pages: Tensor | None, window: int | None, scale: float, softcap: float | None,
+    pages: Tensor | None, window: int | None, scale: float, softcap: float | None, theta: float, interleaved: bool,
+    width: int,
 ) -> Tensor:  # fmt: skip
     (batch, heads, headdim), (size, groups) = q.shape, ring_k.shape[1:3]
     capacity = capacity_of(ring_k, pages)
@@ -67,18 +83,20 @@ def _step(
     launch(
         _split_kernel, (batch * blocks * splits,),
         q, k, v, ring_k, ring_v, pos, slots, None if pages is None else pages.contiguous(), sums, weights,
+        frequencies(width, theta, q.device) if width else None,
         splits, capacity, reach, scale, softcap, len(ring_k),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *ring_k.stride()[:3], *ring_v.stride()[:3],
         SIZE=size if pages is not None else 0, HEADS=heads, GROUPS=groups, P=headdim,
-        FORGETS=window is None or capacity < window, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-        **sizes, **launch_options(q.device),
+        TURNED=width, INTERLEAVED=interleaved, FORGETS=window is None or capacity < window,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        EARLY=reads_early(slots, batch), **sizes, **launch_options(q.device),
     )  # fmt: skip
-    width = power_of_2(splits)
-    part = min(power_of_2(headdim), max(8192 // width, 16))
+    joined = power_of_2(splits)
+    part = min(power_of_2(headdim), max(8192 // joined, 16))
     launch(
         _join_kernel, (batch * heads, cdiv(headdim, part)),
         sums, weights, y, pos, slots, splits,
-        HEADS=heads, P=headdim, BLOCK_SPLITS=width, BLOCK_P=part, num_warps=4, **launch_options(q.device),
+        HEADS=heads, P=headdim, BLOCK_SPLITS=joined, BLOCK_P=part, num_warps=4, **launch_options(q.device),
     )  # fmt: skip
     return y
 
@@ -86,7 +104,8 @@ def _step(
 @_step.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, pos: Tensor, slots: Tensor | None,
-    pages: Tensor | None, window: int | None, scale: float, softcap: float | None,
+    pages: Tensor | None, window: int | None, scale: float, softcap: float | None, theta: float, interleaved: bool,
+    width: int,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 
@@ -149,55 +168,86 @@ def located(pages, slot, place, asked, capacity, blocks, SIZE: tl.constexpr):
 
 @triton.jit
 def _split_kernel(
-    q, k, v, ring_k, ring_v, pos, slots, pages, sums, weights, splits, capacity, reach, scale, softcap, blocks,
-    q_row, q_head, k_row, k_group, v_row, v_group, K_slot, K_s, K_group, V_slot, V_s, V_group,
-    SIZE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, FORGETS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    q, k, v, ring_k, ring_v, pos, slots, pages, sums, weights, frequencies, splits, capacity, reach, scale, softcap,
+    blocks, q_row, q_head, k_row, k_group, v_row, v_group, K_slot, K_s, K_group, V_slot, V_s, V_group,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, TURNED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, FORGETS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per row, block of heads of one group, and split."""
-    follow_last(OVERLAP)
+    start_next(OVERLAP)
     PER_GROUP: tl.constexpr = HEADS // GROUPS
-    BLOCKS: tl.constexpr = (PER_GROUP + BLOCK_M - 1) // BLOCK_M
-    split, block = tl.program_id(0) % splits, tl.program_id(0) // splits % BLOCKS
-    group = tl.program_id(0) // splits // BLOCKS % GROUPS
-    row = (tl.program_id(0) // splits // BLOCKS // GROUPS).to(tl.int64)
-    slot = slot_of(slots, row)
-    read, seen, oldest = ring_of(pos, slot, capacity, reach - 1)
+    row, group, block, split = _program(splits, GROUPS, (PER_GROUP + BLOCK_M - 1) // BLOCK_M)
     m, s, p = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_P)
     head, real = group * PER_GROUP + m, (m < PER_GROUP)[:, None] & (p < P)[None, :]
-    queries = tl.load(q + row * q_row + head[:, None] * q_head + p[None, :], mask=real, other=0.0)
-    key = tl.load(k + row * k_row + group * k_group + p, mask=p < P, other=0.0)
-    value = tl.load(v + row * v_row + group * v_group + p, mask=p < P, other=0.0)
     keys, values = ring_k + group * K_group, ring_v + group * V_group
-    # The token itself: only the first split has it.
-    own = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1)
-    top = tl.where(split == 0, capped(own, scale, softcap), -float("inf"))
-    total = tl.where(split == 0, 1.0, 0.0) + tl.zeros((BLOCK_M,), tl.float32)
-    acc = total[:, None] * value.to(tl.float32)[None, :]
+    if not EARLY:
+        wait_for_last(OVERLAP)
+    slot = slot_of(slots, row)
+    read, seen, oldest = ring_of(pos, slot, capacity, reach - 1)
+    each = tl.cdiv(tl.cdiv(seen, BLOCK_S), splits) * BLOCK_S
+    start, end = split * each, tl.minimum((split + 1) * each, seen)
+    # The first keys and values of the ring, as the states of other layers, do not wait for the kernel before.
+    old_keys, old_values, asked, there = _tiles_of(
+        pages, slot, oldest, start, end, s, p, keys, values, capacity, blocks, K_slot, K_s, V_slot, V_s, P, SIZE
+    )
+    turns = turns_of(read, frequencies, p, TURNED, INTERLEAVED) if TURNED > 0 else ()
+    if EARLY:
+        wait_for_last(OVERLAP)
+    queries, key, value = _token(
+        q + row * q_row + head[:, None] * q_head, k + row * k_row + group * k_group, v + row * v_row + group * v_group,
+        turns, real, p, P, TURNED,
+    )  # fmt: skip
+    acc, total, top = _own(queries, key, value, split == 0, scale, softcap)
     kept = _keep(
         pages, slot, read % capacity, keys, values, key, value, p, (split == 0) & (block == 0), capacity, blocks,
         K_slot, K_s, V_slot, V_s, P, SIZE,
     )  # fmt: skip
     total = tl.where(kept, total, float("nan"))
-    each = tl.cdiv(tl.cdiv(seen, BLOCK_S), splits) * BLOCK_S
-    end = tl.minimum((split + 1) * each, seen)
-    for start in range(split * each, end, BLOCK_S):
-        at = oldest + start + s
-        place, asked = tl.where(at >= capacity, at - capacity, at).to(tl.int64), start + s < end
-        index, place, there = located(pages, slot, place, asked, capacity, blocks, SIZE)
-        tile = _rows_of(keys + index * K_slot + place * K_s, asked, p, P).to(queries.dtype)
-        scores = _shown(capped(dot(queries, tl.trans(tile), None, PRECISION), scale, softcap), asked, there, pages)
-        shares, faded, total, top = softened(scores, total, top, False)
-        tile = _rows_of(values + index * V_slot + place * V_s, asked, p, P).to(queries.dtype)
-        acc = dot(shares.to(queries.dtype), tile, acc * faded[:, None], PRECISION)
-    if FORGETS:
-        # Tokens that it would look at are gone, and no error can be raised here: see `cache.spoil`.
+    acc, total, top = _attend(
+        queries, old_keys, old_values, asked, there, pages, scale, softcap, acc, total, top, True, PRECISION
+    )
+    for later in range(start + BLOCK_S, end, BLOCK_S):
+        old_keys, old_values, asked, there = _tiles_of(
+            pages, slot, oldest, later, end, s, p, keys, values, capacity, blocks, K_slot, K_s, V_slot, V_s, P, SIZE
+        )
+        acc, total, top = _attend(
+            queries, old_keys, old_values, asked, there, pages, scale, softcap, acc, total, top, False, PRECISION
+        )
+    if FORGETS:  # tokens that it would look at, and no error can be raised here: see `cache.spoil`
         total = tl.where(read >= capacity, float("nan"), total)
-    out = (row * HEADS + head) * splits + split
-    tl.store(sums + out[:, None] * P + p[None, :], acc, mask=real & (top > -float("inf"))[:, None])
-    tl.store(weights + out * 2, top, mask=m < PER_GROUP)
-    tl.store(weights + out * 2 + 1, total, mask=m < PER_GROUP)
+    _leave(sums, weights, acc, total, top, (row * HEADS + head) * splits + split, real, m < PER_GROUP, p, P)
+
+
+@triton.jit
+def _program(splits, GROUPS: tl.constexpr, BLOCKS: tl.constexpr):
+    """What a program is for: a row, a group, a block of its heads, and a split."""
+    split, block = tl.program_id(0) % splits, tl.program_id(0) // splits % BLOCKS
+    group = tl.program_id(0) // splits // BLOCKS % GROUPS
+    row = (tl.program_id(0) // splits // BLOCKS // GROUPS).to(tl.int64)
+    return row, group, block, split
+
+
+@triton.jit
+def _token(own_queries, own_key, own_value, turns, real, p, P: tl.constexpr, TURNED: tl.constexpr):
+    """Queries, key and value of the token, the first two turned by its position."""
+    queries = tl.load(own_queries + p[None, :], mask=real, other=0.0)
+    key = tl.load(own_key + p, mask=p < P, other=0.0)
+    if TURNED > 0:
+        other, cos, sin = turns
+        others = tl.load(own_queries + other[None, :], mask=real & (p < TURNED)[None, :], other=0.0)
+        queries = turned_with(queries, others, cos[None, :], sin[None, :])
+        key = turned_with(key, tl.load(own_key + other, mask=p < TURNED, other=0.0), cos, sin)
+    return queries, key, tl.load(own_value + p, mask=p < P, other=0.0)
+
+
+@triton.jit
+def _own(queries, key, value, first, scale, softcap):
+    """What the token sees of itself, weighted sum, total and maximum: only the first split has it."""
+    own = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1)
+    top = tl.where(first, capped(own, scale, softcap), -float("inf"))
+    total = tl.where(first, 1.0, 0.0) + tl.zeros_like(own)
+    return total[:, None] * value.to(tl.float32)[None, :], total, top
 
 
 @triton.jit
@@ -211,6 +261,40 @@ def _keep(
     tl.store(keys + index * K_slot + place * K_s + p, key.to(keys.dtype.element_ty), mask=mask)
     tl.store(values + index * V_slot + place * V_s + p, value.to(values.dtype.element_ty), mask=mask)
     return there
+
+
+@triton.jit
+def _tiles_of(
+    pages, slot, oldest, start, end, s, p, keys, values, capacity, blocks, K_slot, K_s, V_slot, V_s,
+    P: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of the ring from the token `start` of those that are seen on; which of them were asked for, and
+    which are there."""
+    at = oldest + start + s
+    place, asked = tl.where(at >= capacity, at - capacity, at).to(tl.int64), start + s < end
+    index, place, there = located(pages, slot, place, asked, capacity, blocks, SIZE)
+    old_keys = _rows_of(keys + index * K_slot + place * K_s, asked, p, P)
+    return old_keys, _rows_of(values + index * V_slot + place * V_s, asked, p, P), asked, there
+
+
+@triton.jit
+def _attend(
+    queries, keys, values, asked, there, pages, scale, softcap, acc, total, top,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A step of attention: the new weighted sum of values, total and maximum. MASKED where nothing may be asked for."""
+    scores = dot(queries, tl.trans(keys.to(queries.dtype)), None, PRECISION)
+    scores = _shown(capped(scores, scale, softcap), asked, there, pages)
+    shares, faded, total, top = softened(scores, total, top, MASKED)
+    return dot(shares.to(queries.dtype), values.to(queries.dtype), acc * faded[:, None], PRECISION), total, top
+
+
+@triton.jit
+def _leave(sums, weights, acc, total, top, at, real, is_head, p, P: tl.constexpr):
+    """Write what a split has found."""
+    tl.store(sums + at[:, None] * P + p[None, :], acc, mask=real & (top > -float("inf"))[:, None])
+    tl.store(weights + at * 2, top, mask=is_head)
+    tl.store(weights + at * 2 + 1, total, mask=is_head)
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -45,6 +47,14 @@ def rotary(
 
     Source: Su et al. 2021, "RoFormer" (arXiv 2104.09864), section 3.2.
     """
+    return by_position(rotate.reference, x, positions, theta, interleaved, rotary_dim)
+
+
+def by_position(
+    rotate: Callable[..., Tensor], x: Float[Tensor, "b l h p"], positions: Int[Tensor, "#b l"], theta: float,
+    interleaved: bool, rotary_dim: int | None,
+) -> Float[Tensor, "b l h p"]:  # fmt: skip
+    """`rotary` by an implementation of `rotate`."""
     width = x.shape[-1] if rotary_dim is None else rotary_dim
     exponents = torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width
     angles = (positions.to(torch.float64).unsqueeze(-1) * theta**-exponents).unsqueeze(2)
@@ -57,3 +67,4 @@ def rotary(
 rotate.add("triton", "everstate.ops.rotary.triton:rotate", accepts_rotate)
 rotate.add("torch", "everstate.ops.rotary.halves:rotate", anywhere)
 rotary.add("triton", "everstate.ops.rotary.triton:rotary", accepts_rotary)
+rotary.add("torch", "everstate.ops.rotary.halves:rotary", anywhere)

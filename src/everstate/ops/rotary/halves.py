@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from everstate.core.dtypes import state_dtype
+from everstate.ops.rotary import by_position
 
 
 def rotate(
@@ -22,6 +23,18 @@ def rotate(
     still_a, still_b = still[..., pairs:half], still[..., half + pairs :]
     y = torch.cat([turned_a.to(x.dtype), still_a, turned_b.to(x.dtype), still_b], -1)
     return interleave(y) if interleaved else y
+
+
+def rotary(
+    x: Float[Tensor, "b l h p"],
+    positions: Int[Tensor, "#b l"],
+    *,
+    theta: float = 10000.0,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+) -> Float[Tensor, "b l h p"]:
+    """See `everstate.ops.rotary`."""
+    return by_position(rotate, x, positions, theta, interleaved, rotary_dim)
 
 
 def deinterleave(x: Float[Tensor, "*b p"]) -> Float[Tensor, "*b p"]:

@@ -140,7 +140,7 @@ def _rotary(x: Tensor, positions: Tensor, theta: float, interleaved: bool, width
     each = cdiv(heads, parts)
     launch(
         _rotary_kernel, (tiles, cdiv(heads, each)),
-        x, positions, _frequencies(width, theta, x.device), y, batch * length, length, heads, each,
+        x, positions, frequencies(width, theta, x.device), y, batch * length, length, heads, each,
         *x.stride()[:3], *positions.stride(),
         P=headdim, WIDTH=width, INTERLEAVED=interleaved, INVERSE=inverse, BLOCK_T=tile, BLOCK_P=block,
         BLOCK_REST=power_of_2(max(headdim - width, 1)), num_warps=4, **launch_options(x.device),
@@ -168,7 +168,7 @@ _rotary.register_autograd(_differentiate_rotary, setup_context=_save_rotary)
 
 # Made on the host and cached by value: a captured graph could not copy them to the GPU.
 @lru_cache(maxsize=64)
-def _frequencies(width: int, theta: float, device: torch.device) -> Float[Tensor, " s"]:
+def frequencies(width: int, theta: float, device: torch.device) -> Float[Tensor, " s"]:
     """Radians per position of each pair, float64."""
     return (theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)).to(device)
 
@@ -237,7 +237,7 @@ def _rotate_kernel(
 
 
 @triton.jit
-def _cos_sin(angle):
+def cos_sin(angle):
     """Of float64 angles: to the nearest quarter turn in float64, the rest, at most pi / 4, by the series in float32."""
     quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
     r = (angle - quarters * 1.5707963267948966).to(tl.float32)
@@ -249,6 +249,28 @@ def _cos_sin(angle):
     odd = (quarter & 1) == 1
     c, s = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
     return tl.where((quarter == 1) | (quarter == 2), -c, c), tl.where(quarter >= 2, -s, s)
+
+
+@triton.jit
+def turns_of(position, frequencies, p, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """For each number of a head which is the other of its pair, its cosine, and its sine with the sign of the other.
+
+    Those beyond WIDTH are their own, with a cosine of 1 and a sine of 0.
+    """
+    if INTERLEAVED:
+        pair, other, second = p // 2, p ^ 1, p % 2 == 1
+    else:
+        second = p >= WIDTH // 2
+        pair, other = p % (WIDTH // 2), tl.where(second, p - WIDTH // 2, p + WIDTH // 2)
+    angle = position.to(tl.float64) * tl.load(frequencies + pair, mask=p < WIDTH, other=0.0)
+    cos, sin = cos_sin(angle)
+    return other, cos, tl.where(second, sin, -sin)
+
+
+@triton.jit
+def turned_with(x, other, cos, sin):
+    """Numbers turned with the others of their pairs, rounded as they were."""
+    return (x.to(tl.float32) * cos + other.to(tl.float32) * sin).to(x.dtype)
 
 
 @triton.jit
@@ -264,7 +286,7 @@ def _rotary_kernel(
     row, at = token // length, token % length
     position = tl.load(positions + row * positions_row + at * positions_token, mask=inside, other=0).to(tl.float64)
     pair = tl.arange(0, BLOCK_P)[None, :]
-    cos, sin = _cos_sin(position * tl.load(frequencies + pair, mask=pair < WIDTH // 2, other=0.0))
+    cos, sin = cos_sin(position * tl.load(frequencies + pair, mask=pair < WIDTH // 2, other=0.0))
     start = tl.program_id(1) * each
     own = x + row * x_row + at * x_token + start.to(tl.int64) * x_head
     out = y + (token * heads + start) * P
