@@ -89,7 +89,7 @@ def _step(
         SIZE=size if pages is not None else 0, HEADS=heads, GROUPS=groups, P=headdim,
         TURNED=width, INTERLEAVED=interleaved, FORGETS=window is None or capacity < window,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-        EARLY=reads_early(slots, batch), **sizes, **launch_options(q.device),
+        EARLY=pages is None and reads_early(slots, batch), **sizes, **launch_options(q.device),
     )  # fmt: skip
     joined = power_of_2(splits)
     part = min(power_of_2(headdim), max(8192 // joined, 16))

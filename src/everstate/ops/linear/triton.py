@@ -9,7 +9,7 @@ import triton.language as tl
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from everstate.core.kernels import kernel_op
+from everstate.core.kernels import kernel_op, processors
 from everstate.core.state import Slots
 from everstate.ops.activations import Activation
 from everstate.ops.glu import glu
@@ -229,6 +229,8 @@ def _sizes(weight: Tensor, gated: bool = False) -> tuple[dict[str, int], dict[st
         piece = piece_of(row, HELD, least=512, part=8)
         warps = max(min(power_of_2(row + 1) // 2048, piece // 512, 8), 1)
         n = power_of_2(cdiv((HELD if row < LONG else 2 * HELD) * warps, row))
+        while n > 2 and cdiv(len(weight), n) < processors(weight.device):  # as of Mamba-1's `x_proj`
+            n //= 2
     n = max(n, 1 + gated)
     pieces, most = cdiv(row, piece), max(MOST * warps // (n * piece), 1)
     ahead = cdiv(pieces, cdiv(pieces, most))
