@@ -12,8 +12,8 @@ reads constants from registers: ptxas 12.8 may set such a register only behind t
 `python -m tests.lowered registers` says of each kernel of `trapezoid_scan` whether its machine code adds to a register
 that nothing wrote; `python -m tests.lowered cache` names such kernels among all in Triton's cache.
 
-`python -m tests.lowered memory` says of each kernel of `trapezoid_scan` and `attention` how many bytes of shared memory
-it takes on a GPU that has no more than 99 KiB for a program.
+`python -m tests.lowered memory` says of each kernel of `trapezoid_scan`, `attention` and `attention_step_` how many
+bytes of shared memory it takes on a GPU that has no more than 99 KiB for a program.
 
 `python -m tests.lowered compiles 90` names the kernels of `trapezoid_scan` and `ssd_scan` for a GPU of compute
 capability 9.0, and fails with what Triton cannot compile.
@@ -48,7 +48,7 @@ from everstate.bench.examples import lower
 from everstate.core import kernels
 from everstate.core.kernels import interpreting
 from everstate.core.state import tensors
-from everstate.ops import OPS, linear_conv_step_, triton_launch, use
+from everstate.ops import OPS, Rope, attention_step_, linear_conv_step_, triton_launch, use
 from everstate.ops.example import EXAMPLES, Draw, Example
 from everstate.ops.trapezoid.limits import SHARED_MEMORY
 from tests.machine_code import adds_to_nothing, disassembled
@@ -205,7 +205,7 @@ def cache() -> None:
 
 def memory() -> None:
     """Of the sizes that take most: heads of 128 x 128 and of 64 x 256, whose columns all turn, in 16 bits; and of 128
-    numbers, in both precisions."""
+    numbers, in both precisions; of a token many heads of a group through pages."""
     kernels._ask_capability, kernels._ask_shared_memory = (lambda device: (8, 9)), (lambda device: SHARED_MEMORY)
     cpu, calls = torch.device("cpu"), []
     for headdim, d_state in ((128, 128), (64, 256)):
@@ -214,7 +214,13 @@ def memory() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         timed, state = draw_attention(cpu, 1, 70, 2, 1, 128, capacity=128, read=[20], dtype=dtype)
         calls.append(("attention", {**timed, "state": state}))
-    most: dict[str, int] = {}
+    with lowering("make_llir", 89) as found, use("triton"), torch.no_grad():
+        for heads, headdim, dtype in ((64, 64, torch.bfloat16), (8, 64, torch.bfloat16), (64, 256, torch.float32)):
+            now, blocks = draw_attention(cpu, 2, 1, heads, 1, headdim, capacity=16, read=[20, 3], dtype=dtype)
+            token, pages = {name: t[:, 0] for name, t in now.items()}, torch.zeros(2, 2, dtype=torch.int64)
+            for rope in (None, Rope()):
+                attention_step_(**token, state=blocks, pages=pages, rope=rope)
+    most = {f"attention_step_.{kernel}": max(code.shared for code in codes) for kernel, codes in found.items()}
     for op, given in calls:
         for kernel, variants in lowered(op, given, "make_llir", 89).items():
             name = f"{op}.{kernel}"

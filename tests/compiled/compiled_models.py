@@ -22,6 +22,8 @@ LAYOUTS = ["mamba2", "mamba3 mlp", "attention mlp"] if ON_GPU else ["mamba2 mlp 
 if ON_GPU and "triton" in OPS["selective_scan"].backends():
     LAYOUTS += ["mamba1"]  # its PyTorch form cannot be traced backward: it writes into parts of tensors
 
+TURNED = {"type": "attention", "rope_theta": 100.0}
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -36,6 +38,7 @@ def small(
 ) -> LM:  # fmt: skip
     for op in OPS.values():
         op.load()
+    settings.setdefault("mixers", {"attention": TURNED} if "attention" in layout else {})
     return LM(ModelConfig(d_model=width, vocab_size=50, layout=layout, **settings), device=device, dtype=dtype)
 
 
@@ -76,7 +79,7 @@ def test_a_decoding_step(layout: str, kernel_device: torch.device) -> None:
 
 
 EXPERTS = {"type": "moe", "nexperts": 4, "d_shared": 128}
-SIDE = {"type": "parallel", "mixers": {"ssm": {"type": "mamba2"}, "attn": {"type": "attention"}}}
+SIDE = {"type": "parallel", "mixers": {"ssm": {"type": "mamba2"}, "attn": TURNED}}
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from everstate.core.errors import ConfigError
@@ -32,6 +35,38 @@ def test_initial_values() -> None:
 def test_dt_has_a_floor() -> None:
     dt = softplus(build(dt_min=1e-6, dt_max=1e-5).dt_bias)
     assert torch.allclose(dt, torch.full_like(dt, 1e-4))
+
+
+class Shifted(nn.Module):
+    """As an adapter is, which stands around a part."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x) + 3
+
+
+def shift(mixer: Mamba1) -> None:
+    mixer.dt_proj = Shifted(mixer.dt_proj)  # type: ignore[assignment]
+
+
+def hook(mixer: Mamba1) -> None:
+    mixer.dt_proj.register_forward_hook(lambda part, args, dt: dt + 3)
+
+
+@pytest.mark.parametrize("change", [shift, hook])
+def test_what_somebody_does_with_dt_is_done_in_a_step_too(change: Callable[[Mamba1], None]) -> None:
+    mixer, x = build(), torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0))
+    before, _ = mixer(x, mixer.init_state(2))
+    change(mixer)
+    after, _ = mixer(x, mixer.init_state(2))
+    state = mixer.init_state(2)
+    with torch.no_grad():
+        stepped = torch.stack([mixer.step_(token, state) for token in x.unbind(1)], 1)
+    torch.testing.assert_close(stepped, after, rtol=1e-4, atol=1e-5)
+    assert (after - before).norm() > 0.01 * before.norm()
 
 
 @pytest.mark.parametrize(("d_model", "given", "rank"), [(40, "auto", 3), (48, "auto", 3), (49, "auto", 4), (48, 5, 5)])

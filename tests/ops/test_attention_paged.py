@@ -11,7 +11,7 @@ from torch import Tensor
 from everstate.core.errors import RequestError
 from everstate.core.kernels import interpreting
 from everstate.core.state import clone, tensors
-from everstate.ops import AttentionState, attention_step_, use
+from everstate.ops import AttentionState, Rope, attention_step_, use
 
 BACKENDS = ["reference", "torch", "sdpa", "triton"]
 SIZE, PAGES, HEADS, GROUPS, HEADDIM = 8, 3, 4, 2, 16
@@ -46,7 +46,7 @@ def step(
         return attention_step_(*now, state, slots, **settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"window": CAPACITY}, {"window": 11, "scale": 0.3}])
+@pytest.mark.parametrize("settings", [{}, {"window": CAPACITY}, {"window": 11, "scale": 0.3, "rope": Rope()}])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_say_what_rings_say(backend: str, settings: dict[str, Any], kernel_device: torch.device) -> None:
     """Over steps that cross from block to block, and around the end of a ring."""

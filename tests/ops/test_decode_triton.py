@@ -144,6 +144,26 @@ def test_tiles_of_an_h200(
     assert tiles._sizes(rows, weight) == sizes
 
 
+@pytest.mark.parametrize("outputs", [1, 3, 80])
+def test_few_outputs_are_shared_out_among_more_programs(
+    outputs: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = pytest.importorskip("everstate.ops.linear.triton")
+    monkeypatch.setattr(kernels, "processors", lambda device: 132)
+    draw, width = draws(kernel_device, torch.float32), 512
+    x, weight, gates = draw(1, width), draw(outputs, width), draw(2 * outputs, width)
+    assert kernels._sizes(weight)[0]["BLOCK_N"] == 2 < kernels._sizes(draw(1000, width))[0]["BLOCK_N"]
+    stream, norm = draw(1, outputs), draw(outputs)
+    with use("triton"):
+        summed, normed = linear_add_rms_norm(x, weight, None, stream, norm)
+        gated = linear_activate(x, gates, gated=True)
+    for got, expected in zip(
+        numbers((summed, normed)), numbers(exact(linear_add_rms_norm, x, weight, None, stream, norm)), strict=True
+    ):
+        close(got, expected, 1e-5)
+    close(gated, exact(linear_activate, x, gates, gated=True), 1e-5)
+
+
 def test_a_row_is_the_same_among_others(splits: int, kernel_device: torch.device) -> None:
     draw = draws(kernel_device, torch.bfloat16)
     x, weight = draw(9, 256), draw(50, 256)
@@ -441,19 +461,24 @@ def test_a_step_of_mamba1(
         assert where is None or torch.equal(here[[1, 3]], pool[[1, 3]])
 
 
-@pytest.mark.parametrize(("rows", "rank"), [(9, 5), (2, 258)])
-def test_a_step_of_mamba1_of_more_rows_and_of_a_higher_rank(rows: int, rank: int, kernel_device: torch.device) -> None:
-    draw, channels, d_state = draws(kernel_device, torch.float32), 40, 6
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "rank", "apart"), [(8, 5, False), (9, 5, True), (2, 256, False), (2, 257, True)])
+def test_a_step_of_mamba1_leaves_large_products_of_dt_to_another_launch(
+    rows: int, rank: int, apart: bool, dtype: torch.dtype, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = pytest.importorskip("everstate.ops.selective_scan.triton_step")
+    draw, channels, d_state = draws(kernel_device, dtype), 40, 6
     x, dt, B, C = (draw(rows, n) for n in (channels, rank, d_state, d_state))
     layer = {"dt_bias": draw(channels) - 2, "dt_weight": draw(channels, rank) / rank, "dt_scale": draw(channels)}
-    A_log, here = draw(channels, d_state), draw(rows, channels, d_state)
-    there = here.double()
-    with use("triton"):
-        got = mamba1_step_(x, dt, A_log, B, C, here, **layer)
-        with pytest.raises(BackendError, match="weights, biases and scales that lie in one piece"):
-            mamba1_step_(x, dt, A_log, B, C, here, **{**layer, "dt_weight": draw(rank, channels).mT})
-    close(got, exact(mamba1_step_, x, dt, A_log, B, C, there, **layer), 1e-5)
-    close(here, there, 1e-5)
+    A_log, here = draw(channels, d_state), draws(kernel_device, torch.float32)(rows, channels, d_state)
+    there, products = here.double(), []
+    monkeypatch.setattr(kernels, "linear", lambda *args, **kw: (products.append(args), linear(*args, **kw))[1])
+    got = mamba1_step_(x, dt, A_log, B, C, here, **layer)
+    assert len(products) == apart
+    close(got, exact(mamba1_step_, x, dt, A_log, B, C, there, **layer), 2e-2 if dtype is torch.bfloat16 else 1e-5)
+    close(here, there, 6e-3 if apart and dtype is torch.bfloat16 else 1e-5)
+    with use("triton"), pytest.raises(BackendError, match="weights, biases and scales that lie in one piece"):
+        mamba1_step_(x, dt, A_log, B, C, here, **{**layer, "dt_weight": draw(rank, channels).mT})
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), LOW)

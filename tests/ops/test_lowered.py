@@ -39,13 +39,18 @@ def test_no_sum_of_a_loaded_tile_is_reordered(tmp_path: Path) -> None:
 
 def test_the_trapezoid_and_attention_run_with_little_shared_memory(tmp_path: Path) -> None:
     sizes = {kernel: int(size) for kernel, size in verdicts(tmp_path, "memory").items()}
-    most = {"trapezoid_scan": trapezoid.SHARED_MEMORY, "attention": attention.SHARED_MEMORY}
+    most = {
+        "trapezoid_scan": trapezoid.SHARED_MEMORY,
+        "attention": attention.SHARED_MEMORY,
+        "attention_step_": attention.SHARED_MEMORY_STEP,
+    }
     for op, names in (
         ("trapezoid_scan", ("scan_kernel", "sweep_kernel", "inputs_kernel", "keys_kernel")),
         ("attention", ("_forward_kernel", "_query_kernel", "_key_kernel")),
+        ("attention_step_", ("_split_kernel",)),
     ):
         assert all(sizes[f"{op}.{kernel}"] > 0 for kernel in names)
-        assert max(size for name, size in sizes.items() if name.startswith(op)) <= most[op] <= 99 * 1024
+        assert max(size for name, size in sizes.items() if name.startswith(f"{op}.")) <= most[op] <= 99 * 1024
 
 
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:

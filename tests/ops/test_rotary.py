@@ -8,7 +8,8 @@ from math import cos, sin
 import pytest
 import torch
 
-from everstate.ops import rotary, rotate
+from everstate.core.errors import BackendError, RequestError
+from everstate.ops import rotary, rotate, use
 
 
 @pytest.mark.parametrize(("interleaved", "pairs"), [(False, [(0, 2), (1, 3)]), (True, [(0, 1), (2, 3)])])
@@ -29,6 +30,17 @@ def test_rotary_dim_takes_its_frequencies_from_itself_and_leaves_the_rest() -> N
     y = rotary(x, positions, rotary_dim=4)
     assert torch.equal(y[..., :4], rotary(x[..., :4], positions))
     assert torch.equal(y[..., 4:], x[..., 4:])
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("rotary_dim", [7, 0, -2, 10])
+def test_only_an_even_number_of_what_is_there_can_be_turned(
+    rotary_dim: int, backend: str, kernel_device: torch.device
+) -> None:
+    x, positions = torch.ones(1, 3, 2, 8, device=kernel_device), torch.arange(3, device=kernel_device)[None]
+    error = BackendError if backend == "triton" else RequestError
+    with use(backend), pytest.raises(error, match=f"an even number of a head's 8 numbers, not {rotary_dim}"):
+        rotary(x, positions, rotary_dim=rotary_dim)
 
 
 def test_rotate_pairs_over_the_whole_width_whatever_is_turned() -> None:

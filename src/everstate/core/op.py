@@ -100,6 +100,10 @@ class Op(Generic[P, R]):
         allowed = _allowed or self.backends()
         return next((name for name, verdict in verdicts.items() if verdict == "accepts" and name in allowed), None)
 
+    def is_allowed(self) -> bool:
+        """Whether `use(...)`, if there is one here and now, names an implementation of this op."""
+        return not _allowed or any(backend in _allowed for backend in self.backends())
+
     def _refusals(self, allowed: tuple[str, ...], *args: P.args, **kwargs: P.kwargs) -> str:
         verdicts = self.explain(*args, **kwargs)
         reasons = [f"{b}: {verdicts.get(b, f'{self.name} has no such implementation')}" for b in allowed]

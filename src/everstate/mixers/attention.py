@@ -201,7 +201,7 @@ class Attention(LinearEnds):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """Those of the ops."""
+        """What `attention` and `attention_step_` are called with beside tensors."""
         config, rope = self.config, None
         if config.rope_theta is not None:
             rope = Rope(config.rope_theta, config.rope_interleaved, self.rotary_dim)

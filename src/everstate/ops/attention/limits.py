@@ -13,6 +13,7 @@ from everstate.core.state import Slots
 from everstate.ops.attention.cache import AttentionState, Pages, capacity_of
 from everstate.ops.attention.rope import Rope
 from everstate.ops.limits import step_refusal
+from everstate.ops.rotary.limits import refusal_of_width
 
 WIDEST = 256
 """Numbers of a head."""
@@ -22,8 +23,8 @@ SHARED_MEMORY, SHARED_MEMORY_WIDE = 97 * 1024, 208 * 1024
 """Bytes of shared memory that a segment takes, with heads of up to 128 numbers and with wider ones."""
 SHARED_MEMORY_PRODUCTS = 132 * 1024
 """The first on GPUs whose products read shared memory, which then holds more tiles: compute capability 9 and 10."""
-SHARED_MEMORY_STEP, SHARED_MEMORY_STEP_WIDE = 80 * 1024, 160 * 1024
-"""The same of a token; the second for heads of more than 128 numbers in float32."""
+SHARED_MEMORY_STEP = 80 * 1024
+"""The same of a token. Of many heads it is more where there is more."""
 
 
 def accepts(
@@ -60,11 +61,10 @@ def accepts_step(
         return f"takes a pool whose last dimension is dense, not one of strides {state.k.stride()}"
     if pages is not None and pages.dtype not in (torch.int32, torch.int64):
         return f"takes pages as int32 or int64, not {str(pages.dtype).removeprefix('torch.')}"
-    width = 0 if rope is None else q.shape[-1] if rope.rotary_dim is None else rope.rotary_dim
-    if width % 2 or width > q.shape[-1]:
-        return f"turns an even number of a head's {q.shape[-1]} numbers, not {width}"
-    wide = q.shape[-1] > 128 and q.dtype == torch.float32
-    return _refusal_of_memory(q, SHARED_MEMORY_STEP_WIDE if wide else SHARED_MEMORY_STEP)
+    why = None if rope is None else refusal_of_width(q.shape[-1], rope.rotary_dim)
+    if why is not None:
+        return why
+    return _refusal_of_memory(q, SHARED_MEMORY_STEP)
 
 
 def _refusal_of_heads(q: Tensor, k: Tensor, v: Tensor) -> str | None:

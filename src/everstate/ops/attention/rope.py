@@ -18,12 +18,12 @@ class Rope(NamedTuple):
     theta: float = 10000.0
     interleaved: bool = False
     rotary_dim: int | None = None
-    """Numbers of each head that are turned, an even number; None: all."""
+    """Numbers of each head that are turned, an even number from 2 on; None: all."""
 
 
 def _turn(x: Tensor, positions: Tensor, **settings: Any) -> Tensor:
-    """`rotary`, by PyTorch where `use(...)` names a backend of attention that it does not have."""
-    turn = halves.rotary if rotary.serving(x, positions, **settings) is None else rotary
+    """`rotary`, by PyTorch where `use(...)` only names backends that attention has and it has not."""
+    turn = rotary if rotary.is_allowed() else halves.rotary
     return turn(x, positions, **settings)
 
 

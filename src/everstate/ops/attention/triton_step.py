@@ -7,6 +7,7 @@ small kernel joins the splits, always in the same order, and moves the position 
 the table of its row; a block that is not there makes a key of NaN, and no address.
 
 The token itself is no part of the ring yet: the first split begins with it, and writes it to a slot that nobody reads.
+Its queries and key are turned here, in each program, which costs less than a launch in front of this one.
 
 Source: Dao et al. 2023, "Flash-Decoding for long-context inference"; Milakov and Gimelshein 2018 (arXiv 1805.02867).
 """
@@ -55,10 +56,10 @@ def attention_step_(
 ) -> Float[Tensor, "b h p"]:
     """See `everstate.ops.attention_step_`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    theta, interleaved, width = (1.0, False, 0) if rope is None else rope
-    width = q.shape[-1] if width is None else width
+    rope = Rope(rotary_dim=0) if rope is None else rope
+    width = q.shape[-1] if rope.rotary_dim is None else rope.rotary_dim
     return _step(
-        q, k, v, state.k, state.v, state.pos, slots, pages, window, scale, softcap, theta, interleaved, width
+        q, k, v, state.k, state.v, state.pos, slots, pages, window, scale, softcap, rope.theta, rope.interleaved, width
     )  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def _tiles(q: Tensor, per_group: int, headdim: int, paged: bool) -> dict[str, in
     wide, least = q.dtype == torch.float32, 32 if q.dtype == torch.float32 else 16
     block_p = max(power_of_2(headdim), least)
     block_s = max(min(8192 // block_p // (2 if wide else 1), 128), 32)
-    block_m = min(max(power_of_2(per_group), least), 64)
+    block_m = min(max(power_of_2(per_group), least), 32 if wide and block_p > 128 else 64)
     return {"BLOCK_M": block_m, "BLOCK_S": block_s, "BLOCK_P": block_p, "num_warps": 4, "num_stages": 3 if paged else 2}
 
 
@@ -187,7 +188,7 @@ def _split_kernel(
     read, seen, oldest = ring_of(pos, slot, capacity, reach - 1)
     each = tl.cdiv(tl.cdiv(seen, BLOCK_S), splits) * BLOCK_S
     start, end = split * each, tl.minimum((split + 1) * each, seen)
-    # The first keys and values of the ring, as the states of other layers, do not wait for the kernel before.
+    # The first keys and values of the ring do not wait for the kernel before, as a state does not where there is one.
     old_keys, old_values, asked, there = _tiles_of(
         pages, slot, oldest, start, end, s, p, keys, values, capacity, blocks, K_slot, K_s, V_slot, V_s, P, SIZE
     )
@@ -282,7 +283,7 @@ def _attend(
     queries, keys, values, asked, there, pages, scale, softcap, acc, total, top,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A step of attention: the new weighted sum of values, total and maximum. MASKED where nothing may be asked for."""
+    """A step of attention: the new weighted sum of values, total and maximum. MASKED where perhaps no key is there."""
     scores = dot(queries, tl.trans(keys.to(queries.dtype)), None, PRECISION)
     scores = _shown(capped(scores, scale, softcap), asked, there, pages)
     shares, faded, total, top = softened(scores, total, top, MASKED)

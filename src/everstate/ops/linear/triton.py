@@ -218,8 +218,9 @@ def _one_by_one(x: Float[Tensor, "b k"], weight: Tensor) -> bool:
 def _sizes(weight: Tensor, gated: bool = False) -> tuple[dict[str, int], dict[str, int]]:
     """Tiles and warps, as they were fastest.
 
-    All warps of a program share its rows, one for each 1 to 3 KB, and so read x once. Of 8 bits a thread takes 16
-    weights at once, but 8 numbers of x: these are read again for each row, so that threads need not exchange them.
+    All warps of a program share its rows, one for each 1 to 3 KB, and so read x once; a program has at most 2 of few
+    outputs. Of 8 bits a thread takes 16 weights at once, but 8 numbers of x: these are read again for each row, so that
+    threads need not exchange them.
     """
     size, row = weight.element_size(), weight.shape[1] * weight.element_size()
     if size == 1:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from everstate.core.dtypes import state_dtype
+from everstate.core.errors import RequestError
 from everstate.core.op import anywhere, op
-from everstate.ops.rotary.limits import accepts_rotary, accepts_rotate
+from everstate.ops.rotary.limits import accepts_rotary, accepts_rotate, refusal_of_width
 
 
 @op
@@ -45,6 +46,8 @@ def rotary(
     until cos and sin are taken: in float32 the frequency alone errs by 6e-8 of itself, which is 0.05 rad at position
     1,000,000, while in float64 the angle is right to 1e-9 there.
 
+    Raises `RequestError` if r is odd, below 2 or above p.
+
     Source: Su et al. 2021, "RoFormer" (arXiv 2104.09864), section 3.2.
     """
     return by_position(rotate.reference, x, positions, theta, interleaved, rotary_dim)
@@ -55,6 +58,9 @@ def by_position(
     interleaved: bool, rotary_dim: int | None,
 ) -> Float[Tensor, "b l h p"]:  # fmt: skip
     """`rotary` by an implementation of `rotate`."""
+    refused = refusal_of_width(x.shape[-1], rotary_dim)
+    if refused is not None:
+        raise RequestError(f"rotary {refused}; rotary_dim says how many")
     width = x.shape[-1] if rotary_dim is None else rotary_dim
     exponents = torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width
     angles = (positions.to(torch.float64).unsqueeze(-1) * theta**-exponents).unsqueeze(2)

@@ -17,9 +17,17 @@ def accepts_rotate(x: Tensor, cos: Tensor, sin: Tensor, **settings: Any) -> str 
     return refusal(x, cos, sin) or _refusal_of_size(x, cos)
 
 
-def accepts_rotary(x: Tensor, positions: Tensor, **settings: Any) -> str | None:
+def accepts_rotary(x: Tensor, positions: Tensor, *, rotary_dim: int | None = None, **settings: Any) -> str | None:
     """Why the kernel of `rotary` does not serve these arguments, or None."""
-    return refusal(x) or _refusal_of_size(x, positions)
+    return refusal(x) or _refusal_of_size(x, positions) or refusal_of_width(x.shape[-1], rotary_dim)
+
+
+def refusal_of_width(headdim: int, rotary_dim: int | None) -> str | None:
+    """Why nobody can turn so many numbers of a head, or None."""
+    width = headdim if rotary_dim is None else rotary_dim
+    if 0 < width <= headdim and width % 2 == 0:
+        return None
+    return f"turns an even number of a head's {headdim} numbers, not {width}"
 
 
 def _refusal_of_size(*tensors: Tensor) -> str | None:

@@ -255,7 +255,7 @@ def cos_sin(angle):
 def turns_of(position, frequencies, p, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
     """For each number of a head which is the other of its pair, its cosine, and its sine with the sign of the other.
 
-    Those beyond WIDTH are their own, with a cosine of 1 and a sine of 0.
+    Beyond WIDTH a number has no other, which must not be read; its cosine is 1 and its sine 0.
     """
     if INTERLEAVED:
         pair, other, second = p // 2, p ^ 1, p % 2 == 1

@@ -94,9 +94,10 @@ def mamba1_step_(
 ) -> Float[Tensor, "b d"]:
     """What a Mamba-1 layer does with one token between its projections: `selective_step_` and what leads to it.
 
-    With `dt_weight` (and `dt_scale`, as for `linear`) the dt that is given is of low rank r, and their product is taken
-    for it; else r is d. The step is `delta_t softplus(dt + dt_bias)`, with `delta_t` (default 1) the time that passes
-    before this token, and A is `-exp(A_log)`. The rows `slots` of the pool are written in place.
+    With `dt_weight` (and `dt_scale`, as for `linear`) the dt that is given is of low rank r, and their product, which
+    may be rounded to the dtype of x, is taken for it; else r is d. The step is `delta_t softplus(dt + dt_bias)`, with
+    `delta_t` (default 1) the time that passes before this token, and A is `-exp(A_log)`. The rows `slots` of the pool
+    are written in place.
     """
     dtype = state_dtype(x.dtype)
     if dt_weight is not None:

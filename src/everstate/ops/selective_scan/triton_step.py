@@ -8,7 +8,6 @@ from torch import Tensor
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
 from everstate.ops.linear import linear
-from everstate.ops.linear.limits import accepts_linear
 from everstate.ops.triton_common import LOG2E, softplus
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import (
@@ -62,15 +61,9 @@ def mamba1_step_(
     delta_t: Float[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b d"]:
     """See `everstate.ops.mamba1_step_`."""
-    if dt_weight is not None and _is_apart(dt, dt_weight, dt_scale):
+    if dt_weight is not None and (x.shape[0] > FEW or dt_weight.shape[1] > LOW):
         dt, dt_weight, dt_scale = linear(dt, dt_weight, scale=dt_scale), None, None
     return _mamba1_step(x, dt, A_log, B, C, state, slots, dt_bias, dt_weight, dt_scale, D, z, delta_t)
-
-
-def _is_apart(dt: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether dt is multiplied with the weights in another launch."""
-    rows, rank = dt.shape
-    return (rows > FEW or rank > LOW) and accepts_linear(dt, weight, scale=scale) is None
 
 
 @kernel_op("selective_step_", mutates={"state"})
@@ -118,7 +111,7 @@ def _run(
     x, dt, A, B, C = dense(x), dense(dt), dense(A), dense(B), dense(C)
     z, D, dt_bias = (None if t is None else dense(t) for t in (z, D, dt_bias))
     width, rank = power_of_2(n), 0 if dt_weight is None else dt_weight.shape[1]
-    tile = tile_of(dim, width, batch, x.device, least=max(512 // width, 1))
+    tile = tile_of(dim, max(width, rank // 4), batch, x.device, least=max(512 // width, 1))
     launch(
         _step_kernel, (batch * cdiv(dim, tile),),
         x, dt, A, B, C, state, slots, D, z, dt_bias, dt_weight, dt_scale, delta_t, y,
