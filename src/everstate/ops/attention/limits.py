@@ -24,7 +24,7 @@ SHARED_MEMORY, SHARED_MEMORY_WIDE = 97 * 1024, 208 * 1024
 SHARED_MEMORY_PRODUCTS = 132 * 1024
 """The first on GPUs whose products read shared memory, which then holds more tiles: compute capability 9 and 10."""
 SHARED_MEMORY_STEP = 80 * 1024
-"""The same of a token. Of many heads it is more where there is more."""
+"""The same of a token. On GPUs with more, many heads of a group take more."""
 
 
 def accepts(
@@ -62,9 +62,7 @@ def accepts_step(
     if pages is not None and pages.dtype not in (torch.int32, torch.int64):
         return f"takes pages as int32 or int64, not {str(pages.dtype).removeprefix('torch.')}"
     why = None if rope is None else refusal_of_width(q.shape[-1], rope.rotary_dim)
-    if why is not None:
-        return why
-    return _refusal_of_memory(q, SHARED_MEMORY_STEP)
+    return why or _refusal_of_memory(q, SHARED_MEMORY_STEP)
 
 
 def _refusal_of_heads(q: Tensor, k: Tensor, v: Tensor) -> str | None:

@@ -188,7 +188,7 @@ def _split_kernel(
     read, seen, oldest = ring_of(pos, slot, capacity, reach - 1)
     each = tl.cdiv(tl.cdiv(seen, BLOCK_S), splits) * BLOCK_S
     start, end = split * each, tl.minimum((split + 1) * each, seen)
-    # The first keys and values of the ring do not wait for the kernel before, as a state does not where there is one.
+    # The first keys and values of the ring are asked for, as states are, before the kernel before has ended.
     old_keys, old_values, asked, there = _tiles_of(
         pages, slot, oldest, start, end, s, p, keys, values, capacity, blocks, K_slot, K_s, V_slot, V_s, P, SIZE
     )

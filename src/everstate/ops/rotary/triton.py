@@ -237,7 +237,7 @@ def _rotate_kernel(
 
 
 @triton.jit
-def cos_sin(angle):
+def _cos_sin(angle):
     """Of float64 angles: to the nearest quarter turn in float64, the rest, at most pi / 4, by the series in float32."""
     quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
     r = (angle - quarters * 1.5707963267948966).to(tl.float32)
@@ -263,7 +263,7 @@ def turns_of(position, frequencies, p, WIDTH: tl.constexpr, INTERLEAVED: tl.cons
         second = p >= WIDTH // 2
         pair, other = p % (WIDTH // 2), tl.where(second, p - WIDTH // 2, p + WIDTH // 2)
     angle = position.to(tl.float64) * tl.load(frequencies + pair, mask=p < WIDTH, other=0.0)
-    cos, sin = cos_sin(angle)
+    cos, sin = _cos_sin(angle)
     return other, cos, tl.where(second, sin, -sin)
 
 
@@ -286,7 +286,7 @@ def _rotary_kernel(
     row, at = token // length, token % length
     position = tl.load(positions + row * positions_row + at * positions_token, mask=inside, other=0).to(tl.float64)
     pair = tl.arange(0, BLOCK_P)[None, :]
-    cos, sin = cos_sin(position * tl.load(frequencies + pair, mask=pair < WIDTH // 2, other=0.0))
+    cos, sin = _cos_sin(position * tl.load(frequencies + pair, mask=pair < WIDTH // 2, other=0.0))
     start = tl.program_id(1) * each
     own = x + row * x_row + at * x_token + start.to(tl.int64) * x_head
     out = y + (token * heads + start) * P
