@@ -32,7 +32,13 @@ def tile_of(size: int, width: int, programs: int, device: torch.device, numbers:
     `programs` is how many there are of one tile each.
     """
     tile = min(power_of_2(size), max(numbers // width, 1))
-    while tile > least and programs * cdiv(size, tile) < WAVES * processors(device):
+    return halved(tile, size, programs, WAVES * processors(device), least)
+
+
+def halved(tile: int, size: int, programs: int, wanted: int, least: int) -> int:
+    """The tile, halved as often as it takes to have `wanted` programs, but not below `least`: `size` is cut into tiles,
+    and there are `programs` of each."""
+    while tile > least and programs * cdiv(size, tile) < wanted:
         tile //= 2
     return tile
 

@@ -22,6 +22,7 @@ from everstate.core.kernels import kernel_op, processors
 from everstate.core.state import Slots
 from everstate.ops.attention.cache import AttentionState, Pages, capacity_of
 from everstate.ops.attention.rope import Rope
+from everstate.ops.rotary.limits import width_of
 from everstate.ops.rotary.triton import frequencies, turned_with, turns_of
 from everstate.ops.triton_common import LOG2E, dot
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
@@ -56,10 +57,11 @@ def attention_step_(
 ) -> Float[Tensor, "b h p"]:
     """See `everstate.ops.attention_step_`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    rope = Rope(rotary_dim=0) if rope is None else rope
-    width = q.shape[-1] if rope.rotary_dim is None else rope.rotary_dim
+    theta, interleaved, width = 1.0, False, 0
+    if rope is not None:
+        theta, interleaved, width = rope.theta, rope.interleaved, width_of(q.shape[-1], rope.rotary_dim)
     return _step(
-        q, k, v, state.k, state.v, state.pos, slots, pages, window, scale, softcap, rope.theta, rope.interleaved, width
+        q, k, v, state.k, state.v, state.pos, slots, pages, window, scale, softcap, theta, interleaved, width
     )  # fmt: skip
 
 

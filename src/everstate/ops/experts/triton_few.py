@@ -14,7 +14,7 @@ from everstate.ops.linear.limits import divides
 from everstate.ops.norm.normed import Normed, as_normed
 from everstate.ops.triton_activations import act
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
-from everstate.ops.triton_rows import dense, follow_last, launch_options, piece_of, rstd_of
+from everstate.ops.triton_rows import dense, follow_last, halved, launch_options, piece_of, rstd_of
 
 TOGETHER: tl.constexpr = tl.constexpr(4)
 """Turns of a loop whose weights are asked for at once."""
@@ -100,9 +100,7 @@ def _tile(summed: int, pairs: int, rows: int, device: torch.device) -> dict[str,
     """How many columns and rows of a matrix a program reads at once, fewer rows to fill the GPU."""
     block_k = piece_of(summed, 1024, least=256, part=6)
     block_n = max(GEMV // block_k, 1)
-    while block_n > 1 and pairs * cdiv(rows, block_n) < 4 * processors(device):
-        block_n //= 2
-    return {"BLOCK_N": block_n, "BLOCK_K": block_k}
+    return {"BLOCK_N": halved(block_n, rows, pairs, 4 * processors(device), least=1), "BLOCK_K": block_k}
 
 
 def _up(

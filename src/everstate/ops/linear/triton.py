@@ -19,7 +19,7 @@ from everstate.ops.linear.triton_ends import Convolution, Ends, Residual, Writte
 from everstate.ops.linear.triton_tiles import blocks_of_tiles, run_tiles
 from everstate.ops.norm.normed import Normed, as_normed
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
-from everstate.ops.triton_rows import dense, dense_rows, launch_options, piece_of, start_next, wait_for_last
+from everstate.ops.triton_rows import dense, dense_rows, halved, launch_options, piece_of, start_next, wait_for_last
 
 HELD = 4096
 """Bytes of weights of a warp: many programs, each with all that it reads in flight, fill a GPU best."""
@@ -230,8 +230,7 @@ def _sizes(weight: Tensor, gated: bool = False) -> tuple[dict[str, int], dict[st
         piece = piece_of(row, HELD, least=512, part=8)
         warps = max(min(power_of_2(row + 1) // 2048, piece // 512, 8), 1)
         n = power_of_2(cdiv((HELD if row < LONG else 2 * HELD) * warps, row))
-        while n > 2 and cdiv(len(weight), n) < processors(weight.device):  # as of Mamba-1's `x_proj`
-            n //= 2
+        n = halved(n, len(weight), 1, processors(weight.device), least=2)  # of few outputs, as of Mamba-1's `x_proj`
     n = max(n, 1 + gated)
     pieces, most = cdiv(row, piece), max(MOST * warps // (n * piece), 1)
     ahead = cdiv(pieces, cdiv(pieces, most))

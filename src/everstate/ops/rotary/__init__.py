@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from everstate.core.dtypes import state_dtype
 from everstate.core.errors import RequestError
 from everstate.core.op import anywhere, op
-from everstate.ops.rotary.limits import accepts_rotary, accepts_rotate, refusal_of_width
+from everstate.ops.rotary.limits import accepts_rotary, accepts_rotate, refusal_of_width, width_of
 
 
 @op
@@ -61,7 +61,7 @@ def by_position(
     refused = refusal_of_width(x.shape[-1], rotary_dim)
     if refused is not None:
         raise RequestError(f"rotary {refused}; rotary_dim says how many")
-    width = x.shape[-1] if rotary_dim is None else rotary_dim
+    width = width_of(x.shape[-1], rotary_dim)
     exponents = torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width
     angles = (positions.to(torch.float64).unsqueeze(-1) * theta**-exponents).unsqueeze(2)
     dtype = state_dtype(x.dtype)

@@ -22,9 +22,14 @@ def accepts_rotary(x: Tensor, positions: Tensor, *, rotary_dim: int | None = Non
     return refusal(x) or _refusal_of_size(x, positions) or refusal_of_width(x.shape[-1], rotary_dim)
 
 
+def width_of(headdim: int, rotary_dim: int | None) -> int:
+    """How many numbers of a head are turned."""
+    return headdim if rotary_dim is None else rotary_dim
+
+
 def refusal_of_width(headdim: int, rotary_dim: int | None) -> str | None:
     """Why nobody can turn so many numbers of a head, or None."""
-    width = headdim if rotary_dim is None else rotary_dim
+    width = width_of(headdim, rotary_dim)
     if 0 < width <= headdim and width % 2 == 0:
         return None
     return f"turns an even number of a head's {headdim} numbers, not {width}"

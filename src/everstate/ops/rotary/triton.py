@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from everstate.core.kernels import kernel_op, processors
+from everstate.ops.rotary.limits import width_of
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, follow_last, launch_options
 
@@ -125,7 +126,7 @@ def rotary(
     rotary_dim: int | None = None,
 ) -> Float[Tensor, "b l h p"]:
     """See `everstate.ops.rotary`."""
-    width = x.shape[-1] if rotary_dim is None else rotary_dim
+    width = width_of(x.shape[-1], rotary_dim)
     return _rotary(x, positions.expand(x.shape[0], -1), theta, interleaved, width, False)
 
 

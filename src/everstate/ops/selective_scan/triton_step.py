@@ -140,7 +140,7 @@ def _step_kernel(
     r = tl.arange(0, BLOCK_R)
     if not OF_LAYER:
         wait_for_last(OVERLAP)
-    a, skip, bias, w, factor = _of_layer(A, D, dt_bias, dt_weight, dt_scale, A_row, d, n, r, DIM, N, RANK)
+    a, skip, bias, w, factor = _of_layer(A, D, dt_bias, dt_weight, dt_scale, A_row, d, n, r, exists, DIM, RANK)
     if OF_LAYER and not EARLY:
         wait_for_last(OVERLAP)
     own = state + slot_of(slots, row) * state_slot + (d[:, None] * state_d + n[None, :])
@@ -170,11 +170,11 @@ def _step_kernel(
 
 @triton.jit
 def _of_layer(
-    A, D, dt_bias, dt_weight, dt_scale, A_row, d, n, r, DIM: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr
+    A, D, dt_bias, dt_weight, dt_scale, A_row, d, n, r, exists, DIM: tl.constexpr, RANK: tl.constexpr
 ):  # fmt: skip
     """What belongs to the layer and may be read before the last kernel has ended: A, D, and of dt the bias, the weights
     (r where there are none) and their scale."""
-    a = tl.load(A + (d[:, None] * A_row + n[None, :]), mask=(d < DIM)[:, None] & (n < N)[None, :], other=0.0)
+    a = tl.load(A + (d[:, None] * A_row + n[None, :]), mask=exists, other=0.0)
     bias, skip, w, factor = d * 0.0, d * 0.0, r, d * 0.0 + 1.0
     if dt_bias is not None:
         bias = tl.load(dt_bias + d, mask=d < DIM, other=0.0).to(tl.float32)
