@@ -80,3 +80,20 @@ def kernel_device() -> Iterator[torch.device]:
 
     with interpreting():
         yield torch.device("cpu")
+
+
+@pytest.fixture
+def hopper(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A Hopper GPU, or this processor as if it were one: the kernels imitated."""
+    from everstate.core.kernels import capability
+    from everstate.ops import triton_segments
+
+    if kernel_device.type == "cuda":
+        if capability(kernel_device)[0] != 9:
+            pytest.skip("needs a Hopper GPU")
+        return kernel_device
+    from tests.imitation import imitated
+
+    monkeypatch.setattr(triton_segments, "INTERPRETED", False)
+    monkeypatch.setattr(triton_segments, "import_module", imitated)
+    return kernel_device

@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import JITFunction
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.language import constexpr
+from triton.runtime.interpreter import InterpretedFunction
 
 PATIENCE = 60.0
 """Seconds after which a wait is a deadlock."""
@@ -32,6 +35,22 @@ class Pointer:
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.flat, self.offset + offset)
+
+
+class Either:
+    """Pointers that lead each into one of two tensors."""
+
+    def __init__(self, first: Tensor, one: Pointer, other: Pointer) -> None:
+        self.first, self.one, self.other = first, one, other
+
+    def __add__(self, offset: Any) -> Either:
+        return Either(self.first, self.one + offset, self.other + offset)
+
+    def __getitem__(self, at: Any) -> Either:
+        pointers = (
+            Pointer(p.flat, torch.as_tensor(p.offset).expand(self.first.shape)[at]) for p in (self.one, self.other)
+        )
+        return Either(self.first[at], *pointers)
 
 
 class Shared:
@@ -191,16 +210,20 @@ def _jit(function: Callable[..., Any] | None = None, **settings: Any) -> Any:
     return Kernel if function is None else Kernel(function)
 
 
-def _load(at: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
+def _load(at: Pointer | Either, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
+    if isinstance(at, Either):
+        return torch.where(at.first, _load(at.one, mask, other), _load(at.other, mask, other))
     if mask is None:
         return at.flat[at.offset].clone()
+    place = torch.as_tensor(at.offset)
+    mask, place = torch.broadcast_tensors(mask, place)
     out = torch.full(mask.shape, other, dtype=at.flat.dtype)
-    out[mask] = at.flat[at.offset[mask]]
+    out[mask] = at.flat[place[mask]]
     return out
 
 
-def _store(at: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
-    place = at.offset
+def _store(at: Pointer, value: Any, mask: Tensor | None = None) -> None:
+    place, value = at.offset, torch.as_tensor(value)
     if mask is not None:
         mask = mask.expand(value.shape)
         place, value = place[mask], value[mask]
@@ -227,15 +250,16 @@ def _assembly(asm: str, constraints: str, args: Sequence[Tensor], dtype: torch.d
 def _language() -> SimpleNamespace:
     layout = lambda *a, **k: None
     return SimpleNamespace(
-        constexpr=int, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int16=torch.int16,
-        int32=torch.int32, int64=torch.int64, static_range=range,
+        constexpr=int, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int1=torch.bool,
+        int16=torch.int16, int32=torch.int32, int64=torch.int64, static_range=range,
         NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SwizzledSharedLayout=layout,
         SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout, DistributedLinearLayout=layout,
         join=lambda a, b: torch.stack([a, b], -1), split=lambda t: t.unbind(-1),
         arange=lambda start, end, layout: torch.arange(start, end),
-        zeros=lambda shape, dtype, layout: torch.zeros(shape),
-        exp2=torch.exp2, log=torch.log, fma=lambda a, b, c: a * b + c,
-        where=lambda c, a, b: torch.where(c, a, torch.as_tensor(b)),
+        zeros=lambda shape, dtype, layout: torch.zeros(shape), zeros_like=torch.zeros_like,
+        broadcast=torch.broadcast_tensors, abs=torch.abs, exp=torch.exp, exp2=torch.exp2, log=torch.log,
+        fma=lambda a, b, c: a * b + c,
+        where=lambda c, a, b: Either(c, a, b) if isinstance(a, Pointer) else torch.where(c, a, torch.as_tensor(b)),
         sum=lambda t, axis: torch.sum(t, axis, dtype=t.dtype), max=torch.amax,
         associative_scan=lambda t, axis, combine: torch.cumsum(t, axis, dtype=t.dtype),
         maximum=lambda a, b: a.clamp(min=b),
@@ -252,8 +276,9 @@ def imitated(name: str) -> ModuleType:
     """The module of kernels `name`, made to run here."""
     original = import_module(name)
     module = ModuleType(name)
-    given = {key: _plain(name, key, value) for key, value in vars(original).items()}
-    module.__dict__.update(given, **_hopper_names())
+    ours = _hopper_names()
+    given = {key: _plain(name, key, value) for key, value in vars(original).items() if key not in ours}
+    module.__dict__.update(given, **ours)
     source = inspect.getsource(original)
     beginnings = [source.find("\n\n\n" + word) for word in ("def ", "@gluon.jit")]
     start = min(at for at in beginnings if at >= 0)  # imports and constants stay as they are
@@ -267,8 +292,28 @@ def _plain(name: str, key: str, value: Any) -> Any:
     """What a module has from elsewhere: constants without their wrapping, kernel functions made to run here."""
     if isinstance(value, constexpr):
         return value.value
-    home = getattr(getattr(value, "fn", None), "__module__", name)
-    return value if home == name else vars(imitated(home))[key]
+    function = getattr(value, "fn", None)
+    home = getattr(function, "__module__", name)
+    if home == name:
+        return value
+    return _shared(function) if _is_plain_triton(value) else vars(imitated(home))[key]
+
+
+def _is_plain_triton(value: Any) -> bool:
+    return isinstance(value, JITFunction | InterpretedFunction) and not isinstance(value, GluonJITFunction)
+
+
+@cache
+def _shared(function: Callable[..., Any]) -> Any:
+    """A function written in plain Triton that kernels in Gluon use too."""
+    known = vars(import_module(function.__module__))
+    names = [name for name in function.__code__.co_names if name in known]
+    given = {name: _plain(function.__module__, name, known[name]) for name in names}
+    given = {name: _shared(value.fn) if _is_plain_triton(value) else value for name, value in given.items()}
+    given.update(tl=_language(), triton=SimpleNamespace(jit=_jit))
+    # Early returns and annotations are as in any function of Python.
+    exec(compile("from __future__ import annotations\n" + inspect.getsource(function), __file__, "exec"), given)
+    return given[function.__name__]
 
 
 def _hopper_names() -> dict[str, Any]:
@@ -280,6 +325,7 @@ def _hopper_names() -> dict[str, Any]:
     return {
         "gl": _language(), "gluon": SimpleNamespace(jit=_jit, constexpr_function=lambda function: function),
         "fence_async_shared": lambda: None,
+        "mma_v2": lambda a, b, added: a.float() @ b.float() + added, "thread_barrier": lambda: None,
         "warpgroup_mma": _multiply, "warpgroup_mma_wait": _wait, "mbarrier": barrier,
         "load_tile": lambda *copy: _copy_in(*copy),  # as it is then: a test may make some late
         "store_tile": _copy_out, "recast": Shared.recast, "tma": SimpleNamespace(store_wait=lambda pending: None),

@@ -15,8 +15,8 @@ that nothing wrote; `python -m tests.lowered cache` names such kernels among all
 `python -m tests.lowered memory` says of each kernel of `trapezoid_scan`, `attention` and `attention_step_` how many
 bytes of shared memory it takes on a GPU that has no more than 99 KiB for a program.
 
-`python -m tests.lowered compiles 90` names the kernels of `trapezoid_scan` and `ssd_scan` for a GPU of compute
-capability 9.0, and fails with what Triton cannot compile.
+`python -m tests.lowered compiles 90` names the kernels of `trapezoid_scan`, `ssd_scan` and, for Hopper alone, of steps
+of Mamba-2 that defer, for a GPU of compute capability 9.0, and fails with what Triton cannot compile.
 
 `python -m tests.lowered loads` says of the kernel of `linear_conv_step_`, with a pool in each dtype, whether something
 is loaded again: Triton 3.6 may do so for threads that share numbers out otherwise.
@@ -48,11 +48,12 @@ from everstate.bench.examples import lower
 from everstate.core import kernels
 from everstate.core.kernels import interpreting
 from everstate.core.state import tensors
-from everstate.ops import OPS, Rope, attention_step_, linear_conv_step_, triton_launch, use
+from everstate.ops import OPS, Rope, attention_step_, linear_conv_step_, mamba2_step_, triton_launch, use
 from everstate.ops.example import EXAMPLES, Draw, Example
 from everstate.ops.trapezoid.limits import SHARED_MEMORY
 from tests.machine_code import adds_to_nothing, disassembled
 from tests.ops.test_attention_triton import draw as draw_attention
+from tests.ops.test_ssd_pending import Layer
 from tests.ops.test_ssd_triton import draw as draw_ssd
 from tests.ops.test_trapezoid_triton import ONE_HEAD
 from tests.ops.test_trapezoid_triton import draw as draw_trapezoid
@@ -239,6 +240,15 @@ def compiles(capability: str) -> None:
     for name, given in (("trapezoid_scan", trapezoid), ("trapezoid_scan", ranks), ("ssd_scan", ssd)):
         for kernel in lowered(name, given, "make_llir", int(capability)):
             print(kernel, "compiles")
+    if capability != "90":
+        return
+    with lowering("make_llir", 90) as found, use("triton"), torch.no_grad():
+        for state_dtype in (torch.bfloat16, torch.float32):
+            layer = Layer(cpu, dtype, state_dtype, {"z", "D", "norm"}, headdim=64, d_state=128)
+            token, settings = layer.token()
+            mamba2_step_(*token, layer.pool, layer.slots, **settings, pending=layer.pending())
+    for kernel in found:
+        print(kernel, "compiles")
 
 
 def loads() -> None:

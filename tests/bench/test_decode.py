@@ -6,11 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from everstate.bench import models
+from everstate.bench.decode import state_traffic
 from everstate.cli import build
+from everstate.core.state import nbytes
+from everstate.mixers import build_mixer
+from everstate.mixers.mamba2 import Deferred, Mamba2
 from everstate.models import LM
+from everstate.ops.ssd.pending import ENTRIES, nothing_pending
 
 RUNNER = CliRunner()
 
@@ -53,3 +59,13 @@ def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     ran = RUNNER.invoke(build(), ["bench", "decode", "--quick", "--model", "mamba2-7b"])
     assert ran.exit_code != 0
     assert "'mamba2-7b' is not one of" in str(ran.exception or ran.output)
+
+
+def test_a_state_that_is_deferred_is_written_every_few_tokens() -> None:
+    mixer = build_mixer({"type": "mamba2", "headdim": 8, "d_state": 4}, 16)
+    assert isinstance(mixer, Mamba2)
+    state = mixer.init_state(3)
+    pending = nothing_pending(state.ssm, 1, torch.float32)
+    deferred = Deferred(state.conv, state.ssm, pending)
+    assert state_traffic((state, (state,))) == 4 * nbytes(state)
+    assert state_traffic(deferred) == 2 * nbytes(state.conv) + (1 + 1 / ENTRIES) * (nbytes(state.ssm) + nbytes(pending))

@@ -14,10 +14,10 @@ from everstate.core.state import clone, tensors
 from everstate.engine import Sampling
 from everstate.engine import runner as engine
 from everstate.engine.graphs import DecodeGraph, worth_capturing
-from everstate.mixers import MIXERS
+from everstate.mixers import MIXERS, mamba2
 from everstate.mixers.mlp import MLP
 from everstate.models import LM, ModelConfig
-from everstate.ops import use
+from everstate.ops import mamba2_step_, use
 
 LAYOUTS = ["mamba1", "mamba2", "mamba3", "2 * (mamba2 mlp)", "mamba2 attention mlp", "mamba2 moe attention moe"]
 TABLES = Path(__file__).parent.parent / "laws" / "variants"
@@ -38,7 +38,7 @@ class EagerGraph(DecodeGraph):
     """The same steps, each asked for anew."""
 
     def __init__(self, model: LM, logits: Any, state: Any, filters: Any, most: int) -> None:
-        self.model, self.filters, self.most, self.state = model, filters, most, state
+        self.model, self.filters, self.most, self.state = model, filters, most, model.deferred(state)
         self.logits, self.chosen = logits.clone(), torch.zeros(len(logits), dtype=torch.int64)
         self.u = torch.zeros(len(logits), dtype=torch.float64)
 
@@ -65,6 +65,14 @@ def same(one: tuple[list[Any], Any], other: tuple[list[Any], Any], tolerance: fl
         assert ((mine.float() - theirs.float()).abs() <= tolerance).all()
 
 
+@pytest.fixture(params=[False, True], ids=["written", "deferred"])
+def deferring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether states are written with every token, or a few wait for that, here too."""
+    if request.param:
+        monkeypatch.setattr(mamba2, "WORTH", 0)
+        monkeypatch.setattr(type(mamba2_step_), "serving", lambda *arguments, **settings: "triton")
+
+
 def needs_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
@@ -76,7 +84,9 @@ def frequent(steps: list[Any]) -> set[int]:
 
 
 @pytest.mark.parametrize("samplings", SAMPLINGS.values(), ids=SAMPLINGS)
-def test_rows_that_have_ended_keep_their_state(samplings: list[Sampling], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_have_ended_keep_their_state(
+    samplings: list[Sampling], deferring: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2 attention"))
     stop = frequent(decode(model, samplings, set())[0])
     expected = decode(model, samplings, stop)
@@ -86,7 +96,7 @@ def test_rows_that_have_ended_keep_their_state(samplings: list[Sampling], monkey
     same(decode(model, samplings, stop), expected, 1e-5)
 
 
-def test_an_abandoned_loop_has_read_what_it_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_abandoned_loop_has_read_what_it_gave(deferring: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2"))
     monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: True)
     monkeypatch.setattr(engine, "DecodeGraph", EagerGraph)
@@ -157,3 +167,26 @@ def test_a_graph_writes_what_steps_write(
     monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: False)
     same(captured, decode(model, samplings, set()), 1e-4)
     same(stopped, decode(model, samplings, stop), 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["2 * mamba2", "mamba2 mlp attention"])
+def test_a_graph_that_defers_reads_what_steps_read(
+    layout: str, state_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_gpu()
+    monkeypatch.setattr(mamba2, "WORTH", 0)
+    model = LM(ModelConfig(d_model=128, vocab_size=200, layout=layout), device="cuda", dtype=torch.bfloat16)
+    state = model.init_state(20, context=64, dtype=state_dtype)
+    logits = engine.prefill_(model, [[row + 1, row + 2] for row in range(20)], state)
+    plain = clone(state)
+    graph = DecodeGraph(model, logits, state, None)
+    assert isinstance(graph.state[0], mamba2.Deferred)
+    for _ in range(21):
+        tokens, after = graph.step(torch.zeros(20))
+        expected = model.step_(torch.tensor(tokens, device="cuda"), plain)
+        assert (after.float() - expected.float()).norm() <= 2e-2 * expected.float().norm()
+    graph.settle_()
+    for mine, theirs in zip(tensors(state), tensors(plain), strict=True):
+        assert (mine.float() - theirs.float()).norm() <= 2e-2 * theirs.float().norm()

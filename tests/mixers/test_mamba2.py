@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
-from everstate.mixers import build_mixer
+from everstate.core.state import clone, tensors
+from everstate.mixers import build_mixer, mamba2
+from everstate.ops import mamba2_step_, use
 
 TABLE = {"type": "mamba2", "d_state": 8, "headdim": 8, "d_inner": 24, "ngroups": 3, "bias": True}
 
@@ -33,3 +38,39 @@ def test_multipliers_are_those_of_the_weights() -> None:
         folded.out_proj.bias *= 0.4
     x = torch.randn(2, 9, 16, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(mixer(x, mixer.init_state(2))[0], folded(x, folded.init_state(2))[0])
+
+
+@pytest.mark.parametrize("table", [TABLE, {"type": "parallel", "mixers": {"a": TABLE, "b": {"type": "short_conv"}}}])
+def test_a_deferred_state_is_stepped_read_and_settled(table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the state that it stands for, whose memory it shares."""
+    monkeypatch.setattr(mamba2, "WORTH", 0)
+    monkeypatch.setattr(type(mamba2_step_), "serving", lambda *arguments, **settings: "triton")
+    mixer = build_mixer(table, 16, dtype=torch.float64)
+    tokens = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    plain, state = mixer.init_state(2), mixer.init_state(2)
+    deferred = mixer.deferred(state)
+    assert len(tensors(deferred)) == len(tensors(state)) + 5
+    with torch.no_grad():
+        for read in (11, 3):
+            for token in tokens[:, :read].unbind(1):
+                torch.testing.assert_close(mixer.step_(token, deferred), mixer.step_(token, plain))
+            tokens = tokens[:, read:]
+        assert not torch.allclose(tensors(state)[1], tensors(plain)[1])
+        for one, other in zip(mixer(tokens, clone(deferred)), mixer(tokens, plain), strict=True):
+            torch.testing.assert_close(tensors(one)[:2], tensors(other)[:2])
+        mixer.settle_(deferred)
+    for one, other in zip(tensors(state), tensors(plain), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_states_are_deferred_where_it_pays(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = build_mixer({"type": "mamba2"}, 64, dtype=torch.bfloat16, device=hopper)
+    state = mixer.init_state(2)
+    with torch.no_grad():
+        assert mixer.deferred(state) is state  # small
+        monkeypatch.setattr(mamba2, "WORTH", state.ssm.nbytes)
+        assert isinstance(mixer.deferred(state), mamba2.Deferred)
+        with use("torch"):
+            assert mixer.deferred(state) is state
+        wide = build_mixer({"type": "mamba2"}, 64, device=hopper)
+        assert wide.deferred(state) is state  # inputs of 32 bits

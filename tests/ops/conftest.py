@@ -1,29 +1,10 @@
-"""Where the kernels for Hopper GPUs run, and how many of their programs fill it."""
+"""How many programs of kernels fill a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
-import torch
-
-from everstate.core.kernels import capability
-
-
-@pytest.fixture
-def hopper(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A Hopper GPU, or this processor as if it were one: the kernels imitated."""
-    from everstate.ops import triton_segments
-
-    if kernel_device.type == "cuda":
-        if capability(kernel_device)[0] != 9:
-            pytest.skip("needs a Hopper GPU")
-        return kernel_device
-    from tests.imitation import imitated
-
-    monkeypatch.setattr(triton_segments, "INTERPRETED", False)
-    monkeypatch.setattr(triton_segments, "import_module", imitated)
-    return kernel_device
 
 
 @pytest.fixture

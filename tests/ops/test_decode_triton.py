@@ -182,7 +182,7 @@ def test_a_row_is_the_same_among_others(splits: int, kernel_device: torch.device
 @pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("taps", [1, 2, 4, 11])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("rows", "width"), [(1, 72), (3, 72), (6, 256), (16, 256), (35, 256)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 72), (3, 72), (6, 256), (20, 256), (35, 256)])
 def test_linear_with_a_convolution_behind_it(
     rows: int, width: int, backend: str, taps: int, pool_dtype: torch.dtype, splits: int, kernel_device: torch.device
 ) -> None:
@@ -192,9 +192,10 @@ def test_linear_with_a_convolution_behind_it(
     conv_weight, conv_bias, pool = draw(channels, taps), draw(channels), draw(rows + 2, channels, taps - 1)
     pool, slots = pool.to(pool_dtype), torch.arange(rows + 2, device=kernel_device).flip(0)[:rows]
     cases = (("plain", None, slots, "silu"), ("multiplied", bias, None, None), ("8 bits", None, slots, "silu"))
+    by_tap = pool.transpose(1, 2).contiguous().transpose(1, 2)  # as pools on a GPU are
     for how, bias_, where, activation in cases:
         weight_, scale = stored(weight, how)
-        here = pool.clone() if where is not None else pool[:rows].clone()
+        here = by_tap.clone() if where is not None else pool[:rows].clone()
         there = here.double()
         u = undivided(x, 3) if how == "multiplied" else x
         with use(backend):

@@ -32,9 +32,11 @@ from everstate.engine.runner import decode_, prefill_
 from everstate.engine.sampler import Sampling
 from everstate.mixers import State
 from everstate.mixers.attention import Attention
+from everstate.mixers.mamba2 import Deferred
 from everstate.models import LM
+from everstate.ops.ssd.pending import ENTRIES
 
-PROMPT, WARM = 128, 8
+PROMPT, WARM, STEPPED = 128, 8, ENTRIES + 1
 SEGMENT = 8192
 """Tokens read at once to make a stream old."""
 
@@ -110,7 +112,7 @@ def speed(lm: LM, plan: Plan, batch: int, state_dtype: torch.dtype | None) -> It
     row = Row(name, batch, gate, timing, state_bytes=nbytes(state) // batch)
     # Of keys and values a step reads what is filled, and writes one.
     if not any(isinstance(part, Attention) for part in lm.modules()):
-        moved = (weight_bytes(lm, batch) + 2 * nbytes(state)) / timing.median / 1e12
+        moved = (weight_bytes(lm, batch) + state_traffic(lm.deferred(state))) / timing.median / 1e12
         row = replace(row, ratio=moved, ratio_of="TB/s")
     yield row
 
@@ -145,15 +147,30 @@ def time_steps(lm: LM, logits: Tensor, state: State, batch: int, steps: int) -> 
     return Timing(tuple(after - before for before, after in pairwise(kept)))
 
 
+def state_traffic(state: State) -> float:
+    """Bytes that a step reads and writes of a state, on average."""
+    if isinstance(state, Deferred):
+        rarely = nbytes(state.ssm) + nbytes(state.pending)
+        return 2 * nbytes(state.conv) + rarely + rarely / ENTRIES
+    if hasattr(type(state), "_fields"):
+        return 2.0 * nbytes(state)
+    return sum(map(state_traffic, state))
+
+
 @torch.no_grad()
 def step_gate(lm: LM, plan: Plan, batch: int, state_dtype: torch.dtype | None) -> Gate:
-    """The logits of a decoding step against those of reading the same tokens in one pass."""
+    """The logits after some decoding steps against those of reading the same tokens in one pass.
+
+    So many that states are written which are not with every token.
+    """
     tokens = prompt_tokens(lm, batch, PROMPT)
     make = partial(lm.init_state, batch, context=plan.context)
     expected = lm(tokens, make())[0][:, -1]
     state = make(dtype=state_dtype)
-    scatter_(state, None, lm.hidden(tokens[:, :-1], make())[1])
-    got = lm.step_(tokens[:, -1], state)
+    scatter_(state, None, lm.hidden(tokens[:, :-STEPPED], make())[1])
+    state = lm.deferred(state)
+    for token in tokens[:, -STEPPED:].unbind(1):
+        got = lm.step_(token, state)
     return Gate(relative_error(got.float(), expected.float()), 1e-4 if lm.dtype == torch.float32 else 5e-2)
 
 

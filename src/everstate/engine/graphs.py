@@ -42,6 +42,7 @@ class DecodeGraph:
         self, model: LM, logits: Float[Tensor, "b v"], state: State, filters: Filters | None, most: int = 0
     ) -> None:
         self.model = model
+        self.state = model.deferred(state)
         self.filters, self.most = filters, most
         self.logits = logits.clone()
         self.chosen = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
@@ -51,9 +52,9 @@ class DecodeGraph:
         self._choosing, self._reading = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # The weights are those of a model that decodes: no kernel has just written them.
         with overlapping() as self._kept:
-            self._warm_up(state)
+            self._warm_up()
             with torch.cuda.graph(self._reading):
-                self.logits = self._read(state)
+                self.logits = self._read(self.state)
             with torch.cuda.graph(self._choosing):
                 self._choose()
                 self._fetched.copy_(self.chosen, non_blocking=True)
@@ -70,6 +71,10 @@ class DecodeGraph:
         self._is_chosen.synchronize()
         return self._fetched.tolist(), self.logits
 
+    def settle_(self) -> None:
+        """Bring the caller's state up to date."""
+        self.model.settle_(self.state)
+
     def _choose(self) -> None:
         self.chosen.copy_(
             greedy(self.logits) if self.filters is None else choose(self.logits, self.u, self.filters, self.most)
@@ -78,13 +83,13 @@ class DecodeGraph:
     def _read(self, state: State) -> Float[Tensor, "b v"]:
         return self.model.step_(self.chosen, state)
 
-    def _warm_up(self, state: State) -> None:
+    def _warm_up(self) -> None:
         """Compile kernels and create workspaces, which a capture may not, on a state that nobody needs."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            first_compiled(self.model, len(self.chosen), lambda: self._try(clone(state)))
-            scratch = clone(state)
+            first_compiled(self.model, len(self.chosen), lambda: self._try(clone(self.state)))
+            scratch = clone(self.state)
             for _ in range(2):
                 self._choose()
                 self._read(scratch)

@@ -142,9 +142,10 @@ def _write_captured(
             after = after.clone()
             writing = [row for row in range(len(tokens)) if row not in ended]
             yield {row: (tokens[row], after[row]) for row in writing}
-            ended |= {row: gather(state, slot[row]) for row in writing if tokens[row] in ends}
+            ended |= {row: gather(graph.state, slot[row]) for row in writing if tokens[row] in ends}
             if len(ended) == len(tokens):
                 return
     finally:
         for row, kept in ended.items():
-            scatter_(state, slot[row], kept)
+            scatter_(graph.state, slot[row], kept)
+        graph.settle_()

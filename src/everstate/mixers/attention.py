@@ -19,7 +19,16 @@ from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.mixers.base import LinearEnds, divide, refuse_delta_t
-from everstate.mixers.modules import Linear, Multiplier, Product, RMSNorm, init_linear_, scaled, uniform_
+from everstate.mixers.modules import (
+    Linear,
+    Multiplier,
+    Product,
+    RMSNorm,
+    init_linear_,
+    nothing_convolved,
+    scaled,
+    uniform_,
+)
 from everstate.ops import (
     AttentionState,
     Normed,
@@ -147,7 +156,7 @@ class Attention(LinearEnds):
             return cache
         channels, width = self.conv_weight.shape
         dtype = state_dtype(self.conv_weight.dtype)
-        return ConvAttentionState(self.conv_weight.new_zeros(batch, channels, width - 1, dtype=dtype), cache)
+        return ConvAttentionState(nothing_convolved(batch, channels, width - 1, self.conv_weight, dtype), cache)
 
     def forward(
         self,

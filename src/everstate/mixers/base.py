@@ -96,6 +96,16 @@ class Mixer(Special, ABC):
         that come with the library, the engine writes it down once on a GPU, as a device graph.
         """
 
+    def deferred(self, state: State) -> State:
+        """The same state in a form that `step_` need not write with every token, if there is one that pays.
+
+        It shares the memory of `state`, which `settle_` brings up to date.
+        """
+        return state
+
+    def settle_(self, state: State) -> None:
+        """Write what a state that `deferred` gave has put off."""
+
     @abstractmethod
     def init_(self, generator: torch.Generator) -> None:
         """Give every parameter its initial value."""

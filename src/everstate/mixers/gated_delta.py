@@ -17,7 +17,15 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.mixers.base import Mixer, TimeSteps, divide, forward_by_segments, is_long, refuse_delta_t
-from everstate.mixers.modules import Linear, RMSNorm, init_linear_, inverse_softplus, log_uniform, uniform_
+from everstate.mixers.modules import (
+    Linear,
+    RMSNorm,
+    init_linear_,
+    inverse_softplus,
+    log_uniform,
+    nothing_convolved,
+    uniform_,
+)
 from everstate.ops import causal_conv1d, causal_conv1d_step_, gated_delta_scan, gated_delta_step_
 
 UNIT_EPS = 1e-6
@@ -124,7 +132,7 @@ class GatedDelta(Mixer):
     def init_state(self, batch: int, *, context: int | None = None) -> GatedDeltaState:
         make, config = self.A_log.new_zeros, self.config
         return GatedDeltaState(
-            conv=make(batch, sum(self.widths), config.d_conv - 1),
+            conv=nothing_convolved(batch, sum(self.widths), config.d_conv - 1, self.A_log),
             delta=make(batch, config.nheads, config.headdim_k, config.headdim_v),
         )
 

@@ -26,6 +26,7 @@ from everstate.mixers.modules import (
     inverse_softplus,
     is_plain,
     log_uniform,
+    nothing_convolved,
     uniform_,
 )
 from everstate.ops import Normed, causal_conv1d, linear_conv_step_, mamba1_step_, rms_norm, selective_scan
@@ -106,7 +107,7 @@ class Mamba1(LinearEnds):
     def init_state(self, batch: int, *, context: int | None = None) -> Mamba1State:
         make, config = self.A_log.new_zeros, self.config
         return Mamba1State(
-            conv=make(batch, self.d_inner, config.d_conv - 1),
+            conv=nothing_convolved(batch, self.d_inner, config.d_conv - 1, self.A_log),
             ssm=make(batch, self.d_inner, config.d_state),
         )
 

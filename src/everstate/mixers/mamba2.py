@@ -6,6 +6,7 @@ Source: Dao and Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), section 7.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from everstate.mixers.modules import (
     init_linear_,
     inverse_softplus,
     log_uniform,
+    nothing_convolved,
     scaled,
     uniform_,
 )
@@ -38,6 +40,7 @@ from everstate.ops import (
     mamba2_step_,
 )
 from everstate.ops.mamba2.ends import inputs, leave
+from everstate.ops.ssd.pending import WORTH, Pending, nothing_pending, settle_, settled
 
 
 class Mamba2Config(TimeSteps):
@@ -70,6 +73,14 @@ class Mamba2Config(TimeSteps):
     A_init_range: tuple[float, float] = (1.0, 16.0)
     dt_init_floor: PositiveFloat = 1e-4
     chunk_size: PositiveInt = 64
+
+
+class Deferred(NamedTuple):
+    """A state whose part `ssm` has not taken in all that was read: what it has not is `pending`."""
+
+    conv: Float[Tensor, "b channels k1"]
+    ssm: Float[Tensor, "b h p n"]
+    pending: Pending
 
 
 class Mamba2(LinearEnds):
@@ -119,17 +130,20 @@ class Mamba2(LinearEnds):
     def init_state(self, batch: int, *, context: int | None = None) -> Mamba2State:
         make, config = self.A_log.new_zeros, self.config
         return Mamba2State(
-            conv=make(batch, self.conv_dim, config.d_conv - 1),
+            conv=nothing_convolved(batch, self.conv_dim, config.d_conv - 1, self.A_log),
             ssm=make(batch, self.nheads, config.headdim, config.d_state),
         )
 
     def forward(
         self,
         x: Float[Tensor, "b l d"],
-        state: Mamba2State,
+        state: Mamba2State | Deferred,
         packing: Packing | None = None,
         delta_t: Float[Tensor, "b l"] | None = None,
-    ) -> tuple[Float[Tensor, "b l d"], Mamba2State]:
+    ) -> tuple[Float[Tensor, "b l d"], Mamba2State | Deferred]:
+        if isinstance(state, Deferred):
+            y, after = self(x, Mamba2State(state.conv, settled(state.ssm, state.pending)), packing, delta_t)
+            return y, Deferred(after.conv, after.ssm, self._nothing_pending(after))
         if is_long(x, packing):
             return forward_by_segments(self, x, state, delta_t)
         config, out_proj = self.config, self.out_proj
@@ -143,24 +157,38 @@ class Mamba2(LinearEnds):
     def product_step_(
         self,
         x: Float[Tensor, "b d"] | Normed,
-        state: Mamba2State,
+        state: Mamba2State | Deferred,
         slots: Slots = None,
         delta_t: Float[Tensor, " b"] | None = None,
     ) -> Product:
         config = self.config
         z, xBC, dt = self._project_step_(x, state.conv, slots)
         layer = self._layer()
-        u, B, C = inputs(xBC, layer, state)
+        u, B, C = inputs(xBC, layer, state.ssm)
         # The gate may come behind the norm, and then both are made behind the step.
         gate = None if config.norm_before_gate else z.unflatten(-1, (self.nheads, config.headdim))
         y = mamba2_step_(
             u, dt, self.A_log, B, C, state.ssm, slots,
             dt_bias=self.dt_bias, D=self.D, z=gate, dt_limit=config.dt_limit, delta_t=delta_t,
             norm=None if gate is None else layer.norm, eps=config.norm_eps, norm_groups=config.ngroups,
+            pending=state.pending if isinstance(state, Deferred) else None,
         )  # fmt: skip
         if not isinstance(y, Normed):
             y = leave(y, z, layer, gated, gated_rms_norm) if gate is None else y.flatten(-2)
         return Product(self.out_proj, y, config.out_multiplier)
+
+    def deferred(self, state: Mamba2State) -> Mamba2State | Deferred:
+        """With states that are written every few tokens, where a kernel does so and they are large enough."""
+        if state.ssm.nbytes < WORTH:
+            return state
+        pending = self._nothing_pending(state)
+        x, dt, B = pending.x[:, 0], pending.decay[..., 0], pending.B[:, 0]
+        kernel = mamba2_step_.serving(x, dt, self.A_log, B, B, state.ssm, dt_bias=self.dt_bias, pending=pending)
+        return Deferred(state.conv, state.ssm, pending) if kernel == "triton" else state
+
+    def settle_(self, state: Mamba2State | Deferred) -> None:
+        if isinstance(state, Deferred):
+            settle_(state.ssm, state.pending)
 
     def parts(self) -> tuple[nn.Module, ...]:
         return self.in_proj, self.out_proj
@@ -168,6 +196,9 @@ class Mamba2(LinearEnds):
     def flops_per_token(self, context: int) -> int:
         projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv_weight.numel())
         return projections + 5 * self.d_inner * self.config.d_state
+
+    def _nothing_pending(self, state: Mamba2State) -> Pending:
+        return nothing_pending(state.ssm, self.config.ngroups, self.conv_weight.dtype)
 
     def _project(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b w"]:
         """The gate z, the inputs of the convolution, and dt, side by side."""

@@ -247,6 +247,18 @@ def build_norm(kind: NormKind, width: int, eps: float) -> Norm:
     return LayerNorm(width, eps) if kind == "layer" else RMSNorm(width, eps, one_plus=kind == "rms1p")
 
 
+def nothing_convolved(
+    batch: int, channels: int, kept: int, like: Tensor, dtype: torch.dtype | None = None
+) -> Float[Tensor, "b d k1"]:
+    """What a short convolution keeps of its inputs, before the first, in the dtype of a tensor or another.
+
+    On a GPU neighbouring channels lie side by side: kernels of one token read many at once.
+    """
+    if like.is_cuda:
+        return like.new_zeros(batch, kept, channels, dtype=dtype).transpose(1, 2)
+    return like.new_zeros(batch, channels, kept, dtype=dtype)
+
+
 def init_linear_(linear: Linear, generator: torch.Generator) -> None:
     """Uniform in +-1 / sqrt(fan_in), bias zero."""
     uniform_(linear.weight, linear.in_features**-0.5, generator)

@@ -81,6 +81,13 @@ class Parallel(LinearEnds):
         assert y is not None
         return y
 
+    def deferred(self, state: State) -> State:
+        return tuple(part.deferred(own) for part, own in zip(self.parts(), state, strict=True))
+
+    def settle_(self, state: State) -> None:
+        for part, own in zip(self.parts(), state, strict=True):
+            part.settle_(own)
+
     def flops_per_token(self, context: int) -> int:
         return sum(part.flops_per_token(context) for part in self.parts())
 

@@ -19,7 +19,7 @@ from everstate.core.errors import ConfigError
 from everstate.core.packing import Packing, first_tokens
 from everstate.core.state import Slots, gather, scatter_
 from everstate.mixers.base import Mixer, divide, forward_by_segments, is_long, refuse_delta_t
-from everstate.mixers.modules import Linear, Special, init_linear_, inverse_softplus, uniform_
+from everstate.mixers.modules import Linear, Special, init_linear_, inverse_softplus, nothing_convolved, uniform_
 from everstate.ops import causal_conv1d, causal_conv1d_step_, linear_scan, linear_step_
 
 DECAY = 8.0
@@ -111,7 +111,7 @@ class RGLRU(Mixer):
     def init_state(self, batch: int, *, context: int | None = None) -> RGLRUState:
         make = self.a_param.new_zeros
         return RGLRUState(
-            conv=make(batch, self.d_inner, self.config.d_conv - 1),
+            conv=nothing_convolved(batch, self.d_inner, self.config.d_conv - 1, self.a_param),
             h=make(batch, self.d_inner),
             pos=make(batch, dtype=torch.int64),
         )

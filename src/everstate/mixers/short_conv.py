@@ -17,7 +17,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.packing import Packing
 from everstate.core.state import Slots
 from everstate.mixers.base import Mixer, forward_by_segments, is_long, refuse_delta_t
-from everstate.mixers.modules import Linear, init_linear_, uniform_
+from everstate.mixers.modules import Linear, init_linear_, nothing_convolved, uniform_
 from everstate.ops import causal_conv1d, causal_conv1d_step_
 
 
@@ -62,7 +62,7 @@ class ShortConv(Mixer):
     def init_state(self, batch: int, *, context: int | None = None) -> ShortConvState:
         weight = self.conv_weight
         return ShortConvState(
-            weight.new_zeros(batch, len(weight), self.config.d_conv - 1, dtype=state_dtype(weight.dtype))
+            nothing_convolved(batch, len(weight), self.config.d_conv - 1, weight, state_dtype(weight.dtype))
         )
 
     def forward(

@@ -176,6 +176,17 @@ class LM(nn.Module):
             return state
         return tuple(cast_state(block.mixer, part, dtype) for block, part in zip(self.layers, state, strict=True))
 
+    @torch.no_grad()
+    def deferred(self, state: State) -> State:
+        """The same state in a form for many steps, which need not write all of it with every token; see `Mixer`."""
+        return tuple(block.mixer.deferred(part) for block, part in zip(self.layers, state, strict=True))
+
+    @torch.no_grad()
+    def settle_(self, state: State) -> None:
+        """Write what a state that `deferred` gave has put off, so that the one it was made of is up to date."""
+        for block, part in zip(self.layers, state, strict=True):
+            block.mixer.settle_(part)
+
     def forward(
         self,
         tokens: Int[Tensor, "b l"],

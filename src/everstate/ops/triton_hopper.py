@@ -37,6 +37,7 @@ SQUARE, ROW, COLUMN = (
 # Names that changed: of the copies of the copy engine with Triton 3.8, of memory seen as other tiles with 3.9.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 recast = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 WIDEN = gl.constexpr("""{

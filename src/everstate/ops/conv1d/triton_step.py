@@ -8,7 +8,7 @@ from torch import Tensor
 
 from everstate.core.kernels import kernel_op
 from everstate.core.state import Slots
-from everstate.ops.triton_launch import cdiv, launch, power_of_2
+from everstate.ops.triton_launch import cdiv, launch
 from everstate.ops.triton_rows import (
     dense,
     launch_options,
@@ -46,8 +46,7 @@ def _step(
     launch(
         _step_kernel, (batch, cdiv(channels, CHANNELS)),
         x, weight, bias, state, slots, y, x.stride(0), *state.stride(), channels,
-        K=weight.shape[1], SILU=activated, BLOCK_D=CHANNELS, BLOCK_K=power_of_2(weight.shape[1]),
-        EARLY=reads_early(slots, batch),
+        K=weight.shape[1], SILU=activated, BLOCK_D=CHANNELS, EARLY=reads_early(slots, batch),
         num_warps=4, **launch_options(x.device),
     )  # fmt: skip
     return y
@@ -61,30 +60,33 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tens
 @triton.jit
 def _step_kernel(
     x, weight, bias, state, slots, y, x_row, state_slot, state_d, state_k, channels,
-    K: tl.constexpr, SILU: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
+    K: tl.constexpr, SILU: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and block of channels: the window is the past and, as its last column, the new input."""
+    """One program per row and block of channels."""
     start_next(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    d, k = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
-    inside, offset = d < channels, d * 0.0
-    taps = tl.load(weight + d[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside, sums, taps, window = d < channels, d * 0.0, (), ()
+    for j in tl.static_range(K):
+        taps = taps + (tl.load(weight + d * K + j, mask=inside, other=0.0).to(tl.float32),)  # type: ignore[assignment]
     if bias is not None:
-        offset = tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+        sums = tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
     if not EARLY:
         wait_for_last(OVERLAP)
-    past = state + slot_of(slots, row) * state_slot + d[:, None] * state_d + k[None, :] * state_k
-    window = tl.load(past, mask=inside[:, None] & (k < K - 1)[None, :], other=0.0).to(tl.float32)
+    past = state + slot_of(slots, row) * state_slot + d * state_d
+    for j in tl.static_range(K - 1):
+        window = window + (tl.load(past + j * state_k, mask=inside, other=0.0),)  # type: ignore[assignment]
     if EARLY:
         wait_for_last(OVERLAP)
-    now = tl.load(x + row * x_row + d, mask=inside, other=0.0).to(tl.float32)
-    window = tl.where((k == K - 1)[None, :], now[:, None], window)
-    # Every column moves one place to the left; all of them were loaded before the first is overwritten.
-    tl.debug_barrier()
-    shifted = past - state_k
-    tl.store(shifted, window.to(state.dtype.element_ty), mask=inside[:, None] & ((k > 0) & (k < K))[None, :])
-    out = tl.sum(window * taps.to(tl.float32), 1) + offset
+    now = tl.load(x + row * x_row + d, mask=inside, other=0.0)
+    sums += now.to(tl.float32) * taps[K - 1]
+    for j in tl.static_range(K - 1):
+        sums += window[j].to(tl.float32) * taps[j]
     if SILU:
-        out = silu(out)
-    tl.store(y + row * channels + d, out.to(y.dtype.element_ty), mask=inside)
+        sums = silu(sums)
+    # Every input moves one place on; all of them were loaded before the first is overwritten.
+    tl.debug_barrier()
+    for j in tl.static_range(K - 1):
+        moved = window[j + 1] if j < K - 2 else now
+        tl.store(past + j * state_k, moved.to(state.dtype.element_ty), mask=inside)
+    tl.store(y + row * channels + d, sums.to(y.dtype.element_ty), mask=inside)

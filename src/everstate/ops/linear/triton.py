@@ -29,7 +29,7 @@ MOST = 8192
 """Bytes of weights that a warp asks for at once, where a row is longer than that: what registers hold."""
 WIDE = 2048
 """Width of x from which matrices are multiplied from 2 rows on, or from 3 on where weights have 8 bits."""
-CONVOLVED = 16
+CONVOLVED = 32
 """Rows up to which a convolution behind a product costs less in its launch than in its own."""
 
 

@@ -44,7 +44,7 @@ def mamba2_scan(
         return each_sequence(mamba2_scan.reference, packing, timed, state, layer=layer, out_proj=out_proj)
     z, xBC, dt = parts(projected.to(state_dtype(projected.dtype)), layer)
     xBC, conv = causal_conv1d.reference(xBC, layer.conv_weight, layer.conv_bias, state.conv, activation="silu")
-    x, B, C = inputs(xBC, layer, state)
+    x, B, C = inputs(xBC, layer, state.ssm)
     a, dt = decay(dt, delta_t, layer)
     y, ssm = ssd_scan.reference(x, a, dt, B, C, state.ssm, D=layer.D)
     out = leave(y, z, layer, gated.reference, gated_rms_norm.reference)

@@ -29,7 +29,7 @@ def mamba2_scan(
     xBC, conv = causal_conv1d(
         xBC, layer.conv_weight, layer.conv_bias, state.conv, activation="silu", packing=packing
     )  # fmt: skip
-    x, B, C = inputs(xBC, layer, state)
+    x, B, C = inputs(xBC, layer, state.ssm)
     a, dt = decay(dt, delta_t, layer)
     y, ssm = ssd_scan(x, a, dt, B, C, state.ssm, D=layer.D, packing=packing, chunk_size=chunk_size)
     out = leave(y, z, layer, gated, gated_rms_norm)

@@ -49,10 +49,10 @@ def parts(
 
 
 def inputs(
-    xBC: Float[Tensor, "*b d"], layer: Mamba2Layer, state: Mamba2State
+    xBC: Float[Tensor, "*b d"], layer: Mamba2Layer, ssm: Float[Tensor, "*slots h p n"]
 ) -> tuple[Float[Tensor, "*b h p"], Float[Tensor, "*b g n"], Float[Tensor, "*b g n"]]:
     """The output of the convolution as x per head and B, C per group."""
-    heads, headdim, d_state = state.ssm.shape[1:]
+    heads, headdim, d_state = ssm.shape[1:]
     width = layer.ngroups * d_state
     x, B, C = xBC.split([heads * headdim, width, width], -1)
     B, C = (m.unflatten(-1, (layer.ngroups, d_state)) for m in (B, C))

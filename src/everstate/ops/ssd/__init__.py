@@ -16,6 +16,7 @@ from everstate.core.state import Slots, gather, scatter_
 from everstate.ops.norm import rms_norm
 from everstate.ops.norm.normed import Normed
 from everstate.ops.ssd.limits import accepts_mamba2_step, accepts_scan, accepts_step
+from everstate.ops.ssd.pending import Pending, step_pending_
 
 
 @op
@@ -104,16 +105,24 @@ def mamba2_step_(
     norm: Float[Tensor, " e"] | None = None,
     eps: float = 1e-5,
     norm_groups: int = 1,
+    pending: Pending | None = None,
 ) -> Float[Tensor, "b h p"] | Normed:
     """`ssd_step_` of what a Mamba-2 layer projects, and `y silu(z)` where z is given; with `norm`, `rms_norm` of that.
 
     The step is `clamp(softplus(dt + dt_bias), dt_limit) delta_t` and the log decay `-exp(A_log)` times that.
+
+    With `pending`, a pool as the states are, the token is left there while there is room, and the state is written only
+    with the token for which there is none: y is the same, and the state is what `settled` says.
     """
     dtype = state_dtype(x.dtype)
     step = softplus(dt.to(dtype) + dt_bias.to(dtype)).clamp(*dt_limit)
     step = step if delta_t is None else step * delta_t.to(dtype).unsqueeze(-1)
     gate = None if z is None else silu(z.to(dtype))
-    y = ssd_step_.reference(x.to(dtype), -torch.exp(A_log.to(dtype)) * step, step, B, C, state, slots, D=D)
+    entry = x.to(dtype), -torch.exp(A_log.to(dtype)) * step, step, B, C
+    if pending is None:
+        y = ssd_step_.reference(*entry, state, slots, D=D)
+    else:
+        y = step_pending_(ssd_step_.reference, *entry, state, slots, pending, D)
     y = y if gate is None else y * gate
     if norm is None:
         return y.to(x.dtype)

@@ -12,6 +12,7 @@ from everstate.core.kernels import refusal, shared_memory
 from everstate.core.state import Slots
 from everstate.ops.limits import refusal_of_strides, step_refusal
 from everstate.ops.norm.limits import refusal_of_width
+from everstate.ops.ssd.pending import PART, SHORTEST, Pending
 
 LARGEST = 16384
 """Numbers in the state of a head, each side filled up to a power of two: what fits into registers."""
@@ -101,9 +102,25 @@ def accepts_mamba2_step(
     norm: Tensor | None = None,
     eps: float = 1e-5,
     norm_groups: int = 1,
+    pending: Pending | None = None,
 ) -> str | None:
-    """Why the kernel of `mamba2_step_` does not serve these arguments, or None."""
+    """Why the kernels of `mamba2_step_` do not serve these arguments, or None."""
     refused = step_refusal(state, A_log, dt_bias, z, delta_t, norm) or accepts_step(x, dt, dt, B, C, state, slots, D=D)
+    if refused is None and pending is not None:
+        refused = _refusal_of_pending(x, pending)
     if refused is not None or norm is None:
         return refused
     return refusal_of_strides(norm) or refusal_of_width(x.shape[1] * x.shape[2], norm_groups)
+
+
+def _refusal_of_pending(x: Tensor, pending: Pending) -> str | None:
+    """Why the kernel that leaves entries pending does not serve, or None."""
+    from everstate.ops.ssd.triton_step import pending_kernels  # there is Triton: `refusal` was asked
+
+    if pending_kernels(x) is None:
+        return "leaves entries pending on Hopper GPUs, of 16-bit numbers"
+    if pending.B.shape[-1] > PART // SHORTEST:
+        return f"leaves entries pending for up to {PART // SHORTEST} numbers per channel, not {pending.B.shape[-1]}"
+    if not all(part.is_contiguous() for part in pending):
+        return "takes pending entries that lie in one piece of memory"
+    return refusal(*pending)

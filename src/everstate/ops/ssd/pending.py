@@ -1,0 +1,121 @@
+"""Entries that a state has not taken in yet: of several tokens it is then read each time, but written only once.
+
+A step of many sequences is as fast as their states go through memory, and half of that is writing them. An entry is a
+fraction of a state: `x` and `B` instead of their product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from everstate.core.dtypes import state_dtype
+from everstate.core.state import Slots, gather, scatter_
+
+ENTRIES = 8
+"""There is room for, of which the last is the one with which states take in all: as many as a product has columns."""
+WORTH = 12 * 2**20
+"""Bytes of all states of a layer from which on it pays: few are written in the time that launches take anyway."""
+PART, SHORTEST, LONGEST = 8192, 16, 64
+"""Numbers of a head's state that one program of a kernel owns, with what waits for them; fewest and most channels."""
+
+
+class Pending(NamedTuple):
+    """What waits for a place in states, which are `decay state + sum_i weight_i x_i B_i^T` over the k entries i.
+
+    The first `waiting` entries do wait, the others have no weight. `weight`, `decay` and `waiting` are the same for all
+    t parts of a head, and `waiting` for all heads, so that each part can be read and written by itself.
+    """
+
+    x: Float[Tensor, "b k h p"]
+    B: Float[Tensor, "b k g n"]
+    weight: Float[Tensor, "b h t k"]
+    decay: Float[Tensor, "b h t"]
+    waiting: Int[Tensor, "b h t"]
+
+
+def part_of(headdim: int, d_state: int) -> int:
+    """Channels of a part of a head."""
+    channels, width = (1 << (size - 1).bit_length() for size in (headdim, d_state))
+    return min(max(channels, SHORTEST), max(PART // width, SHORTEST), LONGEST)
+
+
+def nothing_pending(state: Float[Tensor, "b h p n"], groups: int, dtype: torch.dtype) -> Pending:
+    """Room for what waits for these states, for inputs of this dtype.
+
+    Rows begin with different numbers of entries, which say nothing: never are all states written with the same token.
+    """
+    batch, heads, headdim, d_state = state.shape
+    parts, wide = -(-headdim // part_of(headdim, d_state)), state_dtype(dtype)
+    waiting = torch.arange(batch, dtype=torch.int32, device=state.device) % ENTRIES
+    return Pending(
+        x=state.new_zeros(batch, ENTRIES, heads, headdim, dtype=dtype),
+        B=state.new_zeros(batch, ENTRIES, groups, d_state, dtype=dtype),
+        weight=state.new_zeros(batch, heads, parts, ENTRIES, dtype=wide),
+        decay=state.new_ones(batch, heads, parts, dtype=wide),
+        waiting=waiting[:, None, None].expand(batch, heads, parts).contiguous(),
+    )
+
+
+def settled(state: Float[Tensor, "b h p n"], pending: Pending) -> Float[Tensor, "b h p n"]:
+    """The states with all that waits for them."""
+    dtype, heads = pending.decay.dtype, state.shape[1]
+    keys = pending.B.to(dtype).repeat_interleave(heads // pending.B.shape[2], 2)
+    added = torch.einsum("bhk,bkhp,bkhn->bhpn", pending.weight[:, :, 0], pending.x.to(dtype), keys)
+    return pending.decay[:, :, :1, None] * state.to(dtype) + added
+
+
+def settle_(state: Float[Tensor, "b h p n"], pending: Pending) -> None:
+    """Have the states take in all that waits for them."""
+    state.copy_(settled(state, pending))
+    pending.weight.zero_()
+    pending.decay.fill_(1.0)
+    pending.waiting.zero_()
+
+
+def step_pending_(
+    step_: Callable[..., Float[Tensor, "b h p"]],
+    x: Float[Tensor, "b h p"],
+    a: Float[Tensor, "b h"],
+    s: Float[Tensor, "b h"],
+    B: Float[Tensor, "b g n"],
+    C: Float[Tensor, "b g n"],
+    state: Float[Tensor, "slots h p n"],
+    slots: Slots,
+    pending: Pending,
+    D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None,
+) -> Float[Tensor, "b h p"]:
+    """`step_`, an implementation of `ssd_step_`, whose entry waits if there is room for it; else states take in all."""
+    held, before = gather(state, slots), gather(pending, slots)
+    after = settled(held, before)
+    y = step_(x, a, s, B, C, after, D=D)
+    scatter_(state, slots, torch.where(_is_full(before)[:, :1, :1, None], after.to(state.dtype), held))
+    scatter_(pending, slots, _with_entry(before, x, a, s, B))
+    return y
+
+
+def _is_full(pending: Pending) -> Tensor:
+    """Whether states take in what waits, and the next entry, with that."""
+    return pending.waiting == ENTRIES - 1
+
+
+def _with_entry(
+    pending: Pending, x: Float[Tensor, "b h p"], a: Float[Tensor, "b h"], s: Float[Tensor, "b h"],
+    B: Float[Tensor, "b g n"],
+) -> Pending:  # fmt: skip
+    """What waits after an entry: that too, or nothing where states have taken all in."""
+    next_ = torch.arange(ENTRIES, device=x.device) == pending.waiting.unsqueeze(-1)
+    of_row, full = next_[:, 0, 0, :, None, None], _is_full(pending)
+    fade = torch.exp(a.to(pending.decay.dtype)).unsqueeze(-1)
+    weight = torch.where(next_, s.to(fade.dtype)[..., None, None], pending.weight * fade.unsqueeze(-1))
+    return Pending(
+        x=torch.where(of_row, x.unsqueeze(1).to(pending.x.dtype), pending.x),
+        B=torch.where(of_row, B.unsqueeze(1).to(pending.B.dtype), pending.B),
+        weight=weight.masked_fill(full.unsqueeze(-1), 0.0),
+        decay=torch.where(full, 1.0, pending.decay * fade),
+        waiting=torch.where(full, 0, pending.waiting + 1),
+    )
