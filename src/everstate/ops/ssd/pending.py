@@ -18,7 +18,7 @@ from everstate.core.state import Slots, gather, scatter_
 
 ENTRIES = 8
 """There is room for, of which the last is the one with which states take in all: as many as a product has columns."""
-WORTH = 12 * 2**20
+WORTH = 16 * 2**20
 """Bytes of all states of a layer from which on it pays: few are written in the time that launches take anyway."""
 PART, SHORTEST, LONGEST = 8192, 16, 64
 """Numbers of a head's state that one program of a kernel owns, with what waits for them; fewest and most channels."""
