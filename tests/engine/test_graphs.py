@@ -69,7 +69,7 @@ def same(one: tuple[list[Any], Any], other: tuple[list[Any], Any], tolerance: fl
 def deferring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether states are written with every token, or a few wait for that, here too."""
     if request.param:
-        monkeypatch.setattr(mamba2, "WORTH", 0)
+        monkeypatch.setattr(mamba2, "pays", lambda state: True)
         monkeypatch.setattr(type(mamba2_step_), "serving", lambda *arguments, **settings: "triton")
 
 
@@ -176,7 +176,7 @@ def test_a_graph_that_defers_reads_what_steps_read(
     layout: str, state_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs_gpu()
-    monkeypatch.setattr(mamba2, "WORTH", 0)
+    monkeypatch.setattr(mamba2, "pays", lambda state: True)
     model = LM(ModelConfig(d_model=128, vocab_size=200, layout=layout), device="cuda", dtype=torch.bfloat16)
     state = model.init_state(20, context=64, dtype=state_dtype)
     logits = engine.prefill_(model, [[row + 1, row + 2] for row in range(20)], state)

@@ -10,6 +10,7 @@ import torch
 from everstate.core.state import clone, tensors
 from everstate.mixers import build_mixer, mamba2
 from everstate.ops import mamba2_step_, use
+from everstate.ops.ssd import pending
 
 TABLE = {"type": "mamba2", "d_state": 8, "headdim": 8, "d_inner": 24, "ngroups": 3, "bias": True}
 
@@ -43,7 +44,7 @@ def test_multipliers_are_those_of_the_weights() -> None:
 @pytest.mark.parametrize("table", [TABLE, {"type": "parallel", "mixers": {"a": TABLE, "b": {"type": "short_conv"}}}])
 def test_a_deferred_state_is_stepped_read_and_settled(table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """As the state that it stands for, whose memory it shares."""
-    monkeypatch.setattr(mamba2, "WORTH", 0)
+    monkeypatch.setattr(mamba2, "pays", lambda state: True)
     monkeypatch.setattr(type(mamba2_step_), "serving", lambda *arguments, **settings: "triton")
     mixer = build_mixer(table, 16, dtype=torch.float64)
     tokens = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -68,8 +69,10 @@ def test_states_are_deferred_where_it_pays(hopper: torch.device, monkeypatch: py
     state = mixer.init_state(2)
     with torch.no_grad():
         assert mixer.deferred(state) is state  # small
-        monkeypatch.setattr(mamba2, "WORTH", state.ssm.nbytes)
+        monkeypatch.setattr(pending, "WORTH", state.ssm.nbytes)
         assert isinstance(mixer.deferred(state), mamba2.Deferred)
+        narrow = build_mixer({"type": "mamba2", "d_state": 64}, 128, dtype=torch.bfloat16, device=hopper)
+        assert not isinstance(narrow.deferred(narrow.init_state(2)), mamba2.Deferred)  # not timed
         with use("torch"):
             assert mixer.deferred(state) is state
         wide = build_mixer({"type": "mamba2"}, 64, device=hopper)

@@ -163,7 +163,7 @@ def test_the_kernel_says_what_it_gives(hopper: torch.device) -> None:
     ("dtype", "sizes", "change", "why"),
     [
         (torch.float32, {}, None, "Hopper GPUs, of 16-bit numbers"),
-        (torch.bfloat16, {"d_state": 520}, None, "up to 512 numbers per channel, not 520"),
+        (torch.bfloat16, {"d_state": 260}, None, "up to 256 numbers per channel, not 260"),
         (torch.bfloat16, {}, lambda p: p._replace(x=p.x.transpose(2, 3).contiguous().transpose(2, 3)), "in one piece"),
         (torch.bfloat16, {}, lambda p: p._replace(x=p.x.double()), "not float64"),
     ],

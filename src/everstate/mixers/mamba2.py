@@ -40,7 +40,7 @@ from everstate.ops import (
     mamba2_step_,
 )
 from everstate.ops.mamba2.ends import inputs, leave
-from everstate.ops.ssd.pending import WORTH, Pending, nothing_pending, settle_, settled
+from everstate.ops.ssd.pending import Pending, nothing_pending, pays, settle_, settled
 
 
 class Mamba2Config(TimeSteps):
@@ -179,7 +179,7 @@ class Mamba2(LinearEnds):
 
     def deferred(self, state: Mamba2State) -> Mamba2State | Deferred:
         """With states that are written every few tokens, where a kernel does so and they are large enough."""
-        if state.ssm.nbytes < WORTH:
+        if not pays(state.ssm):
             return state
         pending = self._nothing_pending(state)
         x, dt, B = pending.x[:, 0], pending.decay[..., 0], pending.B[:, 0]

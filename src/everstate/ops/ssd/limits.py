@@ -12,7 +12,7 @@ from everstate.core.kernels import refusal, shared_memory
 from everstate.core.state import Slots
 from everstate.ops.limits import refusal_of_strides, step_refusal
 from everstate.ops.norm.limits import refusal_of_width
-from everstate.ops.ssd.pending import PART, SHORTEST, Pending
+from everstate.ops.ssd.pending import WIDEST, Pending
 
 LARGEST = 16384
 """Numbers in the state of a head, each side filled up to a power of two: what fits into registers."""
@@ -119,8 +119,8 @@ def _refusal_of_pending(x: Tensor, pending: Pending) -> str | None:
 
     if pending_kernels(x) is None:
         return "leaves entries pending on Hopper GPUs, of 16-bit numbers"
-    if pending.B.shape[-1] > PART // SHORTEST:
-        return f"leaves entries pending for up to {PART // SHORTEST} numbers per channel, not {pending.B.shape[-1]}"
+    if pending.B.shape[-1] > WIDEST:
+        return f"leaves entries pending for up to {WIDEST} numbers per channel, not {pending.B.shape[-1]}"
     if not all(part.is_contiguous() for part in pending):
         return "takes pending entries that lie in one piece of memory"
     return refusal(*pending)

@@ -18,10 +18,12 @@ from everstate.core.state import Slots, gather, scatter_
 
 ENTRIES = 8
 """There is room for, of which the last is the one with which states take in all: as many as a product has columns."""
-WORTH = 16 * 2**20
-"""Bytes of all states of a layer from which on it pays: few are written in the time that launches take anyway."""
-PART, SHORTEST, LONGEST = 8192, 16, 64
-"""Numbers of a head's state that one program of a kernel owns, with what waits for them; fewest and most channels."""
+WORTH, TIMED = 16 * 2**20, range(65, 129)
+"""Bytes of all states of a layer from which on it pays (fewer are written in the time that launches take anyway), and
+numbers per channel with which it has been timed."""
+PART, SHORTEST, LONGEST, WIDEST = 8192, 16, 64, 256
+"""Numbers of a head's state that one program of a kernel owns, with what waits for them; fewest and most channels of
+that, and most numbers per channel."""
 
 
 class Pending(NamedTuple):
@@ -36,6 +38,11 @@ class Pending(NamedTuple):
     weight: Float[Tensor, "b h t k"]
     decay: Float[Tensor, "b h t"]
     waiting: Int[Tensor, "b h t"]
+
+
+def pays(state: Float[Tensor, "b h p n"]) -> bool:
+    """Whether steps of such states are faster if these are not written with each."""
+    return state.nbytes >= WORTH and state.shape[-1] in TIMED
 
 
 def part_of(headdim: int, d_state: int) -> int:

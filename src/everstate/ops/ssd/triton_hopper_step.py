@@ -19,8 +19,9 @@ from everstate.ops.triton_hopper import thread_barrier, widened
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, launch_options, reads_early, slot_of, start_next, wait_for_last
 
-REGISTERS = {2: 128, 4: 168}
-"""Of a thread, by the bytes of a number of a state: with fewer, loads come later, with more, programs do."""
+REGISTERS = {(2, False): 128, (2, True): 168, (4, False): 168, (4, True): 255}
+"""Of a thread, by the bytes of a number of a state and whether a channel has more than 128 of them: with fewer, loads
+come later or registers spill, with more, fewer programs run at once."""
 LEAST = 32
 """Numbers of a row that a product with 16 bytes of each thread takes."""
 
@@ -46,7 +47,7 @@ def step(
         0 if delta_t is None else delta_t.stride(0),
         HEADS=heads, GROUPS=groups, P=headdim, N=d_state, ENTRIES=ENTRIES, BLOCK_P=part, BLOCK_N=width, EVEN=even,
         SUMS=sums, STATE=gl.DotOperandLayout(0, sums, 16 // state.itemsize), EARLY=reads_early(slots, batch),
-        num_warps=warps, maxnreg=REGISTERS[state.itemsize], **launch_options(x.device),
+        num_warps=warps, maxnreg=REGISTERS[state.itemsize, width > 128], **launch_options(x.device),
     )  # fmt: skip
 
 
