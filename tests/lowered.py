@@ -243,8 +243,13 @@ def compiles(capability: str) -> None:
     if capability != "90":
         return
     with lowering("make_llir", 90) as found, use("triton"), torch.no_grad():
-        for state_dtype in (torch.bfloat16, torch.float32):
-            layer = Layer(cpu, dtype, state_dtype, {"z", "D", "norm"}, headdim=64, d_state=128)
+        for x_dtype, state_dtype, headdim, d_state, uneven in (
+            (dtype, dtype, 64, 128, False), (dtype, torch.float32, 64, 128, False), (dtype, dtype, 32, 256, True),
+            (torch.float16, torch.float16, 64, 128, False), (dtype, torch.float32, 10, 16, False),
+        ):  # fmt: skip
+            layer = Layer(
+                cpu, x_dtype, state_dtype, {"z", "D", "norm"}, headdim=headdim, d_state=d_state, uneven=uneven
+            )
             token, settings = layer.token()
             mamba2_step_(*token, layer.pool, layer.slots, **settings, pending=layer.pending())
     for kernel in found:

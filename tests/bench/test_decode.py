@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from everstate.bench import models
+from everstate.bench import decode, models
 from everstate.bench.decode import state_traffic
 from everstate.cli import build
 from everstate.core.state import nbytes
-from everstate.mixers import build_mixer
+from everstate.mixers import build_mixer, mamba2
 from everstate.mixers.mamba2 import Deferred, Mamba2
 from everstate.models import LM
+from everstate.ops import mamba2_step_
 from everstate.ops.ssd.pending import ENTRIES, nothing_pending
 
 RUNNER = CliRunner()
@@ -68,4 +70,22 @@ def test_a_state_that_is_deferred_is_written_every_few_tokens() -> None:
     pending = nothing_pending(state.ssm, 1, torch.float32)
     deferred = Deferred(state.conv, state.ssm, pending)
     assert state_traffic((state, (state,))) == 4 * nbytes(state)
-    assert state_traffic(deferred) == 2 * nbytes(state.conv) + (1 + 1 / ENTRIES) * (nbytes(state.ssm) + nbytes(pending))
+    rarely = nbytes((state.ssm, pending.x, pending.B))
+    assert state_traffic(deferred) == 2 * (nbytes(deferred) - rarely) + (1 + 1 / ENTRIES) * rarely
+
+
+def test_the_gate_steps_a_state_that_is_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it is written, and as it is timed."""
+    monkeypatch.setattr(mamba2, "pays", lambda state: True)
+    monkeypatch.setattr(type(mamba2_step_), "serving", lambda *arguments, **settings: "triton")
+    written, model = [], LM(models.config_of("mamba2-130m", quick=True))
+    deferred = model.deferred
+
+    def watched(state: Any) -> Any:
+        written.append(deferred(state))
+        return written[-1]
+
+    monkeypatch.setattr(model, "deferred", watched)
+    assert decode.step_gate(model, decode.Plan("mamba2", (2,), 8, 8), 2, None).passed
+    # Nine tokens: each layer has come around once, and one further.
+    assert [int(part.pending.waiting.max()) for part in written[0]] == [(i + 1) % 8 for i in range(len(written[0]))]

@@ -11,13 +11,14 @@ import torch
 from everstate.core.config import read_toml
 from everstate.core.kernels import interpreting
 from everstate.core.state import clone, tensors
-from everstate.engine import Sampling
+from everstate.engine import Sampling, Session
 from everstate.engine import runner as engine
 from everstate.engine.graphs import DecodeGraph, worth_capturing
 from everstate.mixers import MIXERS, mamba2
 from everstate.mixers.mlp import MLP
 from everstate.models import LM, ModelConfig
 from everstate.ops import mamba2_step_, use
+from everstate.tokenizers import ByteTokenizer
 
 LAYOUTS = ["mamba1", "mamba2", "mamba3", "2 * (mamba2 mlp)", "mamba2 attention mlp", "mamba2 moe attention moe"]
 TABLES = Path(__file__).parent.parent / "laws" / "variants"
@@ -38,7 +39,7 @@ class EagerGraph(DecodeGraph):
     """The same steps, each asked for anew."""
 
     def __init__(self, model: LM, logits: Any, state: Any, filters: Any, most: int) -> None:
-        self.model, self.filters, self.most, self.state = model, filters, most, model.deferred(state)
+        self.model, self.filters, self.most, self.state = model, filters, most, self.form(model, state)
         self.logits, self.chosen = logits.clone(), torch.zeros(len(logits), dtype=torch.int64)
         self.u = torch.zeros(len(logits), dtype=torch.float64)
 
@@ -108,6 +109,22 @@ def test_an_abandoned_loop_has_read_what_it_gave(deferring: None, monkeypatch: p
         model.step_(torch.tensor([token]), expected)
     steps.close()
     same(([], state), ([], expected), 1e-6)
+
+
+def test_a_session_may_be_forked_while_it_writes(deferring: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LM(ModelConfig(d_model=32, vocab_size=300, layout="mamba2"))
+    monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: True)
+    monkeypatch.setattr(engine, "DecodeGraph", EagerGraph)
+    session = Session(model, ByteTokenizer())
+    session.read("one")
+    writing = session.write_tokens(20, Sampling(temperature=0.0))
+    text = [next(writing) for _ in range(5)]
+    fork = session.fork()
+    assert fork._logits is not None
+    other = Session(model, ByteTokenizer())
+    other.read("one")
+    other.read_tokens(text)
+    same(([], fork._state), ([], other._state), 1e-5)
 
 
 def test_a_cpu_captures_nothing() -> None:

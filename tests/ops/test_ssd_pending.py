@@ -10,12 +10,12 @@ from torch import Tensor
 
 from everstate.core.errors import BackendError
 from everstate.core.op import REFERENCE
-from everstate.core.state import gather, map_state, scatter_
+from everstate.core.state import clone, equal, gather, map_state, scatter_
 from everstate.ops import Normed, mamba2_step_, use
-from everstate.ops.ssd.pending import ENTRIES, Pending, nothing_pending, settle_, settled
+from everstate.ops.ssd.pending import ENTRIES, SETTLED, Pending, nothing_pending, settle_, settled
 from tests.ops.test_decode_triton import close, draws
 
-STEPS = 2 * ENTRIES + 3
+STEPS, TURN = 2 * ENTRIES + 3, 5
 SETTINGS = {
     "gate, norm": {"z", "D", "norm"},
     "elapsed time": {"z", "delta_t", "dt_limit"},
@@ -29,22 +29,34 @@ class Layer:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, state_dtype: torch.dtype, settings: set[str] = frozenset(),
         *, heads: int = 4, headdim: int = 32, groups: int = 2, d_state: int = 64, rows: int = 3, all_rows: bool = False,
+        uneven: bool = False,
     ) -> None:  # fmt: skip
         self.draw, narrow = draws(device, dtype), draws(device, torch.float32)
-        self.sizes, self.groups, self.rows, self.settings = (heads, headdim, d_state), groups, rows, settings
+        self.sizes, self.groups, self.rows, self.settings, self.uneven = (
+            (heads, headdim, d_state),
+            groups,
+            rows,
+            settings,
+            uneven,
+        )
         spare = 0 if all_rows else 2
         self.pool = narrow(rows + spare, heads, headdim, d_state).to(state_dtype)
         self.slots = None if all_rows else torch.randperm(rows + spare, device=device)[:rows]
-        self.A_log, self.dt_bias = narrow(heads) / 3 - 1, narrow(heads)
+        self.A_log, self.dt_bias = (narrow(heads, 3) / 3 - 1)[:, 1], narrow(heads, 2)[:, 0]
         self.D, self.norm, self.time = narrow(heads, headdim), self.draw(heads * headdim), narrow(rows).abs()
 
     def token(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         heads, headdim, d_state = self.sizes
-        # Parts of a projection, whose rows lie further apart than the parts are long.
-        widths = [heads * headdim] * 2 + [self.groups * d_state] * 2 + [heads]
-        x, z, B, C, dt = self.draw(self.rows, sum(widths)).split(widths, 1)
-        x, z = (part.unflatten(1, (heads, headdim)) for part in (x, z))
-        B, C = (part.unflatten(1, (self.groups, d_state)) for part in (B, C))
+        # Parts of projections, whose rows lie further apart than the parts are long; z by itself, channels apart.
+        widths = [heads * headdim, self.groups * d_state, self.groups * d_state, heads]
+        x, B, C, dt = self.draw(self.rows, sum(widths)).split(widths, 1)
+        if self.uneven:
+            C = self.draw(self.rows, widths[2] + 3)[:, 3:]
+        z = self.draw(headdim, self.rows, heads).movedim(0, 2)
+        x, B, C = (
+            part.unflatten(1, sizes)
+            for part, sizes in ((x, (heads, headdim)), (B, (self.groups, d_state)), (C, (self.groups, d_state)))
+        )
         given = {
             "z": {"z": z}, "D": {"D": self.D[:, 0]}, "D of channels": {"D": self.D}, "norm": {"norm": self.norm},
             "delta_t": {"delta_t": self.time}, "dt_limit": {"dt_limit": (0.1, 0.6)},
@@ -53,7 +65,7 @@ class Layer:
         return (x, dt, self.A_log, B, C), {"dt_bias": self.dt_bias, **more}
 
     def pending(self) -> Pending:
-        return nothing_pending(self.pool, self.groups, self.norm.dtype)
+        return nothing_pending(self.pool, self.groups, self.norm.dtype, turn=TURN)
 
 
 def exactly(value: Any) -> Any:
@@ -65,12 +77,13 @@ def compare(layer: Layer, backend: str, tolerance: float, state_tolerance: float
     here, there, pending = layer.pool.clone(), layer.pool.double(), layer.pending()
     if backend == REFERENCE:
         here, pending = here.double(), map_state(exactly, pending)
-    begin = pending.waiting.clone()
+    begin = clone(pending)
     for count in range(STEPS):
         arguments, settings = layer.token()
         exact = tuple(map(exactly, arguments)), {key: exactly(value) for key, value in settings.items()}
         if backend == REFERENCE:
             arguments, settings = exact
+        before, kept = here.clone(), clone(gather((pending.x, pending.B), layer.slots))
         with use(backend), torch.no_grad():
             got = mamba2_step_(*arguments, here, layer.slots, **settings, pending=pending)
         with use(REFERENCE):
@@ -78,16 +91,21 @@ def compare(layer: Layer, backend: str, tolerance: float, state_tolerance: float
         if isinstance(got, Normed):
             got, expected = got.divided(), expected.x
         close(got, expected, tolerance)
-        stepped = gather(pending.waiting, layer.slots)
-        assert torch.equal(stepped, (gather(begin, layer.slots) + count + 1) % ENTRIES)
+        waiting = (TURN + count + 1) % ENTRIES
+        assert (gather(pending.waiting, layer.slots) == waiting).all()
+        # With the eighth token states are written, with others only the entry that came.
+        assert torch.equal(here, before) == (waiting > 0)
+        for entries, new in zip(kept, (arguments[0], arguments[3]), strict=True):
+            entries[:, waiting - 1] = new if waiting > 0 else entries[:, -1]
+        assert equal(gather((pending.x, pending.B), layer.slots), kept)
     close(settled(here, pending), there, state_tolerance)
     if layer.slots is not None:
-        others = [row for row in range(len(here)) if row not in layer.slots.tolist()]
+        others = torch.tensor([row for row in range(len(here)) if row not in layer.slots.tolist()], device=here.device)
         assert torch.equal(here[others].to(layer.pool.dtype), layer.pool[others])
-        assert torch.equal(pending.waiting[others], begin[others])
+        assert equal(gather(pending, others), gather(begin, others))
     settle_(here, pending)
     close(here, there, state_tolerance)
-    assert pending.waiting.sum() == 0 and torch.equal(settled(here, pending), here.to(pending.decay.dtype))
+    assert pending.weight.any() == 0 and torch.equal(settled(here, pending), here.to(pending.decay.dtype))
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -119,7 +137,7 @@ KERNELS = [
     (torch.bfloat16, torch.float32, "elapsed time", {"headdim": 48, "d_state": 100}),
     (torch.float16, torch.float16, "D of channels", {"headdim": 10, "d_state": 20}),
     (torch.float16, torch.bfloat16, "gate, norm", {"headdim": 64, "groups": 4, "d_state": 256, "all_rows": True}),
-    (torch.bfloat16, torch.float32, "gate, norm", {"headdim": 100, "d_state": 16, "rows": 11}),
+    (torch.bfloat16, torch.float32, "gate, norm", {"headdim": 100, "d_state": 16, "uneven": True}),
 ]  # fmt: skip
 
 
@@ -131,8 +149,21 @@ def test_the_kernel(
     compare(layer, "triton", 1e-2 if dtype is torch.bfloat16 else 3e-3, 1e-5 if state_dtype is torch.float32 else 6e-3)
 
 
-def test_rows_of_other_pools_are_theirs(hopper: torch.device) -> None:
-    """What waits is part of a state: rows that change places go on as they would have."""
+def test_rows_that_are_alike_stay_alike(hopper: torch.device) -> None:
+    """What a row gives does not depend on its place, though its state be rounded."""
+    layer = Layer(hopper, torch.bfloat16, torch.bfloat16, {"z", "D"}, all_rows=True)
+    state, pending = layer.pool[:1].repeat(3, 1, 1, 1), layer.pending()
+    for _ in range(STEPS):
+        arguments, settings = layer.token()
+        alike = [t[:1].expand_as(t) if len(t) == 3 else t for t in arguments]
+        settings["z"] = settings["z"][:1].expand_as(settings["z"])
+        with use("triton"), torch.no_grad():
+            y = mamba2_step_(*alike, state, **settings, pending=pending)
+        assert torch.equal(y, y[:1].expand_as(y))
+    assert torch.equal(state, state[:1].expand_as(state))
+
+
+def test_rows_take_what_waits_for_them_along(hopper: torch.device) -> None:
     layer = Layer(hopper, torch.bfloat16, torch.bfloat16, {"z"}, all_rows=True)
     tokens = [layer.token() for _ in range(STEPS)]
     order = torch.tensor([2, 0, 1], device=hopper)
@@ -144,8 +175,19 @@ def test_rows_of_other_pools_are_theirs(hopper: torch.device) -> None:
             mamba2_step_(*arguments, moved[0], slots, **settings, pending=moved[1])
         if count == 4:
             scatter_(moved, None, gather(moved, order))
-    for one, other in zip(settled(*plain), settled(*gather(moved, torch.argsort(order))), strict=True):
-        assert torch.equal(one, other)
+    assert torch.equal(settled(*plain), settled(*gather(moved, torch.argsort(order))))
+
+
+def test_many_rows_are_settled() -> None:
+    """In blocks."""
+    layer = Layer(torch.device("cpu"), torch.float32, torch.bfloat16, rows=SETTLED + 3, all_rows=True)
+    state, pending = layer.pool.clone(), layer.pending()
+    arguments, settings = layer.token()
+    with torch.no_grad():
+        mamba2_step_(*arguments, state, **settings, pending=pending)
+        expected = settled(state, pending).bfloat16()
+        settle_(state, pending)
+    assert torch.equal(state, expected) and not torch.equal(state, layer.pool)
 
 
 def test_the_kernel_says_what_it_gives(hopper: torch.device) -> None:
@@ -156,7 +198,9 @@ def test_the_kernel_says_what_it_gives(hopper: torch.device) -> None:
         (x, dt, A_log, B, C), more = layer.token()
         given = (*(more.get(name) for name in ("dt_bias", "D", "z")), 0.0, 1.0, None, more.get("norm"))
         arguments = (x, dt, A_log, B, C, layer.pool, layer.slots, *layer.pending(), *given)
-        torch.library.opcheck(kernels._mamba2_step_pending._op, arguments, test_utils="test_faketensor")
+        torch.library.opcheck(
+            kernels._mamba2_step_pending._op, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +209,9 @@ def test_the_kernel_says_what_it_gives(hopper: torch.device) -> None:
         (torch.float32, {}, None, "Hopper GPUs, of 16-bit numbers"),
         (torch.bfloat16, {"d_state": 260}, None, "up to 256 numbers per channel, not 260"),
         (torch.bfloat16, {}, lambda p: p._replace(x=p.x.transpose(2, 3).contiguous().transpose(2, 3)), "in one piece"),
-        (torch.bfloat16, {}, lambda p: p._replace(x=p.x.double()), "not float64"),
+        (torch.bfloat16, {}, lambda p: p._replace(B=p.B.half()), "in the dtype of x, torch.bfloat16"),
+        (torch.bfloat16, {}, lambda p: p._replace(weight=p.weight.double()), "not float64"),
+        (torch.bfloat16, {}, lambda p: p._replace(x=p.x[:, 1:]), "as `nothing_pending` makes them"),
     ],
 )  # fmt: skip
 def test_refusals(dtype: torch.dtype, sizes: dict[str, int], change: Any, why: str, hopper: torch.device) -> None:

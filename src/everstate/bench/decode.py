@@ -28,6 +28,7 @@ from everstate.bench.timing import Gate, Timing, relative_error, with_threads
 from everstate.core.env import cpu_threads
 from everstate.core.errors import RequestError
 from everstate.core.state import nbytes, scatter_
+from everstate.engine.graphs import worth_capturing
 from everstate.engine.runner import decode_, prefill_
 from everstate.engine.sampler import Sampling
 from everstate.mixers import State
@@ -112,7 +113,9 @@ def speed(lm: LM, plan: Plan, batch: int, state_dtype: torch.dtype | None) -> It
     row = Row(name, batch, gate, timing, state_bytes=nbytes(state) // batch)
     # Of keys and values a step reads what is filled, and writes one.
     if not any(isinstance(part, Attention) for part in lm.modules()):
-        moved = (weight_bytes(lm, batch) + state_traffic(lm.deferred(state))) / timing.median / 1e12
+        captured = batch > 1 and worth_capturing(lm, plan.steps)
+        traffic = state_traffic(lm.deferred(state) if captured else state)
+        moved = (weight_bytes(lm, batch) + traffic) / timing.median / 1e12
         row = replace(row, ratio=moved, ratio_of="TB/s")
     yield row
 
@@ -127,6 +130,8 @@ def ageing(lm: LM, plan: Plan) -> Iterator[Row]:
         for segment in tokens.split(SEGMENT, 1):
             hidden, old = lm.hidden(segment, old)
         last = lm.logits(hidden[:, -1])
+        read, old = old, lm.init_state(1, context=context)
+        scatter_(old, None, read)  # laid out as the young one
     gate = Gate(float(nbytes(young) != nbytes(old)), 0.0)
     timings = [time_steps(lm, logits, state, 1, plan.steps) for logits, state in ((first, young), (last, old))]
     yield Row(f"after {PROMPT} tokens", 1, gate, timings[0], state_bytes=nbytes(young))
@@ -150,9 +155,10 @@ def time_steps(lm: LM, logits: Tensor, state: State, batch: int, steps: int) -> 
 def state_traffic(state: State) -> float:
     """Bytes that a step reads and writes of a state, on average."""
     if isinstance(state, Deferred):
-        rarely = nbytes(state.ssm) + nbytes(state.pending)
-        return 2 * nbytes(state.conv) + rarely + rarely / ENTRIES
-    if hasattr(type(state), "_fields"):
+        read, entries = nbytes(state), nbytes((state.pending.x, state.pending.B))
+        often = read - nbytes(state.ssm) - entries
+        return read + often + (nbytes(state.ssm) + entries) / ENTRIES
+    if hasattr(type(state), "_fields"):  # of one mixer, and not of several
         return 2.0 * nbytes(state)
     return sum(map(state_traffic, state))
 

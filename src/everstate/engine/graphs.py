@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.kernels import overlapping
-from everstate.core.state import clone
+from everstate.core.state import batch_size, clone
 from everstate.engine.compiling import asks_host_nothing, first_compiled
 from everstate.engine.sampler import Filters, choose, greedy
 from everstate.mixers import State
@@ -30,19 +30,19 @@ def worth_capturing(model: LM, max_tokens: int) -> bool:
 
 
 class DecodeGraph:
-    """`step` chooses a token for every row of `state`, in place, and reads it.
+    """`step` chooses a token for every row of `state`, and reads it.
 
-    It is captured on the caller's own state, so that nothing is copied in or out; the state must not be replaced while
-    the graph is in use. `filters` None takes the most likely token; see `choose` for `most`. Choosing and reading are
-    graphs of their own: the host has the chosen tokens as soon as the one is done, and asks for the next step while the
-    other runs.
+    It is captured on the memory of the caller's own state, so that nothing is copied in or out; the state must not be
+    replaced while the graph is in use, and is up to date when `settle_` was called: of several rows some may be put
+    off. `filters` None takes the most likely token; see `choose` for `most`. Choosing and reading are graphs of their
+    own: the host has the chosen tokens as soon as the one is done, and asks for the next step while the other runs.
     """
 
     def __init__(
         self, model: LM, logits: Float[Tensor, "b v"], state: State, filters: Filters | None, most: int = 0
     ) -> None:
         self.model = model
-        self.state = model.deferred(state)
+        self.state = self.form(model, state)
         self.filters, self.most = filters, most
         self.logits = logits.clone()
         self.chosen = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
@@ -70,6 +70,11 @@ class DecodeGraph:
         self._reading.replay()
         self._is_chosen.synchronize()
         return self._fetched.tolist(), self.logits
+
+    @staticmethod
+    def form(model: LM, state: State) -> State:
+        """In what form the state is stepped: that of one row, a session's, which may be saved meanwhile, as it is."""
+        return model.deferred(state) if batch_size(state) > 1 else state
 
     def settle_(self) -> None:
         """Bring the caller's state up to date."""

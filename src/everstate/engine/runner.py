@@ -89,6 +89,9 @@ def decode_(
 ) -> Iterator[Written]:
     """Write up to `max_tokens` tokens for every row of `state`, which is updated in place.
 
+    When the loop has ended or was closed, the state has read all that was yielded; until then some of a state of
+    several rows may be put off.
+
     `positions` are the numbers of tokens that the rows have read. Yields after each step, for every row still writing,
     its new token and the logits after it. A row ends at a token in `stop`, which is read and yielded too.
     """

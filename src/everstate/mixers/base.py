@@ -96,10 +96,11 @@ class Mixer(Special, ABC):
         that come with the library, the engine writes it down once on a GPU, as a device graph.
         """
 
-    def deferred(self, state: State) -> State:
+    def deferred(self, state: State, turn: int = 0) -> State:
         """The same state in a form that `step_` need not write with every token, if there is one that pays.
 
-        It shares the memory of `state`, which `settle_` brings up to date.
+        It shares the memory of `state`, which `settle_` brings up to date. Mixers of other turns write with other
+        tokens.
         """
         return state
 

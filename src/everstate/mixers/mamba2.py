@@ -24,6 +24,7 @@ from everstate.mixers.modules import (
     RMSNorm,
     init_linear_,
     inverse_softplus,
+    is_untouched,
     log_uniform,
     nothing_convolved,
     scaled,
@@ -142,7 +143,8 @@ class Mamba2(LinearEnds):
         delta_t: Float[Tensor, "b l"] | None = None,
     ) -> tuple[Float[Tensor, "b l d"], Mamba2State | Deferred]:
         if isinstance(state, Deferred):
-            y, after = self(x, Mamba2State(state.conv, settled(state.ssm, state.pending)), packing, delta_t)
+            y, after = self.forward(x, Mamba2State(state.conv, settled(state.ssm, state.pending)), packing, delta_t)
+            assert not isinstance(after, Deferred), "of a state that is none"
             return y, Deferred(after.conv, after.ssm, self._nothing_pending(after))
         if is_long(x, packing):
             return forward_by_segments(self, x, state, delta_t)
@@ -177,13 +179,20 @@ class Mamba2(LinearEnds):
             y = leave(y, z, layer, gated, gated_rms_norm) if gate is None else y.flatten(-2)
         return Product(self.out_proj, y, config.out_multiplier)
 
-    def deferred(self, state: Mamba2State) -> Mamba2State | Deferred:
+    def deferred(self, state: Mamba2State | Deferred, turn: int = 0) -> Mamba2State | Deferred:
         """With states that are written every few tokens, where a kernel does so and they are large enough."""
-        if not pays(state.ssm):
+        if (
+            isinstance(state, Deferred)
+            or not pays(state.ssm)
+            or not is_untouched(self, Mamba2, "step_", "product_step_")
+        ):
             return state
-        pending = self._nothing_pending(state)
+        pending, gated_first = self._nothing_pending(state, turn), not self.config.norm_before_gate
         x, dt, B = pending.x[:, 0], pending.decay[..., 0], pending.B[:, 0]
-        kernel = mamba2_step_.serving(x, dt, self.A_log, B, B, state.ssm, dt_bias=self.dt_bias, pending=pending)
+        kernel = mamba2_step_.serving(
+            x, dt, self.A_log, B, B, state.ssm, dt_bias=self.dt_bias, D=self.D, z=x if gated_first else None,
+            norm=self._layer().norm if gated_first else None, norm_groups=self.config.ngroups, pending=pending,
+        )  # fmt: skip
         return Deferred(state.conv, state.ssm, pending) if kernel == "triton" else state
 
     def settle_(self, state: Mamba2State | Deferred) -> None:
@@ -197,8 +206,8 @@ class Mamba2(LinearEnds):
         projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv_weight.numel())
         return projections + 5 * self.d_inner * self.config.d_state
 
-    def _nothing_pending(self, state: Mamba2State) -> Pending:
-        return nothing_pending(state.ssm, self.config.ngroups, self.conv_weight.dtype)
+    def _nothing_pending(self, state: Mamba2State, turn: int = 0) -> Pending:
+        return nothing_pending(state.ssm, self.config.ngroups, self.conv_weight.dtype, turn)
 
     def _project(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b w"]:
         """The gate z, the inputs of the convolution, and dt, side by side."""

@@ -81,8 +81,8 @@ class Parallel(LinearEnds):
         assert y is not None
         return y
 
-    def deferred(self, state: State) -> State:
-        return tuple(part.deferred(own) for part, own in zip(self.parts(), state, strict=True))
+    def deferred(self, state: State, turn: int = 0) -> State:
+        return tuple(part.deferred(own, turn) for part, own in zip(self.parts(), state, strict=True))
 
     def settle_(self, state: State) -> None:
         for part, own in zip(self.parts(), state, strict=True):

@@ -178,14 +178,19 @@ class LM(nn.Module):
 
     @torch.no_grad()
     def deferred(self, state: State) -> State:
-        """The same state in a form for many steps, which need not write all of it with every token; see `Mixer`."""
-        return tuple(block.mixer.deferred(part) for block, part in zip(self.layers, state, strict=True))
+        """The same state in a form for many steps, which need not write all of it with every token; see `Mixer`.
+
+        Layers take turns, so that with each token some are written.
+        """
+        parts = enumerate(zip(self.layers, state, strict=True))
+        return tuple(b.mixer.deferred(part, i) if isinstance(b.mixer, Mixer) else part for i, (b, part) in parts)
 
     @torch.no_grad()
     def settle_(self, state: State) -> None:
         """Write what a state that `deferred` gave has put off, so that the one it was made of is up to date."""
         for block, part in zip(self.layers, state, strict=True):
-            block.mixer.settle_(part)
+            if isinstance(block.mixer, Mixer):
+                block.mixer.settle_(part)
 
     def forward(
         self,

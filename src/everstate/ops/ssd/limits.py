@@ -12,7 +12,7 @@ from everstate.core.kernels import refusal, shared_memory
 from everstate.core.state import Slots
 from everstate.ops.limits import refusal_of_strides, step_refusal
 from everstate.ops.norm.limits import refusal_of_width
-from everstate.ops.ssd.pending import WIDEST, Pending
+from everstate.ops.ssd.pending import WIDEST, Pending, shapes_of
 
 LARGEST = 16384
 """Numbers in the state of a head, each side filled up to a power of two: what fits into registers."""
@@ -107,20 +107,24 @@ def accepts_mamba2_step(
     """Why the kernels of `mamba2_step_` do not serve these arguments, or None."""
     refused = step_refusal(state, A_log, dt_bias, z, delta_t, norm) or accepts_step(x, dt, dt, B, C, state, slots, D=D)
     if refused is None and pending is not None:
-        refused = _refusal_of_pending(x, pending)
+        refused = _refusal_of_pending(x, B, C, state, pending)
     if refused is not None or norm is None:
         return refused
     return refusal_of_strides(norm) or refusal_of_width(x.shape[1] * x.shape[2], norm_groups)
 
 
-def _refusal_of_pending(x: Tensor, pending: Pending) -> str | None:
+def _refusal_of_pending(x: Tensor, B: Tensor, C: Tensor, state: Tensor, pending: Pending) -> str | None:
     """Why the kernel that leaves entries pending does not serve, or None."""
-    from everstate.ops.ssd.triton_step import pending_kernels  # there is Triton: `refusal` was asked
+    from everstate.ops.ssd.triton_step import pending_kernels  # Triton is there: `refusal` was asked
 
     if pending_kernels(x) is None:
         return "leaves entries pending on Hopper GPUs, of 16-bit numbers"
-    if pending.B.shape[-1] > WIDEST:
-        return f"leaves entries pending for up to {WIDEST} numbers per channel, not {pending.B.shape[-1]}"
+    if state.shape[-1] > WIDEST:
+        return f"leaves entries pending for up to {WIDEST} numbers per channel, not {state.shape[-1]}"
+    if any(t.dtype != x.dtype for t in (B, C, pending.x, pending.B)):
+        return f"takes B, C and pending entries in the dtype of x, {x.dtype}"
+    if any(part.shape != shape for part, shape in zip(pending, shapes_of(state, B.shape[1]), strict=True)):
+        return "takes pending entries as `nothing_pending` makes them for such states"
     if not all(part.is_contiguous() for part in pending):
         return "takes pending entries that lie in one piece of memory"
     return refusal(*pending)

@@ -17,13 +17,19 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.state import Slots, gather, scatter_
 
 ENTRIES = 8
-"""There is room for, of which the last is the one with which states take in all: as many as a product has columns."""
-WORTH, TIMED = 16 * 2**20, range(65, 129)
-"""Bytes of all states of a layer from which on it pays (fewer are written in the time that launches take anyway), and
-numbers per channel with which it has been timed."""
-PART, SHORTEST, LONGEST, WIDEST = 8192, 16, 64, 256
-"""Numbers of a head's state that one program of a kernel owns, with what waits for them; fewest and most channels of
-that, and most numbers per channel."""
+"""Columns of a product: seven entries that wait, and the token itself. With the eighth a state is written."""
+WORTH = 16 * 2**20
+"""Bytes of all states of a layer from which on it pays: fewer are written in the time that launches take anyway."""
+TIMED = range(65, 129)
+"""Numbers per channel with which that was found."""
+PART = 8192
+"""Numbers of a head's state that one program of a kernel owns, with what waits for them."""
+SHORTEST, LONGEST = 16, 64
+"""Fewest and most channels of such a part."""
+WIDEST = 256
+"""Most numbers per channel: of more the registers of a thread hold no 16 channels."""
+SETTLED = 16
+"""Rows that are settled at once: they are computed in float32, beside the states."""
 
 
 class Pending(NamedTuple):
@@ -51,21 +57,26 @@ def part_of(headdim: int, d_state: int) -> int:
     return min(max(channels, SHORTEST), max(PART // width, SHORTEST), LONGEST)
 
 
-def nothing_pending(state: Float[Tensor, "b h p n"], groups: int, dtype: torch.dtype) -> Pending:
+def shapes_of(state: Float[Tensor, "b h p n"], groups: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of what waits for states."""
+    batch, heads, headdim, d_state = state.shape
+    parts = -(-headdim // part_of(headdim, d_state))
+    of_parts, entries = (batch, heads, parts), (batch, ENTRIES)
+    return (*entries, heads, headdim), (*entries, groups, d_state), (*of_parts, ENTRIES), of_parts, of_parts
+
+
+def nothing_pending(state: Float[Tensor, "b h p n"], groups: int, dtype: torch.dtype, turn: int = 0) -> Pending:
     """Room for what waits for these states, for inputs of this dtype.
 
-    Rows begin with different numbers of entries, which say nothing: never are all states written with the same token.
+    Nothing waits, but `turn` of the entries are taken, which say nothing: layers of different turns are written with
+    different tokens, and each token takes as long as the next.
     """
-    batch, heads, headdim, d_state = state.shape
-    parts, wide = -(-headdim // part_of(headdim, d_state)), state_dtype(dtype)
-    waiting = torch.arange(batch, dtype=torch.int32, device=state.device) % ENTRIES
-    return Pending(
-        x=state.new_zeros(batch, ENTRIES, heads, headdim, dtype=dtype),
-        B=state.new_zeros(batch, ENTRIES, groups, d_state, dtype=dtype),
-        weight=state.new_zeros(batch, heads, parts, ENTRIES, dtype=wide),
-        decay=state.new_ones(batch, heads, parts, dtype=wide),
-        waiting=waiting[:, None, None].expand(batch, heads, parts).contiguous(),
-    )
+    dtypes = dtype, dtype, state_dtype(dtype), state_dtype(dtype), torch.int32
+    each = zip(shapes_of(state, groups), dtypes, strict=True)
+    pending = Pending(*(state.new_zeros(shape, dtype=own) for shape, own in each))
+    pending.decay.fill_(1.0)
+    pending.waiting.fill_(turn % ENTRIES)
+    return pending
 
 
 def settled(state: Float[Tensor, "b h p n"], pending: Pending) -> Float[Tensor, "b h p n"]:
@@ -77,11 +88,12 @@ def settled(state: Float[Tensor, "b h p n"], pending: Pending) -> Float[Tensor, 
 
 
 def settle_(state: Float[Tensor, "b h p n"], pending: Pending) -> None:
-    """Have the states take in all that waits for them."""
-    state.copy_(settled(state, pending))
+    """Have the states take in all that waits for them: entries then say nothing."""
+    rows = zip(state.split(SETTLED), *(part.split(SETTLED) for part in pending), strict=True)
+    for some, *waiting in rows:
+        some.copy_(settled(some, Pending(*waiting)))
     pending.weight.zero_()
     pending.decay.fill_(1.0)
-    pending.waiting.zero_()
 
 
 def step_pending_(
@@ -115,8 +127,9 @@ def _with_entry(
     B: Float[Tensor, "b g n"],
 ) -> Pending:  # fmt: skip
     """What waits after an entry: that too, or nothing where states have taken all in."""
-    next_ = torch.arange(ENTRIES, device=x.device) == pending.waiting.unsqueeze(-1)
-    of_row, full = next_[:, 0, 0, :, None, None], _is_full(pending)
+    full = _is_full(pending)
+    next_ = (torch.arange(ENTRIES, device=x.device) == pending.waiting.unsqueeze(-1)) & ~full.unsqueeze(-1)
+    of_row = next_[:, 0, 0, :, None, None]
     fade = torch.exp(a.to(pending.decay.dtype)).unsqueeze(-1)
     weight = torch.where(next_, s.to(fade.dtype)[..., None, None], pending.weight * fade.unsqueeze(-1))
     return Pending(

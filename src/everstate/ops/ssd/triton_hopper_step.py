@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from everstate.ops.ssd.pending import ENTRIES, SHORTEST, part_of
-from everstate.ops.ssd.triton_step import leave, strides_of_skip, time_step
+from everstate.ops.ssd.triton_step import strides_of_skip, time_step, write_output
 from everstate.ops.triton_hopper import thread_barrier, widened
 from everstate.ops.triton_launch import cdiv, launch, power_of_2
 from everstate.ops.triton_rows import dense, launch_options, reads_early, slot_of, start_next, wait_for_last
@@ -35,14 +35,14 @@ def step(
     (batch, heads, headdim), (groups, d_state) = x.shape, B.shape[1:]
     x, B, C, z = dense(x), dense(B), dense(C), None if z is None else dense(z)
     part, width = part_of(headdim, d_state), max(power_of_2(d_state), LEAST)
-    warps, steps = part // SHORTEST, (*B.stride()[:2], *C.stride()[:2])
-    # Triton knows of strides that they are multiples of 16, and 16 bytes are 8 numbers.
-    even = 8 if all(step % 8 == 0 for step in steps) else 1
+    warps, strides = part // SHORTEST, (*B.stride()[:2], *C.stride()[:2])
+    # Rows of a projection may lie a multiple of 8 numbers apart, and not of 16: then Triton would load them one by one.
+    even = 8 if all(stride % 8 == 0 for stride in strides) else 1
     sums = gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8])
     launch(
         step_kernel, (batch * heads * cdiv(headdim, part),),
         x, A_log, dt, B, C, state, slots, *pending, D, y, dt_bias, z, delta_t, norm, squares, lowest, highest,
-        *x.stride()[:2], A_log.stride(0), *dt.stride(), *(step // even for step in steps), *state.stride()[:3],
+        *x.stride()[:2], A_log.stride(0), *dt.stride(), *(stride // even for stride in strides), *state.stride()[:3],
         *strides_of_skip(D), *((0, 0) if z is None else z.stride()[:2]), dt_bias.stride(0),
         0 if delta_t is None else delta_t.stride(0),
         HEADS=heads, GROUPS=groups, P=headdim, N=d_state, ENTRIES=ENTRIES, BLOCK_P=part, BLOCK_N=width, EVEN=even,
@@ -95,7 +95,7 @@ def step_kernel(
     keys = _keys(past_B, GROUPS * N, B, count, N, BLOCK_N, ENTRIES, SUMS)
     out = _answer(C + (row * C_row + group * C_group) * EVEN, held, decay, keys, us, entry, N, SUMS, STATE)
     left = row * HEADS + head
-    leave(out, u, skip, gate, weigh, None if norm is None else squares + left * PARTS + part, y + left * P, p, P)
+    write_output(out, u, skip, gate, weigh, None if norm is None else squares + left * PARTS + part, y + left * P, p, P)
     thread_barrier()  # all threads have read the count and the weights
     gl.store(counts + at, (count + 1) % ENTRIES)
     _wait_or_write(
@@ -115,10 +115,10 @@ def _wait_or_write(
         if is_first:
             gl.store(past_B + count * B_apart + n, gl.load(B + n, mask=n < N, other=0.0), mask=n < N)
     else:
-        h = _with_entry(widened(held) * decay, step, x, B, p, n, P, N)
+        h = _plus_entry(widened(held) * decay, step, x, B, p, n, P, N)
         for i in range(ENTRIES - 1):
             faded = gl.load(weights + i) * fade
-            h = _with_entry(h, faded, past_x + i * x_apart, past_B + i * B_apart, p, n, P, N)
+            h = _plus_entry(h, faded, past_x + i * x_apart, past_B + i * B_apart, p, n, P, N)
         gl.store(own, h.to(own.dtype.element_ty), mask=(p < P)[:, None] & (n < N)[None, :])
         thread_barrier()  # all threads have read the weights once more
         weight, decay = gl.zeros_like(weight), gl.to_tensor(1.0)
@@ -161,7 +161,7 @@ def _answer(C, held, decay, keys, us, entry, N: gl.constexpr, SUMS: gl.constexpr
 
 
 @gluon.jit
-def _with_entry(h, weight, x, B, p, n, P: gl.constexpr, N: gl.constexpr):
+def _plus_entry(h, weight, x, B, p, n, P: gl.constexpr, N: gl.constexpr):
     """A state h with one more entry."""
     u = widened(gl.load(x + p, mask=p < P, other=0.0)) * weight
     return h + u[:, None] * widened(gl.load(B + n, mask=n < N, other=0.0))[None, :]

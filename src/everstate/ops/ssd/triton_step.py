@@ -234,7 +234,7 @@ def _step_kernel(
     tl.store(own, h.to(state.dtype.element_ty), mask=inside)
     out = tl.sum(h * q[None, :], 1)
     at = row * HEADS + head
-    leave(out, u, skip, gate, weigh, None if norm is None else squares + at * TILES + tile, y + at * P, p, P)
+    write_output(out, u, skip, gate, weigh, None if norm is None else squares + at * TILES + tile, y + at * P, p, P)
 
 
 @triton.jit
@@ -247,7 +247,7 @@ def time_step(dt, bias, rate, elapsed, lowest, highest):
 
 
 @triton.jit
-def leave(out, u, skip, gate, weigh, square, y, p, P: tl.constexpr):
+def write_output(out, u, skip, gate, weigh, square, y, p, P: tl.constexpr):
     """Write what a head, or a part of it, gives: with D x, the gate, and the sum of squares and weight of a norm."""
     if skip is not None:
         out += skip * u
