@@ -28,7 +28,7 @@ from everstate.bench.timing import Gate, Timing, relative_error, with_threads
 from everstate.core.env import cpu_threads
 from everstate.core.errors import RequestError
 from everstate.core.state import nbytes, scatter_
-from everstate.engine.graphs import worth_capturing
+from everstate.engine.graphs import DecodeGraph, worth_capturing
 from everstate.engine.runner import decode_, prefill_
 from everstate.engine.sampler import Sampling
 from everstate.mixers import State
@@ -113,9 +113,8 @@ def speed(lm: LM, plan: Plan, batch: int, state_dtype: torch.dtype | None) -> It
     row = Row(name, batch, gate, timing, state_bytes=nbytes(state) // batch)
     # Of keys and values a step reads what is filled, and writes one.
     if not any(isinstance(part, Attention) for part in lm.modules()):
-        captured = batch > 1 and worth_capturing(lm, plan.steps)
-        traffic = state_traffic(lm.deferred(state) if captured else state)
-        moved = (weight_bytes(lm, batch) + traffic) / timing.median / 1e12
+        stepped = DecodeGraph.form(lm, state) if worth_capturing(lm, plan.steps) else state
+        moved = (weight_bytes(lm, batch) + state_traffic(stepped)) / timing.median / 1e12
         row = replace(row, ratio=moved, ratio_of="TB/s")
     yield row
 
@@ -174,7 +173,7 @@ def step_gate(lm: LM, plan: Plan, batch: int, state_dtype: torch.dtype | None) -
     expected = lm(tokens, make())[0][:, -1]
     state = make(dtype=state_dtype)
     scatter_(state, None, lm.hidden(tokens[:, :-STEPPED], make())[1])
-    state = lm.deferred(state)
+    state = DecodeGraph.form(lm, state)
     for token in tokens[:, -STEPPED:].unbind(1):
         got = lm.step_(token, state)
     return Gate(relative_error(got.float(), expected.float()), 1e-4 if lm.dtype == torch.float32 else 5e-2)
