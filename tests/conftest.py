@@ -97,3 +97,13 @@ def hopper(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torc
     monkeypatch.setattr(triton_segments, "INTERPRETED", False)
     monkeypatch.setattr(triton_segments, "import_module", imitated)
     return kernel_device
+
+
+@pytest.fixture
+def deferring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of Mamba-2 are deferred, however small and on any device: by PyTorch where no kernel serves."""
+    from everstate.mixers import mamba2
+    from everstate.ops import mamba2_step_
+
+    monkeypatch.setattr(mamba2, "pays", lambda state: True)
+    monkeypatch.setattr(type(mamba2_step_), "serving", lambda *arguments, **settings: "triton")

@@ -307,10 +307,10 @@ def _is_plain_triton(value: Any) -> bool:
 def _shared(function: Callable[..., Any]) -> Any:
     """A function written in plain Triton that kernels in Gluon use too."""
     known = vars(import_module(function.__module__))
-    names = [name for name in function.__code__.co_names if name in known]
-    given = {name: _plain(function.__module__, name, known[name]) for name in names}
-    given = {name: _shared(value.fn) if _is_plain_triton(value) else value for name, value in given.items()}
-    given.update(tl=_language(), triton=SimpleNamespace(jit=_jit))
+    given: dict[str, Any] = {"tl": _language(), "triton": SimpleNamespace(jit=_jit)}
+    for name in (known.keys() & function.__code__.co_names) - given.keys():
+        value = known[name]
+        given[name] = _shared(value.fn) if _is_plain_triton(value) else _plain(function.__module__, name, value)
     # Early returns and annotations are as in any function of Python.
     exec(compile("from __future__ import annotations\n" + inspect.getsource(function), __file__, "exec"), given)
     return given[function.__name__]

@@ -14,10 +14,9 @@ from everstate.bench import decode, models
 from everstate.bench.decode import state_traffic
 from everstate.cli import build
 from everstate.core.state import nbytes
-from everstate.mixers import build_mixer, mamba2
+from everstate.mixers import build_mixer
 from everstate.mixers.mamba2 import Deferred, Mamba2
 from everstate.models import LM
-from everstate.ops import mamba2_step_
 from everstate.ops.ssd.pending import ENTRIES, nothing_pending
 
 RUNNER = CliRunner()
@@ -74,10 +73,8 @@ def test_a_state_that_is_deferred_is_written_every_few_tokens() -> None:
     assert state_traffic(deferred) == 2 * (nbytes(deferred) - rarely) + (1 + 1 / ENTRIES) * rarely
 
 
-def test_the_gate_steps_a_state_that_is_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gate_steps_a_state_that_is_deferred(deferring: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until it is written, and as it is timed."""
-    monkeypatch.setattr(mamba2, "pays", lambda state: True)
-    monkeypatch.setattr(type(mamba2_step_), "serving", lambda *arguments, **settings: "triton")
     written, model = [], LM(models.config_of("mamba2-130m", quick=True))
     deferred = model.deferred
 

@@ -17,7 +17,7 @@ from everstate.engine.graphs import DecodeGraph, worth_capturing
 from everstate.mixers import MIXERS, mamba2
 from everstate.mixers.mlp import MLP
 from everstate.models import LM, ModelConfig
-from everstate.ops import mamba2_step_, use
+from everstate.ops import use
 from everstate.tokenizers import ByteTokenizer
 
 LAYOUTS = ["mamba1", "mamba2", "mamba3", "2 * (mamba2 mlp)", "mamba2 attention mlp", "mamba2 moe attention moe"]
@@ -67,11 +67,10 @@ def same(one: tuple[list[Any], Any], other: tuple[list[Any], Any], tolerance: fl
 
 
 @pytest.fixture(params=[False, True], ids=["written", "deferred"])
-def deferring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether states are written with every token, or a few wait for that, here too."""
+def either_way(request: pytest.FixtureRequest) -> None:
+    """States are written with every token, or wait for that."""
     if request.param:
-        monkeypatch.setattr(mamba2, "pays", lambda state: True)
-        monkeypatch.setattr(type(mamba2_step_), "serving", lambda *arguments, **settings: "triton")
+        request.getfixturevalue("deferring")
 
 
 def needs_gpu() -> None:
@@ -86,7 +85,7 @@ def frequent(steps: list[Any]) -> set[int]:
 
 @pytest.mark.parametrize("samplings", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_rows_that_have_ended_keep_their_state(
-    samplings: list[Sampling], deferring: None, monkeypatch: pytest.MonkeyPatch
+    samplings: list[Sampling], either_way: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2 attention"))
     stop = frequent(decode(model, samplings, set())[0])
@@ -97,7 +96,7 @@ def test_rows_that_have_ended_keep_their_state(
     same(decode(model, samplings, stop), expected, 1e-5)
 
 
-def test_an_abandoned_loop_has_read_what_it_gave(deferring: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_abandoned_loop_has_read_what_it_gave(either_way: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = LM(ModelConfig(d_model=32, vocab_size=50, layout="mamba2"))
     monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: True)
     monkeypatch.setattr(engine, "DecodeGraph", EagerGraph)
@@ -111,7 +110,7 @@ def test_an_abandoned_loop_has_read_what_it_gave(deferring: None, monkeypatch: p
     same(([], state), ([], expected), 1e-6)
 
 
-def test_a_session_may_be_forked_while_it_writes(deferring: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_may_be_forked_while_it_writes(either_way: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = LM(ModelConfig(d_model=32, vocab_size=300, layout="mamba2"))
     monkeypatch.setattr(engine, "worth_capturing", lambda model, tokens: True)
     monkeypatch.setattr(engine, "DecodeGraph", EagerGraph)

@@ -10,7 +10,7 @@ import torch
 from everstate.core.state import clone, equal, tensors
 from everstate.mixers import build_mixer, mamba2
 from everstate.models import LM, ModelConfig
-from everstate.ops import mamba2_step_, use
+from everstate.ops import use
 from everstate.ops.ssd import pending
 
 TABLE = {"type": "mamba2", "d_state": 8, "headdim": 8, "d_inner": 24, "ngroups": 3, "bias": True}
@@ -43,10 +43,8 @@ def test_multipliers_are_those_of_the_weights() -> None:
 
 
 @pytest.mark.parametrize("table", [TABLE, {"type": "parallel", "mixers": {"a": TABLE, "b": {"type": "short_conv"}}}])
-def test_a_deferred_state_is_stepped_read_and_settled(table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deferred_state_is_stepped_read_and_settled(table: dict[str, Any], deferring: None) -> None:
     """As the state that it stands for, whose memory it shares."""
-    monkeypatch.setattr(mamba2, "pays", lambda state: True)
-    monkeypatch.setattr(type(mamba2_step_), "serving", lambda *arguments, **settings: "triton")
     mixer = build_mixer(table, 16, dtype=torch.float64)
     tokens = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     plain, state = mixer.init_state(2), mixer.init_state(2)

@@ -57,13 +57,8 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     """With gradients of final states and without, of one rank and of four: the imitation runs what Triton refuses."""
     found = verdicts(tmp_path, "compiles", "90")
     ranks_alone = {"ranks_kernel", "turn_gradients_kernel"}
-    assert {
-        "step_kernel",
-        "scan_kernel",
-        "sweep_kernel",
-        "gradients_kernel",
-        "angle_gradients_kernel",
-    } | ranks_alone <= found.keys()
+    scans = {"scan_kernel", "sweep_kernel", "gradients_kernel", "angle_gradients_kernel"}
+    assert scans | ranks_alone | {"step_kernel"} <= found.keys()
     assert set(found.values()) == {"compiles"}
 
 

@@ -32,13 +32,8 @@ class Layer:
         uneven: bool = False,
     ) -> None:  # fmt: skip
         self.draw, narrow = draws(device, dtype), draws(device, torch.float32)
-        self.sizes, self.groups, self.rows, self.settings, self.uneven = (
-            (heads, headdim, d_state),
-            groups,
-            rows,
-            settings,
-            uneven,
-        )
+        self.sizes, self.groups, self.rows = (heads, headdim, d_state), groups, rows
+        self.settings, self.uneven = settings, uneven
         spare = 0 if all_rows else 2
         self.pool = narrow(rows + spare, heads, headdim, d_state).to(state_dtype)
         self.slots = None if all_rows else torch.randperm(rows + spare, device=device)[:rows]

@@ -66,7 +66,7 @@ def _step_kernel(
     start_next(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside, sums, taps, window = d < channels, d * 0.0, (), ()
+    inside, sums, taps = d < channels, d * 0.0, ()
     for j in tl.static_range(K):
         taps = taps + (tl.load(weight + d * K + j, mask=inside, other=0.0).to(tl.float32),)  # type: ignore[assignment]
     if bias is not None:
@@ -74,8 +74,7 @@ def _step_kernel(
     if not EARLY:
         wait_for_last(OVERLAP)
     past = state + slot_of(slots, row) * state_slot + d * state_d
-    for j in tl.static_range(K - 1):
-        window = window + (tl.load(past + j * state_k, mask=inside, other=0.0),)  # type: ignore[assignment]
+    window = window_of(past, state_k, inside, K)
     if EARLY:
         wait_for_last(OVERLAP)
     now = tl.load(x + row * x_row + d, mask=inside, other=0.0)
@@ -84,9 +83,26 @@ def _step_kernel(
         sums += window[j].to(tl.float32) * taps[j]
     if SILU:
         sums = silu(sums)
-    # Every input moves one place on; all of them were loaded before the first is overwritten.
-    tl.debug_barrier()
-    for j in tl.static_range(K - 1):
-        moved = window[j + 1] if j < K - 2 else now
-        tl.store(past + j * state_k, moved.to(state.dtype.element_ty), mask=inside)
+    move_on(past, state_k, window, now, inside, K)
     tl.store(y + row * channels + d, sums.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def window_of(past, apart, inside, TAPS: tl.constexpr):
+    """What a convolution of so many taps has kept, oldest first."""
+    window = ()
+    for j in tl.static_range(TAPS - 1):
+        window = window + (tl.load(past + j * apart, mask=inside, other=0.0),)  # type: ignore[assignment]
+    return window
+
+
+@triton.jit
+def move_on(past, apart, window, now, inside, TAPS: tl.constexpr):
+    """Keep an input in the place of the oldest: every one moves one place on."""
+    # All of them were loaded before the first is overwritten.
+    tl.debug_barrier()
+    for j in tl.static_range(TAPS - 1):
+        if j < TAPS - 2:
+            tl.store(past + j * apart, window[j + 1], mask=inside)
+        else:
+            tl.store(past + j * apart, now, mask=inside)

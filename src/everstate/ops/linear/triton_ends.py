@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everstate.core.state import Slots
+from everstate.ops.conv1d.triton_step import move_on, window_of
 from everstate.ops.triton_activations import act
 from everstate.ops.triton_launch import power_of_2
 from everstate.ops.triton_rows import rstd, silu
@@ -140,10 +141,7 @@ def _window(pool, slots, d, b, pool_slot, pool_d, pool_k, rows, channels, TAPS: 
     if slots is not None:
         slot = tl.load(slots + b, mask=b < rows, other=0).to(tl.int64)
     past = pool + (slot * pool_slot)[None, :] + d[:, None] * pool_d
-    window = ()
-    for j in tl.static_range(TAPS - 1):
-        window = window + (tl.load(past + j * pool_k, mask=mine, other=0.0),)  # type: ignore[assignment]
-    return past, mine, window
+    return past, mine, window_of(past, pool_k, mine, TAPS)
 
 
 @triton.jit
@@ -200,11 +198,5 @@ def _convolve(
         sums += window[j].to(tl.float32) * factors[j][:, None]
     if SILU:
         sums = silu(sums)
-    # Every column moves one place to the left; all of them were loaded before the first is overwritten.
-    tl.debug_barrier()
-    for j in tl.static_range(TAPS - 1):
-        if j < TAPS - 2:
-            tl.store(past + j * pool_k, window[j + 1], mask=mine)
-        else:
-            tl.store(past + j * pool_k, out, mask=mine)
+    move_on(past, pool_k, window, out, mine, TAPS)
     return tl.where(mine, sums.to(out.dtype), out)

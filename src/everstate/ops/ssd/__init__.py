@@ -16,7 +16,7 @@ from everstate.core.state import Slots, gather, scatter_
 from everstate.ops.norm import rms_norm
 from everstate.ops.norm.normed import Normed
 from everstate.ops.ssd.limits import accepts_mamba2_step, accepts_scan, accepts_step
-from everstate.ops.ssd.pending import Pending, step_pending_
+from everstate.ops.ssd.pending import Entry, Pending, step_or_wait_
 
 
 @op
@@ -118,11 +118,8 @@ def mamba2_step_(
     step = softplus(dt.to(dtype) + dt_bias.to(dtype)).clamp(*dt_limit)
     step = step if delta_t is None else step * delta_t.to(dtype).unsqueeze(-1)
     gate = None if z is None else silu(z.to(dtype))
-    entry = x.to(dtype), -torch.exp(A_log.to(dtype)) * step, step, B, C
-    if pending is None:
-        y = ssd_step_.reference(*entry, state, slots, D=D)
-    else:
-        y = step_pending_(ssd_step_.reference, *entry, state, slots, pending, D)
+    entry = Entry(x.to(dtype), -torch.exp(A_log.to(dtype)) * step, step, B, C)
+    y = step_or_wait_(ssd_step_.reference, entry, state, slots, pending, D)
     y = y if gate is None else y * gate
     if norm is None:
         return y.to(x.dtype)

@@ -32,6 +32,16 @@ SETTLED = 16
 """Rows that are settled at once: they are computed in float32, beside the states."""
 
 
+class Entry(NamedTuple):
+    """A token as `ssd_step_` takes it."""
+
+    x: Float[Tensor, "b h p"]
+    a: Float[Tensor, "b h"]
+    s: Float[Tensor, "b h"]
+    B: Float[Tensor, "b g n"]
+    C: Float[Tensor, "b g n"]
+
+
 class Pending(NamedTuple):
     """What waits for a place in states, which are `decay state + sum_i weight_i x_i B_i^T` over the k entries i.
 
@@ -96,24 +106,23 @@ def settle_(state: Float[Tensor, "b h p n"], pending: Pending) -> None:
     pending.decay.fill_(1.0)
 
 
-def step_pending_(
+def step_or_wait_(
     step_: Callable[..., Float[Tensor, "b h p"]],
-    x: Float[Tensor, "b h p"],
-    a: Float[Tensor, "b h"],
-    s: Float[Tensor, "b h"],
-    B: Float[Tensor, "b g n"],
-    C: Float[Tensor, "b g n"],
+    entry: Entry,
     state: Float[Tensor, "slots h p n"],
     slots: Slots,
-    pending: Pending,
+    pending: Pending | None,
     D: Float[Tensor, " h"] | Float[Tensor, "h p"] | None,
 ) -> Float[Tensor, "b h p"]:
-    """`step_`, an implementation of `ssd_step_`, whose entry waits if there is room for it; else states take in all."""
+    """`step_`, an implementation of `ssd_step_`; with `pending` the entry waits if there is room, else states take in
+    all."""
+    if pending is None:
+        return step_(*entry, state, slots, D=D)
     held, before = gather(state, slots), gather(pending, slots)
     after = settled(held, before)
-    y = step_(x, a, s, B, C, after, D=D)
+    y = step_(*entry, after, D=D)
     scatter_(state, slots, torch.where(_is_full(before)[:, :1, :1, None], after.to(state.dtype), held))
-    scatter_(pending, slots, _with_entry(before, x, a, s, B))
+    scatter_(pending, slots, _with_entry(before, entry))
     return y
 
 
@@ -122,19 +131,16 @@ def _is_full(pending: Pending) -> Tensor:
     return pending.waiting == ENTRIES - 1
 
 
-def _with_entry(
-    pending: Pending, x: Float[Tensor, "b h p"], a: Float[Tensor, "b h"], s: Float[Tensor, "b h"],
-    B: Float[Tensor, "b g n"],
-) -> Pending:  # fmt: skip
+def _with_entry(pending: Pending, entry: Entry) -> Pending:
     """What waits after an entry: that too, or nothing where states have taken all in."""
     full = _is_full(pending)
-    next_ = (torch.arange(ENTRIES, device=x.device) == pending.waiting.unsqueeze(-1)) & ~full.unsqueeze(-1)
+    next_ = (torch.arange(ENTRIES, device=entry.x.device) == pending.waiting.unsqueeze(-1)) & ~full.unsqueeze(-1)
     of_row = next_[:, 0, 0, :, None, None]
-    fade = torch.exp(a.to(pending.decay.dtype)).unsqueeze(-1)
-    weight = torch.where(next_, s.to(fade.dtype)[..., None, None], pending.weight * fade.unsqueeze(-1))
+    fade = torch.exp(entry.a.to(pending.decay.dtype)).unsqueeze(-1)
+    weight = torch.where(next_, entry.s.to(fade.dtype)[..., None, None], pending.weight * fade.unsqueeze(-1))
     return Pending(
-        x=torch.where(of_row, x.unsqueeze(1).to(pending.x.dtype), pending.x),
-        B=torch.where(of_row, B.unsqueeze(1).to(pending.B.dtype), pending.B),
+        x=torch.where(of_row, entry.x.unsqueeze(1).to(pending.x.dtype), pending.x),
+        B=torch.where(of_row, entry.B.unsqueeze(1).to(pending.B.dtype), pending.B),
         weight=weight.masked_fill(full.unsqueeze(-1), 0.0),
         decay=torch.where(full, 1.0, pending.decay * fade),
         waiting=torch.where(full, 0, pending.waiting + 1),

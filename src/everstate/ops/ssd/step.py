@@ -13,7 +13,7 @@ from everstate.core.dtypes import state_dtype
 from everstate.core.state import Slots, gather, scatter_
 from everstate.ops.norm import rms_norm
 from everstate.ops.norm.normed import Normed
-from everstate.ops.ssd.pending import Pending, step_pending_
+from everstate.ops.ssd.pending import Entry, Pending, step_or_wait_
 
 
 def ssd_step_(
@@ -69,10 +69,6 @@ def mamba2_step_(
         dt = dt.clamp(*dt_limit)
     if delta_t is not None:
         dt = dt * delta_t.unsqueeze(-1)
-    entry = x, dt * -torch.exp(A_log), dt, B, C
-    if pending is None:
-        y = ssd_step_(*entry, state, slots, D=D)
-    else:
-        y = step_pending_(ssd_step_, *entry, state, slots, pending, D)
+    y = step_or_wait_(ssd_step_, Entry(x, dt * -torch.exp(A_log), dt, B, C), state, slots, pending, D)
     y = y if z is None else (y.to(dtype) * silu(z.to(dtype))).to(x.dtype)
     return y if norm is None else Normed(rms_norm(y.flatten(-2), norm, eps=eps, groups=norm_groups))

@@ -66,8 +66,7 @@ def mamba2_step_(
     pending: Pending | None = None,
 ) -> Float[Tensor, "b h p"] | Normed:
     """See `everstate.ops.mamba2_step_`. A norm is left undivided where a linear map of so many rows divides."""
-    parts = x.shape[1] * (_tile(x, B.shape[2])[1] if pending is None else pending.decay.shape[2])
-    leaves = norm is not None and norm_groups == 1 and _is_divided_behind(x, parts)
+    leaves = norm is not None and norm_groups == 1 and _is_divided_behind(x, B.shape[2], pending)
     token, settings = (x, dt, A_log, B, C, state, slots), (dt_bias, D, z, *dt_limit, delta_t, norm if leaves else None)
     if pending is None:
         y, squares = _mamba2_step(*token, *settings)
@@ -79,11 +78,11 @@ def mamba2_step_(
     return Normed(y, squares, eps) if leaves else Normed(rms_norm(y, norm, eps=eps, groups=norm_groups))
 
 
-def _is_divided_behind(x: Float[Tensor, "b h p"], parts: int) -> bool:
-    """Whether the linear map behind such a step, which leaves so many sums of squares, divides by the root of its
-    norm."""
+def _is_divided_behind(x: Float[Tensor, "b h p"], d_state: int, pending: Pending | None) -> bool:
+    """Whether the linear map behind such a step divides by the root of its norm."""
     batch, heads, headdim = x.shape
-    return divides(batch, heads * headdim, parts, x.dtype, x.device)
+    parts = _tile(x, d_state)[1] if pending is None else pending.decay.shape[2]
+    return divides(batch, heads * headdim, heads * parts, x.dtype, x.device)
 
 
 @kernel_op("ssd_step_", mutates={"state"})
@@ -167,11 +166,11 @@ def _run(
 ) -> tuple[Float[Tensor, "b h p"], Float[Tensor, "b parts"]]:  # fmt: skip
     """Launch the kernel; with `dt_bias`, `a` is A_log and `s` is dt before its bias."""
     (batch, heads, headdim), (groups, d_state) = x.shape, B.shape[1:]
-    y, squares = _results(x, norm, heads * _tile(x, d_state)[1])
+    width, (tile, tiles) = power_of_2(d_state), _tile(x, d_state)
+    y, squares = _results(x, norm, heads * tiles)
     if batch == 0:
         return y, squares
     x, B, C, z = dense(x), dense(B), dense(C), None if z is None else dense(z)
-    width, (tile, tiles) = power_of_2(d_state), _tile(x, d_state)
     launch(
         _step_kernel, (batch * heads * tiles,),
         x, a, s, B, C, state, slots, D, y, dt_bias, z, delta_t, norm, squares, lowest, highest,
